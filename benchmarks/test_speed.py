@@ -1,0 +1,63 @@
+"""Forward, and forward and backward, of a patched model against the original: ratios, 1.00 is no cost."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import eulernet
+from benchmarks.models import SPEED, Inputs
+from benchmarks.timing import Interleaved
+
+ROUNDS = 20
+
+
+def _forward(model: nn.Module, inputs: Inputs) -> Callable[[], object]:
+    def run() -> object:
+        with torch.no_grad():
+            return model(*inputs.values())
+
+    return run
+
+
+def _forward_backward(model: nn.Module, inputs: Inputs) -> Callable[[], object]:
+    def run() -> object:
+        model.zero_grad()
+        out: Any = model(*inputs.values())
+        out = out if isinstance(out, torch.Tensor) else out[0]
+        return out.sum().backward()
+
+    return run
+
+
+@pytest.mark.parametrize("backend", ["eager", "compiled"])
+@pytest.mark.parametrize("run", [_forward, _forward_backward], ids=["forward", "forward+backward"])
+@pytest.mark.parametrize("name", SPEED)
+def test_speed(benchmark: Any, name: str, run: Callable[..., Callable[[], object]], backend: str) -> None:
+    build, make_inputs = SPEED[name]
+    inputs = make_inputs()
+    original = build().train(run is _forward_backward)
+    # The noise of the machine is what the same model, copied, seems to cost.
+    models = {"original": original, "copy": copy.deepcopy(original), "patched": copy.deepcopy(original)}
+    eulernet.patch(models["patched"], h=0.1)
+    if backend == "compiled":
+        torch._dynamo.reset()
+        for model in models.values():
+            model.compile()
+    race = Interleaved({key: run(model, inputs) for key, model in models.items()})
+    for _ in range(2):
+        race.round()
+    race.seconds.clear()
+    benchmark.pedantic(race.round, rounds=ROUNDS)
+    benchmark.extra_info.update(
+        table="speed",
+        model=name,
+        what=f"{run.__name__.strip('_').replace('_', ' + ')}, {backend}",
+        ratio=race.ratio("patched", "original"),
+        noise=race.ratio("copy", "original"),
+    )

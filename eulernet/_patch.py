@@ -1,0 +1,516 @@
+"""Patch a model: give each block that holds a step a subclass of its class, with the additions rewritten.
+
+Only `block.__class__` changes, and one entry of `block.__dict__` that holds h. The subclass is cached: all blocks of
+one class with the same steps share it.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import types
+import warnings
+import weakref
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from eulernet import functional
+from eulernet._errors import EulernetError, EulernetWarning
+from eulernet._find import Found, Search, search
+from eulernet._report import ROOT, Step, Steps
+from eulernet._rewrite import (
+    FUNCTION,
+    SCALE,
+    STEP,
+    STEP_IN_PLACE,
+    Span,
+    Target,
+    Targets,
+    Unsupported,
+    digest,
+    free_function,
+    rebuild,
+    rewrite,
+)
+from eulernet._select import HLike, Selector, select, values
+from eulernet._trace import undisturbed
+
+# What makes a patched class: for each place its targets, its step's number in the module, and its form.
+Plan = tuple[tuple[Targets, int, bool, bool], ...]
+# The entries of a patched module's __dict__.
+_FACTORS, _STEPS = "_euler", "_euler_steps"
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class Patched:
+    """The first base of each patched class."""
+
+    _euler_original: ClassVar[type[nn.Module]]
+    _euler_plan: ClassVar[Plan]
+    _euler_places: ClassVar[tuple[tuple[int, bool, int], ...]]  # the step's number, skip is left, sign
+    _euler: list[functional.StepFactor]
+    _euler_steps: list[Step]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """A patched class is not announced to the registries of its original's bases."""
+
+    def _euler_step(self, left: Any, right: Any, place: int, alpha: float = 1) -> Any:
+        slot, skip_is_left, sign = self._euler_places[place]
+        return functional.step(left, right, self._euler[slot], skip_is_left, sign * alpha)
+
+    def _euler_step_(self, left: Any, right: Any, place: int, alpha: float = 1) -> Any:
+        slot, skip_is_left, sign = self._euler_places[place]
+        return functional.step_in_place(left, right, self._euler[slot], skip_is_left, sign * alpha)
+
+    def _euler_scale(self, branch: Any, place: int) -> Any:
+        return functional.scale(branch, self._euler[self._euler_places[place][0]])
+
+    def extra_repr(self) -> str:
+        shown = ", ".join(f"{factor.value:.4g}" for factor in self._euler)
+        h = f"h=({shown})" if len(self._euler) > 1 else f"h={shown}" if shown else ""
+        return ", ".join(part for part in (super().extra_repr(), h) if part)  # type: ignore[misc]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)  # type: ignore[misc]
+        for factor in self._euler:
+            factor.follow(fn)
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced: Any = super().__reduce_ex__(protocol)
+        function, args, *rest = reduced
+        if function is not copyreg.__newobj__:  # type: ignore[attr-defined]
+            raise EulernetError(
+                f"{type(self).__name__} pickles itself in a way of its own, which would lose its step factors; call "
+                "eulernet.unpatch(model) first, keep eulernet.steps(model).to_json() beside it, and patch it "
+                "again with h=Steps"
+            )
+        return (_restore, (self._euler_original, self._euler_plan, *args[1:]), *rest)
+
+    def __prepare_scriptable__(self) -> Any:
+        raise EulernetError(
+            f"torch.jit.script compiles the source of {type(self).__name__}, which does not hold its step factors. Use "
+            "torch.export, torch.compile or torch.jit.trace, or fold h into the weights first."
+        )
+
+
+def _restore(original: type[nn.Module], plan: Plan, *args: Any) -> Any:
+    cls = patched_class(original, plan)
+    return cls.__new__(cls, *args)
+
+
+# ---- the class
+
+_classes: dict[tuple[type[nn.Module], Plan], type[nn.Module]] = {}
+
+
+def patched_class(original: type[nn.Module], plan: Plan) -> type[nn.Module]:
+    """The subclass of a block's class in which the planned additions are steps."""
+    if (original, plan) not in _classes:
+        _classes[original, plan] = _build(original, plan)
+    return _classes[original, plan]
+
+
+def _build(original: type[nn.Module], plan: Plan) -> type[nn.Module]:
+    tree: dict[Target, Any] = {}  # method -> span -> place, or the callee with spans of its own
+    for place, (targets, *_) in enumerate(plan):
+        level: dict[Any, Any] = tree
+        for target, span in targets[:-1]:
+            level = level.setdefault(target, {}).setdefault(span, {})
+        target, span = targets[-1]
+        level.setdefault(target, {})[span] = place
+
+    functions: dict[str, types.FunctionType] = {}
+    methods: dict[type, dict[str, Any]] = {}
+    for target, edits in tree.items():
+        owner = _owner(original, target)
+        namespace = methods.setdefault(owner, {})
+        value = namespace.get(target.name) or vars(owner)[target.name]
+        change = partial(_rewrite, target=target, edits=edits, functions=functions)
+        namespace[target.name] = rebuild(value, target.path, change)
+
+    bases: list[type] = [Patched, original]
+    for owner in original.__mro__:  # a method that super() reaches needs a class of its own in between
+        if owner in methods and owner is not original:
+            quiet = type("_Quiet", (), {"__init_subclass__": Patched.__init_subclass__})  # one each, for the order
+            bases.append(_subclass(owner, (quiet, owner), methods[owner]))
+    namespace = {
+        **methods.get(original, {}),
+        **functions,
+        "_euler_original": original,
+        "_euler_plan": plan,
+        "_euler_places": tuple((slot, left, -1 if subtracts else 1) for _, slot, left, subtracts in plan),
+    }
+    if issubclass(original, nn.TransformerEncoderLayer):  # the fused inference path does not reach the additions
+        namespace["activation_relu_or_gelu"] = property(lambda self: 0, _set_in_dict("activation_relu_or_gelu"))
+    if issubclass(original, nn.TransformerEncoder):  # nor does its container's conversion to nested tensors
+        namespace["use_nested_tensor"] = property(lambda self: False, _set_in_dict("use_nested_tensor"))
+    cls: type[nn.Module] = _subclass(original, tuple(bases), namespace)
+    return cls
+
+
+def _set_in_dict(name: str) -> Callable[[Any, Any], None]:
+    def setter(self: Any, value: Any) -> None:
+        self.__dict__[name] = value
+
+    return setter
+
+
+def _subclass(of: type, bases: tuple[type, ...], namespace: dict[str, Any]) -> Any:
+    names = {"__module__": of.__module__, "__qualname__": of.__qualname__, "__doc__": of.__doc__}
+
+    def fill(namespace_: dict[str, Any]) -> None:
+        namespace_.update(names)
+        namespace_.update(namespace)
+
+    return types.new_class(of.__name__, bases, exec_body=fill)
+
+
+def _rewrite(
+    function: types.FunctionType, target: Target, edits: dict[Span, Any], functions: dict[str, types.FunctionType]
+) -> types.FunctionType:
+    if digest(function) != target.digest:
+        raise EulernetError(
+            f"{function.__module__}.{function.__qualname__} is not the version that was patched: its source has "
+            "changed. "
+            "Install the version of the library with which the model was patched, or build the model anew, load its "
+            "state_dict, and patch it with h=Steps.from_json(...)."
+        )
+    spans: dict[Span, tuple[str, int]] = {}
+    for span, edit in edits.items():
+        if isinstance(edit, int):
+            spans[span] = ("step", edit)
+            continue
+        ((callee, inner),) = edit.items()
+        free = free_function(callee.name)
+        if free is None:
+            raise EulernetError(f"{callee.name}, which makes the addition of a patched step, does not exist any more")
+        number = len(functions)
+        functions[f"{FUNCTION}{number}"] = free  # keeps the number while the inner ones get theirs
+        functions[f"{FUNCTION}{number}"] = _rewrite(free, callee, inner, functions)
+        spans[span] = ("call", number)
+    return rewrite(function, spans, free=target.owner is None)
+
+
+def _owner(cls: type, target: Target) -> type:
+    for owner in cls.__mro__:
+        if (owner.__module__, owner.__qualname__) == target.owner and target.name in vars(owner):
+            return owner
+    raise EulernetError(
+        f"{cls.__module__}.{cls.__qualname__} has no {target.name} of {target.owner}: another version of it"
+    )
+
+
+# ---- modules
+
+
+@dataclass(frozen=True)
+class _Change:
+    """What happens to one module: its new class, its steps, and their h."""
+
+    module: nn.Module
+    cls: type[nn.Module]
+    steps: list[Step]
+    hs: list[float]
+    found: list[Found]
+
+    def apply(self, module: nn.Module) -> None:
+        like = next((p for p in (*module.parameters(), *module.buffers()) if p.is_floating_point()), None)
+        module.__dict__[_FACTORS] = [functional.StepFactor(h, like) for h in self.hs]
+        module.__dict__[_STEPS] = self.steps
+        module.__class__ = self.cls
+
+
+def restore_class(module: nn.Module) -> None:
+    """Make a patched module what it was."""
+    if isinstance(module, Patched):
+        module.__class__ = module._euler_original  # type: ignore[assignment]
+        del module.__dict__[_FACTORS], module.__dict__[_STEPS]
+
+
+def _changes(found: Sequence[Found], hs: dict[int, float], model: nn.Module) -> list[_Change]:
+    changes = []
+    for module in {id(f.module): f.module for f in found}.values():
+        mine = [f for f in found if f.module is module]
+        plan = [(s.site.targets, slot, s.skip_is_left, s.subtracts) for slot, f in enumerate(mine) for s in f.spots]
+        cls = patched_class(_original_class(module), tuple(plan))
+        changes.append(_Change(module, cls, [f.step for f in mine], [hs[f.step.index] for f in mine], mine))
+    layers = {id(c.module) for c in changes if isinstance(c.module, nn.TransformerEncoderLayer)}
+    for encoder in model.modules():
+        if isinstance(encoder, nn.TransformerEncoder) and any(id(layer) in layers for layer in encoder.layers):
+            changes.append(_Change(encoder, patched_class(_original_class(encoder), ()), [], [], []))
+    return changes
+
+
+def _original_class(module: nn.Module) -> type[nn.Module]:
+    return module._euler_original if isinstance(module, Patched) else type(module)
+
+
+def _prove(search: Search, changes: Sequence[_Change]) -> None:
+    """Run the patched copies: each step must go through `_euler_step` as often as it was found."""
+    for sandbox in {id(run.sandbox): run.sandbox for run in search.runs}.values():
+        twins = {id(module): twin for twin, module in sandbox.original.items()}
+        counts: Counter[tuple[int, int]] = Counter()
+        for change in changes:
+            twin = twins[id(change.module)]
+            change.apply(twin)
+            for name in (STEP, STEP_IN_PLACE, SCALE):
+                twin.__dict__[name] = _counting(getattr(type(twin), name), weakref.ref(twin), id(change.module), counts)
+        for run in search.runs:
+            if run.sandbox is not sandbox:
+                continue
+            counts.clear()
+            with undisturbed():
+                sandbox.run(run.args, run.kwargs, training=run.training)
+            for change in changes:
+                spots = [(f, s) for f in change.found for s in f.spots]
+                for place, (found, spot) in enumerate(spots):
+                    passed, expected = counts[id(change.module), place], spot.calls[run.training]
+                    if passed != expected:
+                        raise EulernetError(
+                            f"{found.step.name} ({found.step.module_class}): the addition at {spot.site.file}:"
+                            f"{spot.site.line} ran {expected} times, but {passed} times as a step once it was "
+                            "rewritten; "
+                            "nothing was changed. Leave it out: eulernet.patch(model, ..., "
+                            f"exclude={found.step.name!r})"
+                        )
+
+
+def _counting(
+    method: Callable[..., Any], twin: weakref.ref[nn.Module], module: int, counts: Counter[tuple[int, int]]
+) -> Callable[..., Any]:
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        counts[module, next(a for a in reversed(args) if isinstance(a, int))] += 1
+        return method(twin(), *args, **kwargs)
+
+    return counted
+
+
+# ---- the public functions
+
+
+def find_steps(model: nn.Module, *, example_inputs: Any = None) -> Steps:
+    """The steps that `patch` would change; the model is left as it is.
+
+    Args:
+        model: any `torch.nn.Module`.
+        example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments that the model takes.
+            Shapes, dtypes and devices matter, values do not. Guessed for models of timm, torchvision, Hugging Face and
+            Lightning, which say what they take.
+
+    Returns:
+        `Steps`, which prints as a table. Its `long`, `unsupported`, `unreached` and `notes` say what was seen besides.
+
+    Raises:
+        EulernetError: no example input can be guessed, or the model fails on it.
+
+    Example:
+        >>> import torch, eulernet
+        >>> layer = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        >>> [step.kind for step in eulernet.find_steps(layer, example_inputs=torch.zeros(2, 5, 8))]
+        ['identity', 'identity']
+    """
+    _check(model, "find_steps")
+    with search(model, example_inputs) as result:
+        return result.steps
+
+
+def patch(
+    model: Model,
+    h: HLike = 0.1,
+    *,
+    example_inputs: Any = None,
+    include: Selector = None,
+    exclude: Selector = None,
+) -> Model:
+    """Make each residual addition `s + F(s)` of a model a step `s + h * F(s)`, in place.
+
+    Eq. (3) of *Towards Robust ResNet* (Zhang et al., IJCAI 2019). Parameters, buffers, hooks, the `state_dict` and the
+    classes that `isinstance` sees stay what they are; with h = 1 the model computes the same bits as before. A patched
+    model that is patched again forgets its former steps.
+
+    Args:
+        model: any `torch.nn.Module`.
+        h: the step factor: a positive number for all steps; a sequence with one number a step; a mapping from patterns
+            on step names to numbers (the first match wins, the rest get 1); a function of a `Step`; or `Steps`, for
+            example those that `Steps.from_json` read.
+        example_inputs: as for `find_steps`.
+        include, exclude: which steps: a pattern on names (`"layer1"`, `"blocks.*.attn"`), a module class, a function
+            `(step) -> bool`, or a list of these. Long steps are scaled only where `include` names them.
+
+    Returns:
+        The same model.
+
+    Raises:
+        EulernetError: no step was found, a value or pattern is wrong, or a source cannot be rewritten. The model is
+            then as it was.
+
+    Example:
+        >>> import torch, eulernet
+        >>> layer = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        >>> layer = eulernet.patch(layer, h=0.1, example_inputs=torch.zeros(2, 5, 8))
+        >>> [step.h for step in eulernet.steps(layer)]
+        [0.1, 0.1]
+    """
+    _check(model, "patch")
+    with search(model, example_inputs) as result:
+        by_index = {f.step.index: f for f in result.found}
+        if not by_index:
+            seen = "".join(f"\n  seen and not supported: {line}" for line in result.steps.unsupported)
+            raise EulernetError(
+                f"no residual step was found in {type(model).__name__}: no addition of a tensor and a function "
+                f"of it.{seen} "
+                "eulernet.find_steps(model, example_inputs=...) shows what was seen; "
+                "eulernet.functional.euler_step(skip, branch, h) writes a step by hand."
+            )
+        ordered = [by_index[i] for i in sorted(by_index)]
+        chosen = select([f.step for f in ordered], [f.module for f in ordered], include, exclude)
+        for step in chosen:
+            if (error := by_index[step.index].error) is not None:
+                raise EulernetError(
+                    f"{step.name} ({step.module_class}): {error} Or leave it out: "
+                    f"eulernet.patch(model, ..., exclude={step.name!r})"
+                )
+        hs = dict(zip([s.index for s in chosen], values(h, chosen), strict=True))
+        try:
+            changes = _changes([by_index[s.index] for s in chosen], hs, model)
+        except Unsupported as reason:
+            raise EulernetError(f"{type(model).__name__} cannot be patched: {reason}; exclude= that step") from reason
+        _prove(result, changes)
+    for module in model.modules():
+        restore_class(module)
+    for change in changes:
+        change.apply(change.module)
+    doubts = [*(f"not scaled, because not supported: {line}" for line in result.steps.unsupported), *result.steps.notes]
+    if doubts:
+        warnings.warn("\n".join(doubts), EulernetWarning, stacklevel=2)
+    return model
+
+
+def steps(model: nn.Module) -> Steps:
+    """The steps of a patched model, each with its h.
+
+    Raises:
+        EulernetError: the model is not patched.
+
+    Example:
+        >>> import torch, eulernet
+        >>> layer = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        >>> layer = eulernet.patch(layer, h=[0.1, 0.2], example_inputs=torch.zeros(2, 5, 8))
+        >>> [(step.name, step.depth, step.h) for step in eulernet.steps(layer)]
+        [('<root>:0', 2, 0.1), ('<root>:1', 2, 0.2)]
+    """
+    return Steps([step for step, _ in _bound(model, "steps")])
+
+
+def set_h(model: Model, h: HLike) -> Model:
+    """Give the steps of a patched model new step factors; `h` as for `patch`. Compiled graphs are not compiled again.
+
+    Raises:
+        EulernetError: the model is not patched, or a value is wrong; then nothing is changed.
+
+    Example:
+        >>> import torch, eulernet
+        >>> layer = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        >>> layer = eulernet.patch(layer, h=0.1, example_inputs=torch.zeros(2, 5, 8))
+        >>> [step.h for step in eulernet.steps(eulernet.set_h(layer, {"<root>:0": 0.5, "*": 0.25}))]
+        [0.5, 0.25]
+    """
+    bound = _bound(model, "set_h")
+    for (_, factor), value in zip(bound, values(h, [step for step, _ in bound]), strict=True):
+        factor.set(value)
+    return model
+
+
+def unpatch(model: Model) -> Model:
+    """Make a patched model what it was; nothing of eulernet is left on it.
+
+    Raises:
+        EulernetError: the model is sharded by FSDP, which has changed its classes on top of the patch.
+
+    Example:
+        >>> import torch, eulernet
+        >>> layer = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        >>> layer = eulernet.patch(layer, h=0.1, example_inputs=torch.zeros(2, 5, 8))
+        >>> type(eulernet.unpatch(layer)) is torch.nn.TransformerEncoderLayer
+        True
+    """
+    for module in model.modules():
+        if _sharding(module):
+            raise EulernetError(
+                f"{type(module).__name__} is sharded by FSDP, whose classes are built on the patched ones. To "
+                "have h = 1 "
+                "call eulernet.set_h(model, 1.0); to be rid of the patch, load the state_dict into a model "
+                "that is not patched."
+            )
+    for module in model.modules():
+        restore_class(module)
+    return model
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Whether any module of the model holds a step of eulernet's.
+
+    Example:
+        >>> import torch, eulernet
+        >>> eulernet.is_patched(torch.nn.Linear(2, 2))
+        False
+    """
+    return any(isinstance(module, Patched) for module in model.modules())
+
+
+def _bound(model: nn.Module, caller: str) -> list[tuple[Step, functional.StepFactor]]:
+    if not isinstance(model, nn.Module):
+        raise EulernetError(f"eulernet.{caller} takes a torch.nn.Module, not {type(model).__name__}")
+    found = []
+    for name, module in _unwrapped(model).named_modules():
+        if isinstance(module, Patched):
+            for step, factor in zip(module._euler_steps, module._euler, strict=True):
+                suffix = step.name.rpartition(":")[1:] if ":" in step.name else ("", "")
+                found.append((replace(step, name=(name or ROOT) + "".join(suffix), h=factor.value), factor))
+    if not found:
+        raise EulernetError(
+            f"{type(model).__name__} is not patched; call eulernet.patch(model, h=0.1) first "
+            "(eulernet.find_steps(model) shows what that would change)"
+        )
+    return sorted(found, key=lambda pair: pair[0].index)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside wrappers that leave its modules as they are."""
+    while type(model).__name__ in ("OptimizedModule", "DistributedDataParallel", "DataParallel"):
+        model = getattr(model, "_orig_mod", None) or model.module  # type: ignore[assignment]
+    return model
+
+
+def _sharding(module: nn.Module) -> bool:
+    return any(cls.__name__ in ("FSDPModule", "FullyShardedDataParallel") for cls in type(module).__mro__)
+
+
+def _check(model: nn.Module, caller: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise EulernetError(f"eulernet.{caller} takes a torch.nn.Module, not {type(model).__name__}")
+    name = type(model).__name__
+    if _unwrapped(model) is not model:
+        inner, again = ("_orig_mod", "torch.compile") if name == "OptimizedModule" else ("module", name)
+        raise EulernetError(
+            f"{name} wraps the model. Patch the model itself, then wrap it: "
+            f"model = {again}(eulernet.{caller}(wrapped.{inner}{', h=0.1' if caller == 'patch' else ''}))"
+        )
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise EulernetError(
+                f"{path or ROOT} is a scripted or traced module ({type(module).__name__}), whose code is "
+                "compiled. Patch the "
+                "Python model it was made from, then use torch.jit.trace or torch.export."
+            )
+        if _sharding(module):
+            raise EulernetError(
+                f"{path or ROOT} is sharded by FSDP. Patch before sharding: eulernet.{caller}(model), then "
+                "fully_shard(model)."
+            )

@@ -1,0 +1,92 @@
+"""Results: one JSON line a trial, self-contained, and what is said about several of them."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+from collections.abc import Iterable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+Record = dict[str, Any]
+FILE = "records.jsonl"
+
+
+def environment(device: torch.device | str = "cpu") -> dict[str, str | int]:
+    """Versions and device, for a record."""
+    device = torch.device(device)
+    try:
+        ours = version("eulernet")
+    except PackageNotFoundError:  # run from a checkout that is not installed
+        ours = "not installed"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({platform.machine()})"
+    return {
+        "eulernet": ours,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": name,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def write_records(folder: Path, records: Iterable[Record]) -> Path:
+    """Write `folder/records.jsonl`, whole or not at all.
+
+    Numbers but those of the configuration keep five digits, and those that are not finite become null.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / FILE
+    unfinished = path.with_suffix(".unfinished")
+    with unfinished.open("w") as file:
+        for record in records:
+            short = {key: value if key == "config" else _compact(value) for key, value in record.items()}
+            file.write(json.dumps(short, allow_nan=False, separators=(",", ":")) + "\n")
+    os.replace(unfinished, path)
+    return path
+
+
+def read_records(folder: Path) -> list[Record]:
+    """The records of a folder, in the order in which they were written."""
+    return [json.loads(line) for line in (folder / FILE).read_text().splitlines()]
+
+
+def _compact(value: Any) -> Any:
+    """Five significant digits, and null for what JSON has no word for."""
+    if isinstance(value, dict):
+        return {key: _compact(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_compact(item) for item in value]
+    if isinstance(value, float):
+        return float(f"{value:.5g}") if math.isfinite(value) else None
+    return value
+
+
+# ---- statistics
+def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """The mean of independent values, and the ends of its 95 % interval by Student's t.
+
+    Example:
+        >>> mean, low, high = mean_interval([1.0, 2.0, 3.0])
+        >>> round(mean, 3), round(low, 3), round(high, 3)
+        (2.0, -0.484, 4.484)
+    """
+    mean = float(np.mean(values))
+    half = t_quantile(len(values) - 1) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    return mean, mean - half, mean + half
+
+
+def t_quantile(freedom: int, level: float = 0.95) -> float:
+    """The t that a Student variable of `freedom` degrees stays within, on both sides, with probability `level`.
+
+    The distribution function is integrated over the angle arctan(t / sqrt(freedom)), in which it is smooth and bounded.
+    """
+    angle = np.linspace(0.0, math.pi / 2, 100_001)
+    density = np.cos(angle) ** (freedom - 1)
+    mass = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
+    return math.tan(float(np.interp(level, mass / mass[-1], angle))) * math.sqrt(freedom)

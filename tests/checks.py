@@ -1,0 +1,151 @@
+"""What must hold of every patched model, whoever wrote it."""
+
+from __future__ import annotations
+
+import copy
+import random
+from typing import Any
+
+import torch
+from reference import reference, tensors
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+from zoo import Specimen, quiet
+
+import eulernet
+from eulernet import Step, Steps
+from eulernet._inputs import Call
+
+# Between (s + h * f) rounded twice and rounded once, in float64. What a model computes in float32 whatever it is given
+# (norms, rotary tables) rounds its input, and so may fall to the next float32: 6e-8, a few times over the depth.
+TOLERANCE = 1e-6
+
+
+def factor(step: Step) -> float:
+    """Near 0.3, and not the same for neighbours, so that a step that is given another one's h is seen."""
+    return 0.3 + 0.01 * (step.index % 7)
+
+
+def check(specimen: Specimen) -> Steps:
+    """Asserts all that patching promises of a model, and returns its steps.
+
+    With h the patched model equals the reference; with h = 1 it is bit-identical to the original: in eval mode, in
+    channels_last, in train mode with its gradients, under autocast; once unpatched, nothing is left.
+    """
+    original = specimen.model
+    with quiet():
+        expected = run(original, specimen.inputs)
+        model = copy.deepcopy(original)
+        before = snapshot(model)
+        assert eulernet.patch(model, factor, example_inputs=specimen.example) is model
+        steps = eulernet.steps(model)
+        assert len(steps) > 0
+        assert list(model.state_dict()) == list(original.state_dict())
+        check_scaled(original, model, steps, specimen.inputs, expected)
+        eulernet.set_h(model, 1)
+        assert_identical(run(model, specimen.inputs), expected)
+        check_identical(original, model, specimen)
+        eulernet.unpatch(model)
+        assert snapshot(model) == before
+        assert_identical(run(model, specimen.inputs), expected)
+    return steps
+
+
+def check_scaled(original: nn.Module, patched: nn.Module, steps: Steps, inputs: Call, unscaled: list[Tensor]) -> None:
+    """The patched model equals the reference, and differs from the original."""
+    original, patched = copy.deepcopy(original).double(), copy.deepcopy(patched).double()
+    inputs = in_dtype(inputs, torch.float64)
+    with reference(original, steps, [factor(step) for step in steps]):
+        expected = run(original, inputs)
+    result = run(patched, inputs)
+    assert len(result) == len(expected) == len(unscaled)
+    for ours, theirs in zip(result, expected, strict=True):
+        size = theirs[theirs.isfinite()].abs().max().item() if theirs.is_floating_point() and theirs.numel() else 0.0
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=TOLERANCE * max(size, 1e-3), equal_nan=True)
+    # in float32 the original would differ from itself in float64 by a thousandth of this
+    assert any(
+        a.shape != b.shape or not torch.allclose(a.double(), b.double(), rtol=0.01)
+        for a, b in zip(result, unscaled, strict=True)
+    )
+
+
+def check_identical(original: nn.Module, patched: nn.Module, specimen: Specimen) -> None:
+    """Patched with h = 1, a model gives the original's bits, dtypes and strides in each way of running it."""
+    inputs = specimen.inputs
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_identical(run(patched, inputs), run(original, inputs))
+    original, patched = copy.deepcopy(original), copy.deepcopy(patched)
+    if any(t.dim() == 4 for t in tensors(inputs)):
+        inputs = channels_last(inputs)
+        for model in (original, patched):
+            model.to(memory_format=torch.channels_last)
+        assert_identical(run(patched, inputs), run(original, inputs))
+        for model in (original, patched):
+            model.to(memory_format=torch.contiguous_format)
+    assert_identical(train(patched, specimen.training), train(original, specimen.training))
+
+
+def snapshot(model: nn.Module) -> list[Any]:
+    """Of each module its class and what its `__dict__` holds, parameters and buffers by identity."""
+    return [
+        (
+            name,
+            type(m),
+            list(vars(m)),
+            [*map(id, m._parameters.values())],
+            [*map(id, m._buffers.values())],
+            len(m._modules),
+        )
+        for name, m in model.named_modules()
+    ]
+
+
+def run(model: nn.Module, inputs: Call) -> list[Tensor]:
+    """All tensors of the output, in eval mode."""
+    seed()
+    args, kwargs = copy.deepcopy(inputs)  # some models write into their input
+    with torch.no_grad():
+        return tensors(model.eval()(*args, **kwargs))
+
+
+def train(model: nn.Module, inputs: Call) -> list[Tensor]:
+    """The output in train mode, the gradients of a random function of it, and the buffers afterwards."""
+    seed()
+    args, kwargs = copy.deepcopy(inputs)
+    output = tensors(model.train()(*args, **kwargs))
+    differentiable = [t for t in output if t.requires_grad]
+    sum((t * torch.randn_like(t)).sum() for t in differentiable).backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    assert gradients
+    return [t.detach() for t in output] + gradients + list(model.buffers())
+
+
+def assert_identical(ours: list[Tensor], theirs: list[Tensor]) -> None:
+    assert len(ours) == len(theirs) > 0
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a.dtype, a.shape, a.stride()) == (b.dtype, b.shape, b.stride())
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+def seed() -> None:
+    """All the generators that models draw from."""
+    random.seed(0)
+    torch.manual_seed(0)
+    try:
+        import numpy
+    except ImportError:
+        return
+    numpy.random.seed(0)
+
+
+def in_dtype(inputs: Call, dtype: torch.dtype) -> Call:
+    """The arguments with their floating-point tensors in another dtype."""
+    return tree_map(lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, inputs)
+
+
+def channels_last(inputs: Call) -> Call:
+    """The arguments with their images in channels_last."""
+    return tree_map(
+        lambda x: x.contiguous(memory_format=torch.channels_last) if isinstance(x, Tensor) and x.dim() == 4 else x,
+        inputs,
+    )

@@ -1,0 +1,1147 @@
+"""Random residual networks, each with what its generator knows of it.
+
+A network is Python source: a few small classes with `Network` on top, in a module that is imported from a file as any
+other. The source is made from one template in which the text between `<<` and `>>` belongs to the *twin* alone: the
+same network with its step factors written out, `x + self.h0 * f` where the network itself says `x + f`. Beside the two
+sources the generator states which additions are steps, of which kind, and how often each runs in a forward; every line
+that holds a step ends in the comment `# step`.
+
+>>> from hypothesis import find
+>>> network = find(random_networks(), lambda network: len(network.steps) == 1)
+>>> [step.module for step in network.steps]
+['u0']
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import linecache
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import count
+from pathlib import Path
+from types import ModuleType
+from typing import TypeVar
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+ROOT = "<root>"
+T = TypeVar("T")
+
+# What a network is put together from; the tests check that a run has met every name of every tuple.
+STREAMS = ("tokens", "conv1d", "conv2d")
+PRECISIONS = ("float64", "float32", "branch in bfloat16", "autocast")
+BLOCKS = ("single", "double", "parallel", "loop", "output module", "inherited", "super", "super and one more step")
+SITES = (
+    *("call", "called again", "checkpoint", "registered twice", "Sequential", "ModuleList", "wrapped", "inline"),
+    *("long", "projection", "siblings", "fusion", "plain"),
+)
+SHORTCUTS = ("input", "dropout", "clone", "activation", "cast", "normed", "scaled", "None or map", "Identity or map")
+MAPS = ("map", "map and norm", "norm and map", "pool and map", "slice and pad")
+BODIES = ("one module", "statements", "one expression", "method", "private")
+MIXERS = {
+    "tokens": ("attention", "MultiheadAttention", "GRU", "token mixing"),
+    "conv1d": ("depthwise", "pooling", "channels last"),
+    "conv2d": ("depthwise", "pooling", "channels last"),
+}
+INNER = ("none", "LoRA", "feed-through", "siblings in a branch", "split", "pooling residual", "response norm", "nested")
+BEFORE = ("nothing", "position", "expanded position", "mask", "noise", "gate", "doubling", "argument")
+STEMS = ("map to the stream", "position embedding", "class token", "queries")
+AFTER = ("nothing again", "activation after", "activation in place", "norm after")
+FORMS = (
+    *("a + b", "torch.add", "operator.add", "Tensor.add", "alpha", "a - b", "torch.sub", "views", "lines", "walrus"),
+    *("conditional", "alias", "function", "function with dropout", "method add", "static method", "nested function"),
+    *("lambda", "comprehension", "Add module", "FloatFunctional", "slice +=", "slice =", "slice add_", "slice and cat"),
+    *("skip +=", "skip -=", "skip add_", "operator.iadd", "function in place", "branch +=", "branch add_"),
+)
+PARALLEL = ("in one expression", "in turn", "branches first", "in place", "sum of branches first", "three")
+DOUBLE = ("one after the other", "two on one line", "two in one expression")
+FORWARDS = ("plain forward", "decorated", "not called self", "extra arguments", "nested decorators")
+FEATURES = frozenset(
+    (*STREAMS, *PRECISIONS, *STEMS, *BLOCKS, *SITES, *SHORTCUTS, *MAPS, *BODIES, *INNER, *BEFORE, *AFTER, *FORMS)
+) | {*PARALLEL, *DOUBLE, *FORWARDS, *MIXERS["tokens"], *MIXERS["conv1d"], "branch left"}
+
+HELPERS = {
+    "LayerScale": """
+class LayerScale(nn.Module):
+    def __init__(self, shape):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(shape))
+
+    def forward(self, x):
+        return x * self.gamma
+""",
+    "DropPath": """
+class DropPath(nn.Module):
+    def __init__(self, p):
+        super().__init__()
+        self.p = p
+
+    def forward(self, x):
+        if not self.training or self.p == 0.0:
+            return x
+        keep = torch.full((x.shape[0],) + (1,) * (x.ndim - 1), 1 - self.p, dtype=x.dtype, device=x.device)
+        return x * torch.bernoulli(keep) / (1 - self.p)
+""",
+    "Attention": """
+class Attention(nn.Module):
+    def __init__(self, dim, rotary, bias, mask):
+        super().__init__()
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.rotary = rotary
+        self.bias = nn.Parameter(torch.zeros(2, TOKENS, TOKENS)) if bias else None
+        self.register_buffer("mask", torch.full((TOKENS, TOKENS), -1e4).triu(1) if mask else None, persistent=False)
+
+    def rotate(self, x):
+        angle = torch.arange(TOKENS, dtype=x.dtype, device=x.device)[:, None].expand_as(x)
+        a, b = x.chunk(2, -1)
+        return x * angle.cos() + torch.cat([-b, a], -1) * angle.sin()
+
+    def forward(self, x):
+        n, t, d = x.shape
+        q, k, v = self.qkv(x).reshape(n, t, 3, 2, d // 2).permute(2, 0, 3, 1, 4).unbind(0)
+        if self.rotary:
+            q, k = self.rotate(q), self.rotate(k)
+        scores = q @ k.transpose(-2, -1)
+        if self.bias is not None:
+            scores = scores + self.bias.expand_as(scores)
+        if self.mask is not None:
+            scores = scores + self.mask
+        return self.proj((scores.softmax(-1) @ v).transpose(1, 2).reshape(n, t, d))
+""",
+    "Permuted": """
+class Permuted(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x.transpose(1, -1)).transpose(1, -1)
+""",
+    "LoRA": """
+class LoRA(nn.Module):
+    def __init__(self, base, down, up):
+        super().__init__()
+        self.base, self.down, self.up = base, down, up
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(x))
+""",
+    "FeedThrough": """
+class FeedThrough(nn.Module):
+    def __init__(self, scan, shape):
+        super().__init__()
+        self.scan = scan
+        self.D = nn.Parameter(torch.ones(shape))
+
+    def forward(self, x):
+        return self.scan(x) + x * self.D
+""",
+    "Siblings": """
+class Siblings(nn.Module):
+    def __init__(self, one, other):
+        super().__init__()
+        self.one, self.other = one, other
+
+    def forward(self, x):
+        return self.one(x) + self.other(x)
+""",
+    "Split": """
+class Split(nn.Module):
+    def __init__(self, one, other, dim):
+        super().__init__()
+        self.one, self.other, self.dim = one, other, dim
+
+    def forward(self, x):
+        a, b = x.chunk(2, self.dim)
+        a = self.one(a)
+        return torch.cat([a, self.other(a + b)], self.dim)
+""",
+    "PoolingResidual": """
+class PoolingResidual(nn.Module):
+    def __init__(self, pool):
+        super().__init__()
+        self.pool = pool
+
+    def forward(self, x):
+        return self.pool(x) - x
+""",
+    "ResponseNorm": """
+class ResponseNorm(nn.Module):
+    def __init__(self, shape, channels, space):
+        super().__init__()
+        self.gamma, self.beta = nn.Parameter(torch.zeros(shape)), nn.Parameter(torch.zeros(shape))
+        self.channels, self.space = channels, space
+
+    def forward(self, x):
+        g = x.norm(dim=self.space, keepdim=True)
+        return x + self.beta + self.gamma * (x * (g / (g.mean(self.channels, keepdim=True) + 1e-6)))
+""",
+    "Inner": """
+class Inner(nn.Module):
+    <<h0 = 1.0>>
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return x + <<self.h0 * >>self.layer(x)  # step
+""",
+    "Residual": """
+class Residual(nn.Module):
+    <<h0 = 1.0>>
+    def __init__(self, fn):
+        super().__init__()
+        self.fn = fn
+
+    def forward(self, x, **kwargs):
+        return <<self.h0 * >>self.fn(x, **kwargs) + x  # step
+""",
+    "Add": """
+class Add(nn.Module):
+    <<h0 = 1.0>>
+    def forward(self, a, b):
+        return a + <<self.h0 * >>b  # step
+""",
+    "SliceAndPad": """
+class SliceAndPad(nn.Module):
+    def __init__(self, pads, stride):
+        super().__init__()
+        self.pads, self.stride = pads, stride
+
+    def forward(self, x):
+        return F.pad(x[(slice(None), slice(None)) + (slice(None, None, self.stride),) * (x.ndim - 2)], self.pads)
+""",
+    "decorated": """
+def decorated(function):
+    @functools.wraps(function)
+    def wrapper(self, *args, **kwargs):
+        return function(self, *args, **kwargs)
+
+    return wrapper
+""",
+}
+
+HEADER = """import functools
+import operator
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+TOKENS = 4
+"""
+
+
+@dataclass(frozen=True)
+class KnownStep:
+    """A step as the generator knows it: `attribute` holds its factor on the twin's module of the same name.
+
+    The depth is the number of calls in the step's stream (None for a long step), the parent the module whose long step
+    has it in its branch.
+    """
+
+    name: str
+    module: str
+    attribute: str
+    kind: str
+    calls: int
+    places: int
+    depth: int | None
+    parent: str | None
+
+
+@dataclass(frozen=True)
+class RandomNetwork:
+    """The source of a network, the source of its twin, and what is known of both.
+
+    `shape` is the input's, `dtype` the parameters' and the input's; `autocast` says that the network is to be run
+    under bfloat16 autocast; `exact` that no tensor is rounded to bfloat16 on the way, so that factors other than powers
+    of two may be compared within a tolerance.
+    """
+
+    source: str = field(repr=False)
+    twin: str = field(repr=False)
+    steps: tuple[KnownStep, ...]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    autocast: bool
+    exact: bool
+    features: frozenset[str] = field(repr=False)
+
+
+# -- Inside: the template's parts -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Local:
+    """A step relative to the class that holds it; the kind "either" depends on whether the instance changes shape."""
+
+    path: str
+    attribute: str
+    kind: str
+    calls: int = 1
+    places: int = 1
+    parent: str | None = None
+    alone: bool = False  # in its stream
+
+    def inside(self, path: str, calls: int = 1, projects: bool = False) -> _Local:
+        """The same step, seen from the class that holds an instance of this one."""
+        kind = self.kind if self.kind != "either" else "projection" if projects else "identity"
+        parent = None if self.parent is None else _joined(path, self.parent)
+        return replace(self, path=_joined(path, self.path), kind=kind, calls=self.calls * calls, parent=parent)
+
+
+def _joined(path: str, below: str) -> str:
+    return f"{path}.{below}".strip(".")
+
+
+@dataclass(frozen=True)
+class _Op:
+    """One operation of a branch. `call` holds {x} and, where there is a module, {m}; `saved` says that autograd keeps
+    the result, so that nothing may write into it; `idle` that the operation may hand its input through."""
+
+    call: str
+    module: str | None = None
+    saved: bool = False
+    idle: bool = False
+    inner: tuple[_Local, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Branch:
+    """Code that takes x to f: statements, then an expression in x that is f."""
+
+    lines: list[str]
+    value: str
+    writable: bool
+    inner: list[_Local]
+
+
+@dataclass
+class _Class:
+    name: str
+    base: str = "nn.Module"
+    signature: str = ", dim, out, drop"
+    arguments: str = ", x"
+    init: list[str] = field(default_factory=list)
+    forward: list[str] = field(default_factory=list)
+    methods: list[str] = field(default_factory=list)
+    steps: list[_Local] = field(default_factory=list)
+    functions: set[str] = field(default_factory=set)
+    factors: Iterator[int] = field(default_factory=count)
+    projects: bool = False
+    forward_style: str = "plain forward"
+
+    def factor(self, kind: str, places: int = 1, calls: int = 1) -> str:
+        """One more step of this class: the attribute of its factor."""
+        attribute = f"h{next(self.factors)}"
+        self.steps.append(_Local("", attribute, kind, calls, places))
+        return attribute
+
+    def template(self) -> str:
+        own = [step.attribute for step in self.steps if not step.path]
+        extra = ", *args, scale=None, **kwargs" if self.forward_style == "extra arguments" else ""
+        decorators = {"decorated": 1, "nested decorators": 2}.get(self.forward_style, 0)
+        forward = [
+            *["@decorated"] * decorators,
+            f"def forward(self{self.arguments}{extra}):",
+            *(f"    {line}" for line in self.forward),
+        ]
+        if self.forward_style == "not called self":
+            forward = [re.sub(r"\bself\b", "this", line) for line in forward]
+        inherited = self.signature.removeprefix(", ") if self.base != "nn.Module" else ""
+        lines = [
+            *([f"<<{' = '.join(own)} = 1.0>>"] if own else []),
+            *(f"def __init__(self{self.signature}):", f"    super().__init__({inherited})"),
+            *(f"    {line}" for line in self.init),
+        ]
+        for method in ["\n".join(forward)] * bool(self.forward) + self.methods:
+            lines += ["", *method.splitlines()]
+        return "\n".join([f"class {self.name}({self.base}):", *(f"    {line}".rstrip() for line in lines)])
+
+
+class _Writer:
+    """Draws the choices and writes the template."""
+
+    def __init__(self, choices: bytes) -> None:
+        self.choices = iter(choices)
+        self.features: set[str] = set()
+        self.helpers: dict[str, str] = {}
+        self.classes: list[str] = []
+        self.functions: list[str] = []
+        self.blocks: list[_Class] = []
+        self.names = count()
+        self.stream = self.pick(STREAMS)
+        self.precision = self.pick(PRECISIONS)
+        self.tokens = self.stream == "tokens"
+        self.space = {"tokens": 1, "conv1d": 1, "conv2d": 2}[self.stream]
+        self.conv, self.batch_norm, self.pool = (f"nn.{name}{self.space}d" for name in ("Conv", "BatchNorm", "AvgPool"))
+
+    def below(self, n: int) -> int:
+        """The next choice; 0, the simplest, once the bytes are used up."""
+        return next(self.choices, 0) % n
+
+    def maybe(self) -> bool:
+        return self.below(2) == 1
+
+    def choose(self, *options: T) -> T:
+        return options[self.below(len(options))]
+
+    def pick(self, options: Iterable[str], *excluded: str) -> str:
+        """A choice that counts as a feature of the network."""
+        choice = self.choose(*(option for option in options if option not in excluded))
+        self.features.add(choice)
+        return choice
+
+    def helper(self, name: str) -> str:
+        self.helpers[name] = HELPERS[name].strip()
+        return name
+
+    # Operations.
+
+    def scale_shape(self, width: str) -> str:
+        return width if self.tokens else f"({width}{', 1' * self.space})"
+
+    def full_shape(self, width: str) -> str:
+        return f"1, TOKENS, {width}" if self.tokens else f"1, {width}{', 1' * self.space}"
+
+    def linear(self, a: str, b: str, stride: str = "1") -> str:
+        if self.tokens:
+            return f"nn.Linear({a}, {b})"
+        return f"{self.conv}({a}, {b}, 3, {stride}, 1)" if self.maybe() else f"{self.conv}({a}, {b}, 1, {stride})"
+
+    def norm(self, width: str) -> str:
+        if self.tokens:
+            # Under autocast an RMSNorm warns that its input and its weight differ in dtype.
+            return f"nn.{self.choose('LayerNorm', *(['RMSNorm'] if self.precision != 'autocast' else []))}({width})"
+        return f"{self.batch_norm}({width})" if self.maybe() else f"nn.GroupNorm(2, {width})"
+
+    def activation(self, into_place: bool) -> _Op:
+        if into_place and self.maybe():
+            return _Op("{m}({x})", "nn.ReLU(inplace=True)", saved=True)
+        name = self.choose("ReLU", "GELU", "SiLU", "Tanh")
+        saved = name in ("ReLU", "Tanh")
+        if self.maybe():
+            return _Op(f"{'torch' if name == 'Tanh' else 'F'}.{name.lower()}({{x}})", saved=saved)
+        return _Op("{m}({x})", f"nn.{name}()", saved=saved)
+
+    def mixer(self, width: str) -> _Op:
+        match self.pick(MIXERS[self.stream]):
+            case "attention":
+                flags = ", ".join(f"{name}={self.maybe()}" for name in ("rotary", "bias", "mask"))
+                return _Op("{m}({x})", f"{self.helper('Attention')}({width}, {flags})")
+            case "MultiheadAttention":
+                module = f"nn.MultiheadAttention({width}, 2, batch_first=True)"
+                return _Op("{m}({x}, {x}, {x}, need_weights=False)[0]", module)
+            case "GRU":
+                return _Op("{m}({x})[0]", f"nn.GRU({width}, {width}, batch_first=True)", saved=True)
+            case "token mixing":
+                return _Op("{m}({x})", f"{self.helper('Permuted')}(nn.Linear(TOKENS, TOKENS))")
+            case "depthwise":
+                return _Op("{m}({x})", f"{self.conv}({width}, {width}, 3, 1, 1, groups={width})")
+            case "pooling":
+                return _Op("{m}({x})", f"{self.pool}(3, 1, 1)")
+            case _:
+                return _Op("{m}({x})", f"{self.helper('Permuted')}(nn.Linear({width}, {width}))")
+
+    def inner(self, width: str, nested: bool) -> list[_Op]:
+        """Additions inside a branch; of all of them only the nested residual is a step."""
+        excluded = ["nested"] * (not nested) + ["pooling residual"] * self.tokens
+        choice = self.pick(INNER, *excluded)
+        half = f"{width} // 2"
+        module = {
+            "LoRA": lambda: f"LoRA({self.linear(width, width)}, {self.linear(width, '2')}, {self.linear('2', width)})",
+            "feed-through": lambda: (
+                f"FeedThrough(nn.Sequential({self.linear(width, width)}, nn.SiLU(), {self.linear(width, width)}), "
+                f"{self.scale_shape(width)})"
+            ),
+            "siblings in a branch": lambda: f"Siblings({self.linear(width, width)}, {self.linear(width, width)})",
+            "split": lambda: f"Split({self.linear(half, half)}, {self.linear(half, half)}, {-1 if self.tokens else 1})",
+            "pooling residual": lambda: f"PoolingResidual({self.pool}(3, 1, 1, count_include_pad=False))",
+            "response norm": lambda: (
+                f"ResponseNorm({self.scale_shape(width)}, "
+                + ("-1, 1)" if self.tokens else f"1, {tuple(range(2, 2 + self.space))})")
+            ),
+            "nested": lambda: f"Inner({self.linear(width, width)})",
+        }.get(choice)
+        if module is None:
+            return []
+        text = module()
+        self.helper(text.partition("(")[0])
+        return [_Op("{m}({x})", text, inner=(_Local("", "h0", "identity", alone=True),) if choice == "nested" else ())]
+
+    def branch(
+        self, cls: _Class, name: str, a: str = "dim", b: str = "dim", stride: str = "1",
+        *, deep: bool = False, nested: bool = False, last: bool = True, bodies: tuple[str, ...] = BODIES,
+    ) -> _Branch:  # fmt: skip
+        """A branch from width `a` to width `b`; a deep one has at least two maps with an activation between them."""
+        ops: list[_Op] = []
+        if self.maybe():
+            ops.append(_Op("{m}({x})", self.norm(a)))
+            if self.maybe():
+                ops.append(self.activation(into_place=True))
+        if deep or self.maybe():
+            hidden = self.choose(a, f"{a} * 2")
+            ops.append(_Op("{m}({x})", self.linear(a, hidden, stride)))
+            if self.maybe():
+                ops.append(_Op("{m}({x})", self.norm(hidden)))
+            ops += [self.activation(into_place=True), _Op("{m}({x})", self.linear(hidden, b))]
+        else:
+            ops.append(_Op("{m}({x})", self.linear(a, b, stride)))
+        if self.maybe():
+            ops.append(self.mixer(b))
+        ops += self.inner(b, nested)
+        if self.maybe():
+            ops.append(_Op("{m}({x})", self.norm(b)))
+        if self.maybe():
+            ops.append(self.activation(into_place=not ops[-1].saved))
+        if self.maybe():
+            scale = self.scale_shape(b)
+            ops.append(_Op("{m}({x})", f"{self.helper('LayerScale')}({scale})") if self.maybe()
+                       else _Op("{x} * {m}", f"nn.Parameter(torch.ones({scale}))"))  # fmt: skip
+        if self.maybe():
+            ops.append(_Op("{m}({x})", "nn.Dropout(drop)", idle=True) if self.maybe()
+                       else _Op("F.dropout({x}, 0.2, self.training)", idle=True))  # fmt: skip
+        if self.maybe():
+            ops.append(_Op("{m}({x})", f"{self.helper('DropPath')}(drop)", idle=True))
+        if self.precision == "branch in bfloat16" and last and self.maybe():
+            ops.append(_Op("{x}.to(torch.bfloat16)"))
+        writable = not next(op for op in reversed(ops) if not op.idle).saved
+        return self.body(cls, name, ops, writable, bodies)
+
+    def body(self, cls: _Class, name: str, ops: list[_Op], writable: bool, bodies: tuple[str, ...]) -> _Branch:
+        """The same operations in one of several ways of writing a branch down."""
+        plain = all(op.module and op.call == "{m}({x})" for op in ops)
+        unfit = [] if plain else ["one module", "private"]
+        if any(op.call.count("{x}") > 1 for op in ops):
+            unfit.append("one expression")
+        choice = self.pick(bodies, *unfit)
+        if choice in ("one module", "private"):
+            private = choice == "private"
+            attribute = f"__{name}" if private else name
+            path = f"_{cls.name}{attribute}" if private else name
+            cls.init.append(f"self.{attribute} = nn.Sequential({', '.join(op.module or '' for op in ops)})")
+            inner = [step.inside(f"{path}.{i}") for i, op in enumerate(ops) for step in op.inner]
+            return _Branch([], f"self.{attribute}(x)", writable, inner)
+        calls = []
+        for i, op in enumerate(ops):
+            if op.module:
+                cls.init.append(f"self.{name}_{i} = {op.module}")
+            calls.append(op.call.replace("{m}", f"self.{name}_{i}"))
+        inner = [step.inside(f"{name}_{i}") for i, op in enumerate(ops) for step in op.inner]
+        if choice == "one expression":
+            value = "x"
+            for call in calls:
+                value = call.replace("{x}", f"({value})" if " * " in value else value)
+            return _Branch([], f"({value})" if calls[-1].startswith("{x} *") else value, writable, inner)
+        variable = name if choice == "statements" else "y"
+        lines = [f"{variable} = {call.replace('{x}', variable if i else 'x')}" for i, call in enumerate(calls)]
+        if choice == "method":
+            cls.methods.append("\n".join([f"def {name}(self, x):", *(f"    {line}" for line in lines), "    return y"]))
+            return _Branch([], f"self.{name}(x)", writable, inner)
+        return _Branch(lines, variable, writable, inner)
+
+    def shortcut(self, cls: _Class, name: str, kind: str) -> tuple[list[str], str, str, bool]:
+        """Statements, the skip's expression, the step's kind, and whether the skip may be written into."""
+        match kind:
+            case "dropout":
+                cls.init.append(f"self.{name}_skip = nn.Dropout(drop)")
+                return [], f"self.{name}_skip(x)", "identity", False
+            case "clone":
+                return [], "x.clone()", "identity", True
+            case "activation":
+                return [], self.choose("F.gelu(x)", "torch.tanh(x)"), "identity", False
+            case "cast":
+                return [], "x.double().to(x.dtype)" if self.maybe() else "x.view_as(x)", "identity", False
+            case "normed":
+                cls.init.append(f"self.{name}_pre = {self.norm('dim')}")
+                return [f"x = self.{name}_pre(x)"], "x", "identity", False
+            case "scaled":
+                cls.init.append(f"self.{name}_scale = nn.Parameter(torch.ones({self.scale_shape('dim')}))")
+                return [], f"(x * self.{name}_scale)", "projection", False
+            case "None or map" | "Identity or map":
+                cls.projects = True
+                otherwise = "None" if kind == "None or map" else "nn.Identity()"
+                cls.init += [f"self.shortcut = {otherwise}", "if dim != out:", f"    self.shortcut = {self.map()}"]
+                if kind == "Identity or map":
+                    return [], "self.shortcut(x)", "either", False
+                if self.maybe():
+                    return [], "(x if self.shortcut is None else self.shortcut(x))", "either", False
+                return ["s = x", "if self.shortcut is not None:", "    s = self.shortcut(x)"], "s", "either", False
+            case _:
+                return [], "x", "identity", False
+
+    def map(self) -> str:
+        """A projection from `dim` to `out` that halves the resolution of images and sequences."""
+        one = "nn.Linear(dim, out, bias=False)" if self.tokens else f"{self.conv}(dim, out, 1, 2, bias=False)"
+        match self.pick(MAPS, *(["pool and map"] if self.tokens else [])):
+            case "map":
+                return one
+            case "map and norm":
+                return f"nn.Sequential({one}, {self.norm('out')})"
+            case "norm and map":
+                return f"nn.Sequential({self.norm('dim')}, {one})"
+            case "pool and map":
+                return f"nn.Sequential({self.pool}(2, 2, ceil_mode=True), {self.conv}(dim, out, 1))"
+            case _:
+                pads = "(0, out - dim)" if self.tokens else f"({'0, 0, ' * self.space}0, out - dim)"
+                return f"{self.helper('SliceAndPad')}({pads}, {1 if self.tokens else 2})"
+
+    def addition(self, cls: _Class, skip: str, branch: _Branch, kind: str, skip_writable: bool = False) -> list[str]:
+        """Statements that leave the step's result in x."""
+        form = self.pick(FORMS, *([] if branch.writable else FORMS[-2:]))
+        into = skip if skip_writable else f"({skip}).clone()"
+        f = branch.value
+        if form == "Add module":
+            attribute = f"add{next(self.names)}"
+            cls.init.append(f"self.{attribute} = {self.helper('Add')}()")
+            cls.steps.append(_Local(attribute, "h0", kind))
+            return [f"x = self.{attribute}({skip}, {f})"]
+        if form == "FloatFunctional":
+            attribute = f"add{next(self.names)}"
+            cls.init.append(f"self.{attribute} = torch.ao.nn.quantized.FloatFunctional()")
+            cls.init.append(f"<<self.{attribute}.h0 = 1.0>>")
+            cls.steps.append(_Local(attribute, "h0", kind))
+            return [f"x = self.{attribute}.add({skip}, <<self.{attribute}.h0 * >>{f})"]
+        if form.startswith("slice") and kind != "long":
+            kind = "projection"  # a slice is a shape-matching map
+        h = cls.factor(kind)
+        scaled, mark = f"<<self.{h} * >>", "  # step"
+        left, right = skip, scaled + f
+        flip = form not in ("a - b", "torch.sub", "alias") and self.maybe()
+        if flip:
+            left, right = right, left
+            self.features.add("branch left")
+        pair = f"{left}, {right}"
+        back = ["x = x.to(dtype)"] if self.precision == "branch in bfloat16" else []
+        remember = ["dtype = x.dtype"] if back else []
+        unique = f"merge{next(self.names)}"
+        a, b = ("<<h * >>b", "a") if flip else ("a", "<<h * >>b")
+        match form:
+            case "a + b":
+                return [f"x = {left} + {right}{mark}"]
+            case "torch.add" | "operator.add":
+                return [f"x = {form}({pair}){mark}"]
+            case "Tensor.add":
+                return [f"x = ({left}).add({right}){mark}"]
+            case "alpha":
+                return [f"x = torch.add({pair}, alpha=0.7){mark}"]
+            case "a - b":
+                return [f"x = {skip} - {scaled}{f}{mark}"]
+            case "torch.sub":
+                return [f"x = torch.sub({skip}, {scaled}{f}){mark}"]
+            case "views":
+                return [f"x = ({left}).transpose(1, -1) + ({right}).transpose(1, -1){mark}", "x = x.transpose(1, -1)"]
+            case "lines":
+                return ["x = (", f"    {left}{mark}", f"    + {right}{mark}", ")"]
+            case "walrus":
+                return [f"x = F.gelu(y := {left} + {right}){mark}"]
+            case "conditional":
+                cls.init.append("self.residual = True")
+                return [f"x = {left} + {right} if self.residual else {f}{mark}"]
+            case "alias":
+                return [f"y = {skip}", f"x = y + {scaled}{f}{mark}"]
+            case "function" | "function with dropout" | "function in place":
+                name = self.function(cls, form)
+                extra = ", 0.2, self.training" if "dropout" in name else ""
+                return [f"x = {name}({into if 'place' in form else skip}, {f}{extra}<<, self.{h}>>)"]
+            case "method add":
+                a, b = a.replace("h *", f"self.{h} *"), b.replace("h *", f"self.{h} *")
+                cls.methods.append(f"def {unique}(self, a, b):\n    return {a} + {b}{mark}")
+                return [f"x = self.{unique}({skip}, {f})"]
+            case "static method":
+                cls.methods.append(f"@staticmethod\ndef {unique}(a, b<<, h>>):\n    return {a} + {b}{mark}")
+                return [f"x = self.{unique}({skip}, {f}<<, self.{h}>>)"]
+            case "nested function":
+                define = [f"def {unique}(a, b<<, h>>):", f"    return {a} + {b}{mark}"]
+                return [*define, f"x = {unique}({skip}, {f}<<, self.{h}>>)"]
+            case "lambda":
+                return [f"{unique} = lambda a, b<<, h>>: {a} + {b}{mark}", f"x = {unique}({skip}, {f}<<, self.{h}>>)"]
+            case "comprehension":
+                a, b = a.replace("h *", f"self.{h} *"), b.replace("h *", f"self.{h} *")
+                return [f"(x,) = [{a} + {b} for a, b in [({skip}, {f})]]{mark}"]
+            case "slice +=":
+                return [f"f = {f}", f"y = ({skip}).clone()", f"y[:, 1:] += {scaled}f[:, 1:]{mark}", "x = y"]
+            case "slice =":
+                return [f"f = {f}", f"y = ({skip}).clone()", f"y[:, 1:] = y[:, 1:] + {scaled}f[:, 1:]{mark}", "x = y"]
+            case "slice add_":
+                return [f"f = {f}", f"y = ({skip}).clone()", f"y[:, 1:].add_({scaled}f[:, 1:]){mark}", "x = y"]
+            case "slice and cat":
+                first, rest = f"({left})[:, 1:]", f"({right})[:, 1:]"
+                return [f"y = {first} + {rest}{mark}", f"x = torch.cat([({skip})[:, :1], y], 1)"]
+            case "skip +=":
+                return [f"y = {into}", f"y += {scaled}{f}{mark}", "x = y"]
+            case "skip -=":
+                return [f"y = {into}", f"y -= {scaled}{f}{mark}", "x = y"]
+            case "skip add_":
+                return [f"y = {into}", f"x = y.add_({scaled}{f}){mark}"]
+            case "operator.iadd":
+                return [f"y = {into}", f"x = operator.iadd(y, {scaled}{f}){mark}"]
+            case "branch +=":
+                return [*remember, f"f = {f}", f"<<f.mul_(self.{h}); >>f += {skip}{mark}", "x = f", *back]
+            case _:
+                return [*remember, f"f = {f}", f"<<f.mul_(self.{h}); >>x = f.add_({skip}){mark}", *back]
+
+    def function(self, cls: _Class, form: str) -> str:
+        """A free function that adds: a new one, or one that another class calls as well."""
+        prefix = {"function": "add", "function with dropout": "dropout_add", "function in place": "add_into"}[
+            form
+        ] + "_"
+        known = [name for name in re.findall(r"def (\w+)", "\n".join(self.functions)) if name.startswith(prefix)]
+        known = [name for name in known if name not in cls.functions]
+        if known and self.maybe():
+            name = self.choose(*known)
+        else:
+            name = f"{prefix}{next(self.names)}"
+            body = {
+                "function": [f"return {'<<h * >>b + a' if self.maybe() else 'a + <<h * >>b'}  # step"],
+                "function with dropout": ["b = F.dropout(b, p, training)", "return a + <<h * >>b  # step"],
+                "function in place": ["a += <<h * >>b  # step", "return a"],
+            }[form]
+            arguments = "a, b, p, training<<, h>>" if "dropout" in name else "a, b<<, h>>"
+            self.functions.append("\n".join([f"def {name}({arguments}):", *(f"    {line}" for line in body)]))
+        cls.functions.add(name)
+        return name
+
+    # Statements around a step.
+
+    def before(self, cls: _Class) -> list[str]:
+        """An addition to the state that is not a step."""
+        choice = self.pick(BEFORE)
+        if choice in ("position", "expanded position"):
+            cls.init.append(f"self.position = nn.Parameter(torch.zeros({self.full_shape('dim')}))")
+        if choice == "argument":
+            cls.arguments = ", x, pos"
+        return {
+            "nothing": [],
+            "position": ["x = x + self.position"],
+            "expanded position": ["x = self.position.expand_as(x) + x"],
+            "mask": ["mask = torch.zeros_like(x[0]).fill_(0.5)", "x = x + mask.expand_as(x)"],
+            "noise": ["x = x + 0.1 * torch.randn_like(x)"],
+            "gate": ["x = x + x * torch.sigmoid(x)"],
+            "doubling": ["x = x + x"],
+            "argument": ["x = x + pos.expand_as(x)"],
+        }[choice]
+
+    def after(self, cls: _Class, name: str, width: str, fresh: bool = True) -> list[str]:
+        """What follows a step; only a fresh x may be written into."""
+        match self.pick(AFTER, *([] if fresh else ["activation in place"])):
+            case "activation after":
+                return [f"x = {self.choose('F.relu', 'F.gelu', 'torch.tanh')}(x)"]
+            case "activation in place":
+                return ["x = F.relu(x, inplace=True)"]
+            case "norm after":
+                cls.init.append(f"self.{name}_after = {self.norm(width)}")
+                return [f"x = self.{name}_after(x)"]
+            case _:
+                return []
+
+    # Classes.
+
+    def finish(self, cls: _Class) -> _Class:
+        if cls.forward:
+            cls.forward.append("return x")
+            self.features.add(cls.forward_style)
+            if "decorat" in cls.forward_style:
+                self.helper("decorated")
+        self.classes.append(cls.template())
+        return cls
+
+    def new_class(self, name: str, **options: str) -> _Class:
+        return _Class(f"{name}{next(self.names)}", **options)
+
+    def step(self, cls: _Class, name: str, shortcut: str = "input") -> list[str]:
+        """Statements that take x through one step."""
+        lines, skip, kind, writable = self.shortcut(cls, name, shortcut)
+        width, stride = "dim", "1"
+        if kind == "either":
+            width, stride = "out", "1" if self.tokens else "1 if dim == out else 2"
+        branch = self.branch(cls, name, "dim", width, stride, deep=kind != "identity", nested=kind == "identity")
+        size = len(cls.steps)
+        added = self.addition(cls, skip, branch, "long" if branch.inner else kind, skip_writable=writable)
+        cls.steps[size:size] = [replace(step, parent=cls.steps[-1].path) for step in branch.inner]
+        return [*lines, *branch.lines, *added, *self.after(cls, name, width)]
+
+    def block(self, projects: bool = False) -> _Class:
+        """A class with one or more steps, built as `Block(dim, out, drop)`; `projects`: `out` may differ from `dim`."""
+        cls = self.new_class("Block", forward_style=self.choose(*FORWARDS))
+        cls.forward += self.before(cls)
+        if projects:
+            cls.forward += self.step(cls, "body", self.pick(SHORTCUTS[-2:]))
+            return self.finish(cls)
+        match self.pick(BLOCKS):
+            case "single":
+                cls.forward += self.step(cls, "body", self.pick(SHORTCUTS))
+            case "double":
+                self.double(cls)
+            case "parallel":
+                self.parallel(cls)
+            case "loop":
+                self.loop(cls)
+            case "output module":
+                self.output_module(cls)
+            case choice:
+                return self.inheriting(cls, choice)
+        return self.finish(cls)
+
+    def double(self, cls: _Class) -> None:
+        """Two steps, as in a transformer's block."""
+        choice = self.pick(DOUBLE)
+        if choice == "one after the other":
+            for name in ("first", "second"):
+                cls.forward += self.step(cls, name, self.pick(SHORTCUTS[:-2]))
+            return
+        bodies = tuple(body for body in BODIES if body != "statements")
+        branches = [self.branch(cls, name, bodies=bodies) for name in ("first", "second")]
+        first, second = (f"<<self.{cls.factor('identity')} * >>{branch.value}" for branch in branches)
+        cls.forward.append(
+            f"x = x + {first}; x = x + {second}  # step"
+            if choice == "two on one line"
+            else f"x = (x := x + {first}) + {second}  # step"
+        )
+
+    def parallel(self, cls: _Class) -> None:
+        """Several branches of one state."""
+        choice = self.pick(PARALLEL)
+        cls.forward.append("state = x")
+        if self.maybe():
+            cls.init.append(f"self.before = {self.norm('dim')}")
+            cls.forward.append("x = self.before(x)")
+        branches = [self.branch(cls, name) for name in ("a", "b", "c")[: 3 if choice == "three" else 2]]
+        siblings = choice == "sum of branches first"
+        h = cls.factor("identity" if siblings else "parallel", places=1 if siblings else len(branches))
+        for branch in branches:
+            cls.forward += branch.lines
+        values = [branch.value for branch in branches]
+        a, b, *_ = scaled = [f"<<self.{h} * >>{value}" for value in values]
+        cls.forward += {
+            "in one expression": [f"x = state + {a} + {b}  # step"],
+            "in turn": [f"y = state + {a}  # step", f"x = y + {b}  # step"],
+            "branches first": [f"x = {b} + ({a} + state)  # step"],
+            "in place": [f"y = state + {a}  # step", f"y += {b}  # step", "x = y"],
+            "sum of branches first": [f"x = <<self.{h} * >>({values[0]} + {values[1]}) + state  # step"],
+            "three": [f"x = state + {' + '.join(scaled)}  # step"],
+        }[choice]
+        cls.forward += self.after(cls, "all", "dim")
+
+    def loop(self, cls: _Class) -> None:
+        """One addition that several branches run through in turn."""
+        n = 1 + self.below(3)
+        body = f"nn.Sequential({self.norm('dim')}, {self.linear('dim', 'dim')}, nn.GELU())"
+        cls.init.append(f"self.bodies = nn.ModuleList([{body} for _ in range({n})])")
+        h = cls.factor("identity", calls=n)
+        cls.forward += ["for body in self.bodies:", f"    x = x + <<self.{h} * >>body(x)  # step"]
+
+    def output_module(self, cls: _Class) -> None:
+        """A branch that the caller begins and a module of its own ends, as in BERT."""
+        output = self.new_class("Output", signature=", dim, drop", arguments=", hidden, residual")
+        branch = self.branch(output, "dense")
+        output.forward += ["x = hidden", *branch.lines, *self.addition(output, "residual", branch, "identity")]
+        output.forward += self.after(output, "sum", "dim")
+        self.finish(output)
+        start = self.branch(cls, "body", last=False)
+        cls.init.append(f"self.output = {output.name}(dim, drop)")
+        cls.forward += [*start.lines, f"x = self.output({start.value}, x)"]
+        cls.steps += [step.inside("output") for step in output.steps]
+
+    def inheriting(self, base: _Class, choice: str) -> _Class:
+        """A class that has its forward, or a part of it, from another."""
+        base.forward += self.step(base, "body", self.pick(SHORTCUTS))
+        if choice == "super and one more step":
+            base.projects = False
+        self.finish(base)
+        cls = self.new_class("Derived", base=base.name, arguments=base.arguments)
+        cls.projects, cls.steps, cls.factors = base.projects, list(base.steps), base.factors
+        cls.functions = base.functions
+        if choice == "inherited":
+            return self.finish(cls)
+        parent = self.choose("super()", f"super({cls.name}, self)")
+        call = [f"x = {parent}.forward({cls.arguments.removeprefix(', ')})"]
+        if choice == "super":
+            cls.forward = [
+                *self.after(cls, "early", "dim", fresh=False),
+                *call,
+                *self.after(cls, "late", "out", fresh=False),
+            ]
+        elif self.maybe():
+            cls.forward = [*call, *self.step(cls, "more")]
+        else:
+            cls.steps = []
+            cls.forward = [*self.step(cls, "more"), *call]
+            cls.steps += base.steps
+        return self.finish(cls)
+
+    # Where blocks are called.
+
+    def some_block(self, projects: bool = False, trunk: bool = True) -> _Class:
+        """A class that exists already, or a new one; in a long step's branch one without projections.
+
+        Alone in another step's branch a projection is no step, as the sum of a LoRA layer is none.
+        """
+        known = [block for block in self.blocks if block.projects or not projects]
+        if not trunk:
+            known = [block for block in known if all(step.kind != "projection" for step in block.steps)]
+        while not known or (len(self.blocks) < 3 and self.maybe()):
+            self.blocks.append(self.block(projects))
+            if trunk or all(step.kind != "projection" for step in self.blocks[-1].steps):
+                return self.blocks[-1]
+        return self.choose(*known)
+
+    def build(self, block: _Class, width: int, out: int | None = None) -> str:
+        return f"{block.name}({width}, {out or width}, {self.choose('0.0', '0.1', '0.3')})"
+
+    def call(self, cls: _Class, block: _Class, path: str, width: int) -> str:
+        """A call of the block `path` on x; some want a position embedding, which layers of one width share."""
+        if "pos" not in block.arguments:
+            return f"{path}({self.choose('x', 'x=x')})"
+        parameter = f"self.pos{width} = nn.Parameter(torch.zeros({self.full_shape(str(width))}))"
+        if parameter not in cls.init:
+            cls.init.append(parameter)
+        return f"{path}(x, {self.choose('', 'pos=')}self.pos{width})"
+
+    def site(self, cls: _Class, name: str, width: int, trunk: bool = True) -> int:
+        """Statements of `cls` that take x on, and x's new width; outside the trunk the width stays."""
+        excluded = [] if trunk else ["inline", "projection", "fusion"]
+        choice = self.pick(SITES, *excluded, *([] if self.stream == "conv2d" else ["fusion"]))
+        path, w, out = f"self.{name}", str(width), 12 - width
+        match choice:
+            case "wrapped":
+                n = 1 + self.below(2)
+                bodies = [f"nn.Sequential({self.norm(w)}, {self.linear(w, w)}, nn.Tanh())" for _ in range(n)]
+                cls.init.append(f"{path} = nn.Sequential({', '.join(f'Residual({body})' for body in bodies)})")
+                cls.forward.append(f"x = {path}(x)")
+                cls.steps += [_Local(f"{name}.{i}", "h0", "identity") for i in range(n)]
+                self.helper("Residual")
+                return width
+            case "inline":
+                part = _Class(cls.name, factors=cls.factors, functions=cls.functions)
+                cls.forward += self.step(part, name, self.pick(SHORTCUTS[:-2]))
+                cls.init += [re.sub(r"\bdim\b", w, line).replace("drop)", "0.1)") for line in part.init]
+                cls.methods += part.methods
+                cls.steps += part.steps
+                return width
+            case "long":
+                stage = self.stage(width, nested=trunk)
+                cls.init.append(f"{path} = {stage.name}()")
+                cls.forward.append(f"x = {path}(x)")
+                cls.steps += [step.inside(name) for step in stage.steps]
+                return width
+            case "siblings":
+                for branch in "ab":
+                    maps = f"{self.linear(w, w)}, nn.SiLU(), {self.linear(w, w)}"
+                    cls.init.append(f"{path}_{branch} = nn.Sequential({maps})")
+                cls.forward.append(f"x = {path}_a(x) + {path}_b(x)")
+                return width
+            case "plain":
+                cls.init.append(f"{path} = {self.linear(w, w)}")
+                cls.forward.append(f"x = F.gelu({path}(x))")
+                return width
+        block = self.some_block(choice in ("projection", "fusion"), trunk)
+        call = self.call(cls, block, path, width)
+        match choice:
+            case "projection" | "fusion":
+                cls.init.append(f"{path} = {self.build(block, width, out)}")
+                cls.steps += [step.inside(name, projects=True) for step in block.steps]
+                if choice == "projection":
+                    cls.forward.append(f"x = {call}")
+                    return out
+                cls.init += [f"{path}_{i} = {self.conv}({c}, {w}, 1)" for i, c in enumerate((width, out))]
+                up = f"F.interpolate({path}_1({call}), size=x.shape[2:])"
+                cls.forward.append(f"x = {path}_0(x) + {up}")
+            case "registered twice":
+                cls.init += [f"shared = {self.build(block, width)}", f"{path} = nn.ModuleList([shared, shared])"]
+                cls.forward += [f"for block in {path}:", f"    x = {call.replace(path, 'block', 1)}"]
+                cls.steps += [step.inside(f"{name}.0", calls=2) for step in block.steps]
+            case "ModuleList":
+                n = 1 + self.below(3)
+                cls.init.append(f"{path} = nn.ModuleList([{', '.join(self.build(block, width) for _ in range(n))}])")
+                cls.forward += [f"for block in {path}:", f"    x = {call.replace(path, 'block', 1)}"]
+                cls.steps += [step.inside(f"{name}.{i}") for i in range(n) for step in block.steps]
+            case "Sequential":
+                blocks = [block, *(self.some_block(trunk=trunk) for _ in range(self.below(3)))]
+                cls.init.append(f"{path} = nn.Sequential({', '.join(self.build(block, width) for block in blocks)})")
+                if any("pos" in block.arguments for block in blocks):
+                    calls = [self.call(cls, block, f"{path}[{i}]", width) for i, block in enumerate(blocks)]
+                    cls.forward += [f"x = {call}" for call in calls]
+                else:
+                    cls.forward.append(f"x = {path}(x)")
+                cls.steps += [step.inside(f"{name}.{i}") for i, block in enumerate(blocks) for step in block.steps]
+            case "called again":
+                n = 2 + self.below(2)
+                cls.init.append(f"{path} = {self.build(block, width)}")
+                cls.forward += [f"for _ in range({n}):", f"    x = {call}"]
+                cls.steps += [step.inside(name, calls=n) for step in block.steps]
+            case "checkpoint":
+                again = call.replace(f"{path}(", f"checkpoint({path}, ").replace("x=x", "x").replace("pos=", "")
+                cls.init.append(f"{path} = {self.build(block, width)}")
+                reentrant = f"use_reentrant={self.maybe()}"
+                cls.forward.append(f"x = {again[:-1]}, {reentrant}) if self.training else {call}")
+                cls.steps += [step.inside(name) for step in block.steps]
+            case _:
+                cls.init.append(f"{path} = {self.build(block, width)}")
+                cls.forward.append(f"x = {call}")
+                cls.steps += [step.inside(name) for step in block.steps]
+        return width
+
+    def stage(self, width: int, nested: bool) -> _Class:
+        """A long skip around blocks that keep the width."""
+        cls = self.new_class("Stage", signature="")
+        cls.forward.append("start = x")
+        for i in range(1 + self.below(2)):
+            self.site(cls, f"v{i}", width, trunk=False)
+        tail = self.maybe()
+        if tail:
+            cls.init.append(f"self.tail = {self.linear(str(width), str(width))}")
+            cls.forward.append("x = self.tail(x)")
+        cls.steps = [step if step.parent is not None else replace(step, parent="") for step in cls.steps]
+        h = cls.factor("long" if cls.steps else "identity")
+        if tail and self.maybe():
+            cls.forward += [f"<<x.mul_(self.{h}); >>x += start  # step"]
+        else:
+            cls.forward += [f"x = start + <<self.{h} * >>x  # step"]
+        return self.finish(cls)
+
+    def stem(self, cls: _Class, width: int) -> tuple[int, ...]:
+        """The first statements of the network, and the input's shape."""
+        w = str(width)
+        choice = self.pick(STEMS, *([] if self.tokens else ["class token", "queries"]))
+        cls.init.append(f"self.stem = {self.linear('3', w)}")
+        cls.forward.append("x = self.stem(x)")
+        tokens = 4
+        match choice:
+            case "position embedding":
+                cls.init.append(f"self.position = nn.Parameter(torch.zeros({self.full_shape(w)}))")
+                cls.forward.append("x = x + self.position.expand_as(x)")
+            case "class token":
+                tokens = 3
+                cls.init.append(f"self.token = nn.Parameter(torch.zeros(1, 1, {w}))")
+                cls.forward.append("x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1)")
+            case "queries":
+                cls.init += [
+                    f"self.queries = nn.Parameter(torch.zeros(1, TOKENS, {w}))",
+                    f"self.cross = nn.MultiheadAttention({w}, 2, batch_first=True)",
+                ]
+                h = cls.factor("identity")
+                cls.forward += [
+                    "memory, x = x, self.queries.expand(x.shape[0], -1, -1)",
+                    f"x = x + <<self.{h} * >>self.cross(x, memory, memory)[0]  # step",
+                ]
+        return {"tokens": (2, tokens, 3), "conv1d": (2, 3, 8), "conv2d": (2, 3, 6, 6)}[self.stream]
+
+    def network(self) -> RandomNetwork:
+        cls = _Class("Network", signature="")
+        width = self.choose(4, 8)
+        shape = self.stem(cls, width)
+        for i in range(1 + self.below(3)):
+            width = self.site(cls, f"u{i}", width)
+        if self.maybe():
+            cls.init.append(f"self.head = nn.Linear({width}, 3)")
+            cls.forward.append(f"x = self.head(x.mean({1 if self.tokens else tuple(range(2, 2 + self.space))}))")
+        self.finish(cls)
+        template = "\n\n\n".join([HEADER.strip(), *self.helpers.values(), *self.functions, *self.classes]) + "\n"
+        return RandomNetwork(
+            source=_render(template, twin=False),
+            twin=_render(template, twin=True),
+            steps=_named(cls.steps),
+            shape=shape,
+            dtype=torch.float64 if self.precision == "float64" else torch.float32,
+            autocast=self.precision == "autocast",
+            exact=self.precision in ("float64", "float32"),
+            features=frozenset(self.features),
+        )
+
+
+def _render(template: str, twin: bool) -> str:
+    """The template as the network or as its twin; lines of which nothing is left go."""
+    lines = []
+    for line in template.splitlines():
+        text = re.sub("<<(.*?)>>", r"\1" if twin else "", line).rstrip()
+        if text or not line.strip():
+            lines.append(text)
+    return "\n".join(lines) + "\n"
+
+
+def _named(steps: list[_Local]) -> tuple[KnownStep, ...]:
+    """The steps by their names: those of one module are numbered where it has several."""
+    of_module = Counter(step.path for step in steps)
+    calls: Counter[str | None] = Counter()
+    for step in steps:
+        calls[step.parent] += step.calls * (step.kind != "long" and not step.alone)
+    numbers: Counter[str] = Counter()
+    known = []
+    for step in steps:
+        name = module = step.path or ROOT
+        if of_module[step.path] > 1:
+            name = f"{module}:{numbers[module]}"
+            numbers[module] += 1
+        depth = None if step.kind == "long" else 1 if step.alone else calls[step.parent]
+        parent = ROOT if step.parent == "" else step.parent
+        known.append(KnownStep(name, module, step.attribute, step.kind, step.calls, step.places, depth, parent))
+    return tuple(known)
+
+
+def random_networks() -> st.SearchStrategy[RandomNetwork]:
+    """Networks of one to three sites with up to three classes of blocks; they shrink towards a single plain block.
+
+    The choices are taken from bytes: of integers and of elements Hypothesis draws the first ones far more often.
+    """
+    return st.binary(min_size=512, max_size=512).map(lambda choices: _Writer(choices).network())
+
+
+# -- From source to modules -------------------------------------------------------------------------------------------
+
+_modules = count()
+
+
+@contextmanager
+def imported(source: str, folder: Path) -> Iterator[ModuleType]:
+    """The source as a module, imported from a file in `folder` under a name of its own, and gone afterwards."""
+    name = f"random_network_{next(_modules)}"
+    file = folder / f"{name}.py"
+    file.write_text(source)
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+        yield module
+    finally:
+        del sys.modules[name]
+        linecache.cache.pop(str(file), None)
+        file.unlink()
+
+
+def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Random values in place of all parameters and running statistics: many start at 0 or 1 and would hide an error."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            scale = 0.5 if parameter.ndim < 2 else parameter[0].numel() ** -0.5
+            parameter.copy_(scale * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+        for name, buffer in model.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))
+            elif name.endswith("running_var"):
+                buffer.copy_(0.5 + torch.rand(buffer.shape, generator=generator))
+    return model
+
+
+def random_input(network: RandomNetwork, seed: int = 1) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(network.shape, generator=generator, dtype=torch.float64).to(network.dtype)
+
+
+def set_factors(twin: nn.Module, factors: dict[KnownStep, float]) -> None:
+    """Each of the twin's written-out step factors."""
+    for step, factor in factors.items():
+        setattr(twin.get_submodule("" if step.module == ROOT else step.module), step.attribute, factor)

@@ -1,0 +1,448 @@
+"""Looking at a model and patching it change nothing else: no value, no cache, no random number, no flag."""
+
+import copy
+import functools
+import gc
+import random
+import weakref
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+import traps
+from test_traps import build, every_trap
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import tree_leaves
+
+import eulernet
+
+TABLES: dict[int, Tensor] = {}
+HISTORY: list[tuple[int, ...]] = []
+
+
+@functools.lru_cache(maxsize=8)
+def positions(length: int) -> Tensor:
+    """A cache of the process, as rt_detr, maskformer and dinov3_vit have one."""
+    return torch.arange(length, dtype=torch.float32).unsqueeze(1).expand(length, 6).clone()
+
+
+@functools.cache
+def pair(length: int) -> tuple[Tensor, list[Tensor]]:
+    """The tensors are inside of what is cached."""
+    return torch.ones(length, 6), [torch.ones(6)]
+
+
+def table(length: int) -> Tensor:
+    """A dictionary of the module that fills while the model runs."""
+    if length not in TABLES:
+        TABLES[length] = torch.full((length, 6), 0.5)
+    return TABLES[length]
+
+
+class Caching(nn.Module):
+    """Caches of its own, of its class, of the module and of the process, counters, random numbers of all kinds."""
+
+    shared: ClassVar[Tensor | None] = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.drop = nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Dropout(0.5)
+        self.bias = nn.Parameter(torch.randn(5))
+        self.bias_cache: dict[str, Tensor] = {}
+        self.last: Tensor | None = None
+        self.lengths: list[int] = []
+        self.calls = 0
+
+    def attention_bias(self, x: Tensor) -> Tensor:
+        """Levit's, efficientformer's, tiny_vit's: filled in evaluation, emptied by ``train``."""
+        if self.training:
+            return self.bias.outer(self.bias)
+        key = str(x.device)
+        if key not in self.bias_cache:
+            self.bias_cache[key] = self.bias.outer(self.bias)
+        return self.bias_cache[key]
+
+    def train(self, mode: bool = True) -> "Caching":
+        super().train(mode)
+        if mode and self.bias_cache:
+            self.bias_cache = {}
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.lengths.append(x.shape[1])
+        y = x + positions(x.shape[1]) + table(x.shape[1]) + pair(x.shape[1])[0] + pair(x.shape[1])[1][0]
+        y = self.attention_bias(x) @ y * (1 + 0 * random.random() + 0 * float(np.random.rand()))
+        y = self.norm(y.mT).mT + 0 * torch.rand(1)
+        x = x + self.drop(self.a(y + x))
+        self.last = x.detach()
+        if Caching.shared is None:
+            Caching.shared = torch.ones(6)
+        return x * Caching.shared
+
+
+X = torch.linspace(-1, 1, 60).view(2, 5, 6)
+
+
+@pytest.fixture(autouse=True)
+def _empty_caches() -> None:
+    positions.cache_clear()
+    pair.cache_clear()
+    TABLES.clear()
+    Caching.shared = None
+
+
+def patch(model: nn.Module, inputs: Any) -> None:
+    eulernet.patch(model, 0.3, example_inputs=inputs)
+
+
+def find(model: nn.Module, inputs: Any) -> None:
+    eulernet.find_steps(model, example_inputs=inputs)
+
+
+both = pytest.mark.parametrize("look", [find, patch])
+
+
+def values(model: nn.Module) -> list[tuple[str, int, int, Tensor]]:
+    """Every parameter and buffer: which object it is, how often it was written, and its value."""
+    return [
+        (name, id(value), value._version, value.detach().clone())
+        for name, value in (*model.named_parameters(), *model.named_buffers())
+    ]
+
+
+def assert_same_values(model: nn.Module, before: list[tuple[str, int, int, Tensor]]) -> None:
+    for actual, expected in zip(values(model), before, strict=True):
+        assert actual[:3] == expected[:3]
+        assert torch.equal(actual[3], expected[3])
+
+
+def random_states() -> tuple[Any, ...]:
+    kind, keys, *rest = np.random.get_state()
+    return torch.get_rng_state().tolist(), random.getstate(), kind, keys.tolist(), rest
+
+
+def fakes() -> list[FakeTensor]:
+    gc.collect()
+    return [x for x in gc.get_objects() if issubclass(type(x), FakeTensor)]
+
+
+# ------------------------------------------------------------------------------------------------ parameters, buffers
+
+
+@both
+@every_trap
+def test_parameters_and_buffers_stay(cls: type[traps.Trap], look: Callable[..., None]) -> None:
+    model, inputs = build(cls, training=True)
+    before, given = values(model), [x.clone() for x in inputs]
+    look(model, inputs)
+    assert_same_values(model, before)
+    assert all(torch.equal(x, y) and x._version == 0 for x, y in zip(inputs, given, strict=True))
+
+
+@both
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_batch_norm_statistics_stay(look: Callable[..., None], training: bool) -> None:
+    model, inputs = build(traps.Stage, training=training)
+    model(*inputs)
+    before = values(model)
+    look(model, inputs)
+    assert_same_values(model, before)
+
+
+@both
+def test_gradients_and_requires_grad_stay(look: Callable[..., None]) -> None:
+    model, inputs = build(traps.Stage)
+    for i, parameter in enumerate(model.parameters()):
+        parameter.requires_grad_(i % 2 == 0)
+    model(*inputs).sum().backward()
+    before = [(p.requires_grad, p.grad, None if p.grad is None else p.grad.clone()) for p in model.parameters()]
+    x = inputs[0].requires_grad_()
+    look(model, x)
+    for parameter, (requires_grad, grad, value) in zip(model.parameters(), before, strict=True):
+        assert parameter.requires_grad is requires_grad and parameter.grad is grad
+        assert grad is None or torch.equal(grad, value)
+    assert x.grad is None and x.is_leaf and x.requires_grad
+
+
+@both
+def test_tied_parameters_stay_tied(look: Callable[..., None]) -> None:
+    model = nn.Sequential(traps.Block(), traps.Block())
+    model[1].a.weight = model[0].a.weight
+    look(model, torch.randn(2, 5, traps.DIM))
+    assert model[1].a.weight is model[0].a.weight
+
+
+# --------------------------------------------------------------------------------------------------- flags and hooks
+
+
+@both
+@pytest.mark.parametrize("flags", ["eval", "train", "mixed"])
+def test_training_flags_stay(look: Callable[..., None], flags: str) -> None:
+    model, inputs = build(traps.Stage)
+    model.train(flags == "train")
+    if flags == "mixed":  # a frozen batch norm in a model that is being trained
+        for i, module in enumerate(model.modules()):
+            module.training = i % 3 == 0
+    before = [module.training for module in model.modules()]
+    look(model, inputs)
+    assert [module.training for module in model.modules()] == before
+
+
+@both
+def test_train_is_not_called_on_the_model(look: Callable[..., None]) -> None:
+    class Watched(traps.Block):
+        switches = 0
+
+        def train(self, mode: bool = True) -> "Watched":
+            vars(self).update(switches=self.switches + 1)
+            return super().train(mode)
+
+    model = Watched()
+    look(model, torch.randn(2, 5, traps.DIM))
+    assert model.switches == 0
+
+
+@both
+def test_hooks_stay_and_do_not_run(look: Callable[..., None]) -> None:
+    model, inputs = build(traps.Stage, training=True)
+    seen: list[str] = []
+    block = model.blocks[0]
+    block.register_forward_pre_hook(lambda *args: seen.append("pre"))
+    block.register_forward_hook(lambda *args: seen.append("post"))
+    block.register_full_backward_pre_hook(lambda *args: seen.append("backward"))
+    block.register_state_dict_pre_hook(lambda *args: seen.append("state_dict"))
+    next(model.parameters()).register_hook(lambda grad: seen.append("grad"))
+    everywhere = nn.modules.module.register_module_forward_hook(lambda *args: seen.append("global"))
+    names = [name for name in vars(block) if "hooks" in name]
+    before = [{name: dict(vars(module)[name]) for name in names} for module in model.modules()]
+    try:
+        look(model, inputs)
+    finally:
+        everywhere.remove()
+    assert [{name: dict(vars(module)[name]) for name in names} for module in model.modules()] == before
+    assert seen == []
+
+
+@both
+def test_grad_mode_and_default_settings_stay(look: Callable[..., None]) -> None:
+    model, inputs = build(traps.EncoderPostNorm)
+
+    def settings() -> tuple[Any, ...]:
+        return (
+            torch.is_grad_enabled(),
+            torch.is_inference_mode_enabled(),
+            torch.get_default_dtype(),
+            torch.is_autocast_enabled("cpu"),
+            torch.are_deterministic_algorithms_enabled(),
+            torch.backends.mha.get_fastpath_enabled(),
+            len(torch.overrides._get_current_function_mode_stack()),
+            torch.utils._python_dispatch._get_current_dispatch_mode(),
+        )
+
+    for context in (torch.enable_grad(), torch.no_grad(), torch.inference_mode(), torch.autocast("cpu")):
+        with context:
+            before = settings()
+            look(model, inputs)
+            assert settings() == before
+        eulernet.unpatch(model)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_a_model_patched_without_grad_can_be_trained(context: Any) -> None:
+    model, inputs = build(traps.Stage, training=True)
+    with context():
+        eulernet.patch(model, 0.3, example_inputs=inputs)
+    model(*inputs).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    eulernet.set_h(model, 0.4)
+
+
+# ------------------------------------------------------------------------------------------------------ random numbers
+
+
+@both
+@pytest.mark.parametrize("real", [False, True], ids=["fake", "real"])
+def test_random_numbers_stay(look: Callable[..., None], real: bool) -> None:
+    class LooksAtValues(Caching):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) if x.sum().item() < 1e9 else x
+
+    torch.manual_seed(3)
+    random.seed(3)
+    np.random.seed(3)
+    model = LooksAtValues() if real else Caching()
+    before = random_states()
+    look(model, X)
+    assert random_states() == before
+
+
+def test_the_random_generators_of_a_model_stay() -> None:
+    class Own(traps.Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rng = np.random.default_rng(0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x * (1 + 0 * self.rng.random()))
+
+    model = Own()
+    before = model.rng.bit_generator.state
+    patch(model, torch.randn(2, 5, traps.DIM))
+    assert model.rng.bit_generator.state == before
+
+
+# -------------------------------------------------------------------------------------------------------------- caches
+
+
+@both
+def test_the_models_own_caches_and_counters_stay(look: Callable[..., None]) -> None:
+    model = Caching().eval()
+    look(model, X)
+    assert model.bias_cache == {} and model.last is None and model.lengths == [] and model.calls == 0
+    model(X)
+    cached, last = model.bias_cache["cpu"], model.last
+    look(model, X)
+    assert model.bias_cache.keys() == {"cpu"} and model.bias_cache["cpu"] is cached and model.last is last
+    assert model.lengths == [5] and model.calls == 1
+
+
+@both
+@pytest.mark.parametrize("filled", [False, True], ids=["empty", "filled"])
+def test_caches_of_the_process_keep_no_fake_tensors(look: Callable[..., None], filled: bool) -> None:
+    model = Caching().eval()
+    expected = None
+    if filled:
+        expected = model(X)
+        real = positions(5), TABLES[5], pair(5), Caching.shared
+    look(model, X)
+    shared = [] if Caching.shared is None else [Caching.shared]
+    for cached in (positions(5), table(5), *tree_leaves(pair(5)), *shared):
+        assert type(cached) is Tensor
+        cached.sum().item()  # a fake tensor has no value
+    if filled:
+        assert positions(5) is real[0] and TABLES[5] is real[1] and pair(5)[0] is real[2][0]
+        assert Caching.shared is real[3]
+    eulernet.unpatch(model)
+    output = model(X)
+    assert type(output) is Tensor and output.isfinite().all()
+    assert expected is None or torch.equal(output, expected)
+
+
+@both
+def test_a_list_of_the_module_keeps_no_fake_tensors(look: Callable[..., None]) -> None:
+    """A list that the model writes into cannot be told from one that it reads: no fake may stay in it."""
+    seen: list[Tensor] = []
+
+    class Writing(traps.Block):
+        def forward(self, x: Tensor) -> Tensor:
+            out = super().forward(x)
+            seen.append(out)
+            return out
+
+    look(Writing(), torch.randn(2, 5, traps.DIM))
+    assert not any(isinstance(x, FakeTensor) for x in seen)
+
+
+@both
+@every_trap
+def test_the_model_gives_real_tensors_afterwards(cls: type[traps.Trap], look: Callable[..., None]) -> None:
+    model, inputs = build(cls)
+    look(model, inputs)
+    for value in (*model.parameters(), *model.buffers(), *tree_leaves(model(*inputs)), *inputs):
+        assert not isinstance(value, FakeTensor)
+    assert all(type(x) is Tensor for x in tree_leaves(model(*inputs)))
+
+
+@both
+def test_nothing_of_the_trace_is_kept_alive(look: Callable[..., None]) -> None:
+    """No copy of the model and no fake tensor outlives the call."""
+
+    class Marked(traps.Block):
+        alive: ClassVar["weakref.WeakSet[Marked]"] = weakref.WeakSet()
+
+        def __init__(self) -> None:
+            super().__init__()
+            Marked.alive.add(self)
+
+        def __deepcopy__(self, memo: dict[int, Any]) -> "Marked":
+            other = Marked.__new__(type(self))
+            memo[id(self)] = other
+            other.__dict__.update(copy.deepcopy(self.__dict__, memo))
+            Marked.alive.add(other)
+            return other
+
+    before = len(fakes())
+    model = Marked()
+    look(model, torch.randn(2, 5, traps.DIM))
+    gc.collect()
+    assert len(Marked.alive) == 1
+    assert len(fakes()) == before
+
+
+def test_classes_of_patched_models_are_collected() -> None:
+    """Patching and dropping many models of local classes does not grow the process."""
+
+    def once() -> "weakref.ref[type]":
+        block = traps.make_class(2.0)()
+        patch(block, torch.randn(2, 5, traps.DIM))
+        return weakref.ref(type(block))
+
+    references = [once() for _ in range(3)]
+    gc.collect()
+    assert [reference() for reference in references] == [None] * 3
+
+
+def test_a_failing_model_leaves_nothing_behind() -> None:
+    """The flags, the random numbers and the caches after a forward that raises in the middle."""
+
+    class Failing(Caching):
+        def forward(self, x: Tensor) -> Tensor:
+            super().forward(x)
+            raise RuntimeError("half-way")
+
+    model = Failing().train()
+    before, state = values(model), random_states()
+    with pytest.raises(eulernet.EulernetError, match="half-way"):
+        patch(model, X)
+    assert_same_values(model, before)
+    assert random_states() == state
+    assert model.training and model.calls == 0
+    assert type(positions(5)) is Tensor and type(table(5)) is Tensor
+    assert torch.overrides._get_current_function_mode_stack() == []
+    assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
+
+
+# -------------------------------------------------------------------------------------------------------- large models
+
+
+def test_a_large_model_on_meta_is_patched_without_allocating_it() -> None:
+    """A Llama of 7 billion parameters: 32 layers of two steps."""
+    transformers = pytest.importorskip("transformers")
+    import resource
+
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig())
+    assert sum(p.numel() for p in model.parameters()) > 6.7e9
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    inputs = {"input_ids": torch.zeros(1, 8, dtype=torch.long, device="meta")}
+    eulernet.patch(model, 0.1, example_inputs=inputs)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before  # KiB
+    steps = eulernet.steps(model)
+    assert len(steps) == 64 and {step.depth for step in steps} == {64} and {step.h for step in steps} == {0.1}
+    assert all(p.is_meta for p in model.parameters())
+    assert grown < 1024**2, "one of its 32 layers alone has 0.8 GB"
+
+
+def test_a_model_on_meta_computes_once_it_has_values() -> None:
+    with torch.device("meta"):
+        model = traps.Block()
+    eulernet.patch(model, 0.3, example_inputs=torch.empty(2, 5, traps.DIM, device="meta"))
+    model = model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    x = torch.randn(2, 5, traps.DIM)
+    torch.testing.assert_close(model(x), model.reference(x, 0.3))

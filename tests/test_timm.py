@@ -1,0 +1,58 @@
+"""Models that together cover every block class of timm."""
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+
+import pytest
+import torch
+from checks import check
+from conftest import Covered
+from torch import nn
+from zoo import TIMM, TIMM_SHRUNK, quiet, timm_model
+
+import eulernet
+
+timm = pytest.importorskip("timm")
+
+QUICK = "test_resnet test_vit2 test_convnext levit_128s".split()
+WITHOUT_STEPS = "densenet121 vgg11".split()
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.sweep) for n in TIMM])
+def test_timm(name: str, record_property: Callable[[str, object], None]) -> None:
+    specimen = timm_model(name)
+    if name in WITHOUT_STEPS:
+        with pytest.raises(eulernet.EulernetError, match="no residual step"):
+            eulernet.patch(specimen.model, example_inputs=specimen.example)
+        return
+    steps = check(specimen)
+    module = type(specimen.model).__module__.removeprefix("timm.models.")
+    record_property("coverage", Covered("timm", module, name, len(steps), len(steps.long), len(steps.unsupported)))
+
+
+# Classes that no registered model holds, whatever its size.
+UNUSED = {
+    f"timm.models.{name}"
+    for name in """
+    _features.FeatureGetterNet _features.FeatureHookNet _features_fx.FeatureGraphNet _features_fx.GraphExtractNet
+    beit.RelativePositionBias convnext.Downsample csatv2.Dct2dStats efficientformer.Flat efficientnet.EfficientNetFeatures
+    hrnet.HighResolutionNetFeatures inception_v3.InceptionAux levit.Downsample maxxvit.PartitionAttention2d
+    mobilenetv3.MobileNetV3Features mvitv2.MultiScaleAttentionPoolFirst sequencer.RNNIdentity sequencer.Shuffle
+    """.split()
+}
+
+
+@pytest.mark.sweep
+def test_every_class_of_timm_is_tried() -> None:
+    defined: set[type[nn.Module]] = set()
+    for info in pkgutil.iter_modules(timm.models.__path__):
+        module = importlib.import_module(f"timm.models.{info.name}")
+        own = [value for value in vars(module).values() if isinstance(value, type) and value.__module__ == module.__name__]
+        defined |= {cls for cls in own if issubclass(cls, nn.Module)}
+    tried: set[type[nn.Module]] = set()
+    with quiet(), torch.device("meta"):
+        for name in TIMM:
+            tried |= {type(m) for m in timm.create_model(name, **TIMM_SHRUNK.get(name, {})).modules()}
+    bases = {base for cls in tried for base in cls.__mro__}
+    assert {f"{cls.__module__}.{cls.__qualname__}" for cls in defined - bases} <= UNUSED
