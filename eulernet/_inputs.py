@@ -291,7 +291,7 @@ class _Reader:
         return torch.randn(_BATCH, samples)
 
     def spectrogram(self) -> Tensor:
-        """(batch, bins, frames) where a convolution over time comes first (Whisper), (batch, frames, bins) elsewhere."""
+        """(batch, bins, frames) where a convolution over time is first (Whisper), (batch, frames, bins) elsewhere."""
         bins = self.get(
             "audio", "num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim", "input_dim", default=128
         )

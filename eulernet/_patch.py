@@ -19,7 +19,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from eulernet import functional
+from eulernet import _factor
 from eulernet._errors import EulernetError, EulernetWarning
 from eulernet._find import Found, Search, search
 from eulernet._report import ROOT, Step, Steps
@@ -53,7 +53,7 @@ class Patched:
     _euler_original: ClassVar[type[nn.Module]]
     _euler_plan: ClassVar[Plan]
     _euler_places: ClassVar[tuple[tuple[int, bool, int], ...]]  # the step's number, skip is left, sign
-    _euler: list[functional.StepFactor]
+    _euler: list[_factor.StepFactor]
     _euler_steps: list[Step]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -61,14 +61,14 @@ class Patched:
 
     def _euler_step(self, left: Any, right: Any, place: int, alpha: float = 1) -> Any:
         slot, skip_is_left, sign = self._euler_places[place]
-        return functional.step(left, right, self._euler[slot], skip_is_left, sign * alpha)
+        return _factor.step(left, right, self._euler[slot], skip_is_left, sign * alpha)
 
     def _euler_step_(self, left: Any, right: Any, place: int, alpha: float = 1) -> Any:
         slot, skip_is_left, sign = self._euler_places[place]
-        return functional.step_in_place(left, right, self._euler[slot], skip_is_left, sign * alpha)
+        return _factor.step_in_place(left, right, self._euler[slot], skip_is_left, sign * alpha)
 
     def _euler_scale(self, branch: Any, place: int) -> Any:
-        return functional.scale(branch, self._euler[self._euler_places[place][0]])
+        return _factor.scale(branch, self._euler[self._euler_places[place][0]])
 
     def extra_repr(self) -> str:
         shown = ", ".join(f"{factor.value:.4g}" for factor in self._euler)
@@ -221,7 +221,7 @@ class _Change:
 
     def apply(self, module: nn.Module) -> None:
         like = next((p for p in (*module.parameters(), *module.buffers()) if p.is_floating_point()), None)
-        module.__dict__[_FACTORS] = [functional.StepFactor(h, like) for h in self.hs]
+        module.__dict__[_FACTORS] = [_factor.StepFactor(h, like) for h in self.hs]
         module.__dict__[_STEPS] = self.steps
         module.__class__ = self.cls
 
@@ -464,7 +464,7 @@ def is_patched(model: nn.Module) -> bool:
     return any(isinstance(module, Patched) for module in model.modules())
 
 
-def _bound(model: nn.Module, caller: str) -> list[tuple[Step, functional.StepFactor]]:
+def _bound(model: nn.Module, caller: str) -> list[tuple[Step, _factor.StepFactor]]:
     if not isinstance(model, nn.Module):
         raise EulernetError(f"eulernet.{caller} takes a torch.nn.Module, not {type(model).__name__}")
     found = []

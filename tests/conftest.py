@@ -24,7 +24,7 @@ def _seed() -> None:
 
 # ---- docs/coverage.md: made of the sweep tests that passed, so that it cannot say more than they verified
 class Covered(NamedTuple):
-    """What a sweep test records of its model: `record_property("coverage", Covered(...))`."""
+    """What a sweep test records of its model: `record_property("coverage", tuple(Covered(...)))`."""
 
     library: str  # "timm", "torchvision", "Hugging Face"
     group: str  # the module of timm, the family of torchvision, the model type of Hugging Face

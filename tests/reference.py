@@ -1,6 +1,6 @@
 """A reference for h that does not rewrite: the branch operands of chosen additions are scaled while the model runs.
 
-The additions are recognised by where they stand in the source and by the module whose method they stand in, which is all
+The additions are recognised by where they stand in the source and by the module whose method they stand in. That is all
 that it shares with the library: no function, class or instance of the model changes.
 """
 
@@ -67,7 +67,7 @@ class _Scale(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _lookup(self, frame: FrameType | None) -> tuple[str, float] | None:
-        """The skip's side and h of the step that this addition is: the innermost frame at a place, in the next method out."""
+        """The skip's side and h of the step that this addition is: the innermost frame's, up to a method."""
         while frame is not None:
             if frame.f_code.co_filename in self.files:
                 place = _place(frame.f_code, frame.f_lasti)

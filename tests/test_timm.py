@@ -28,7 +28,9 @@ def test_timm(name: str, record_property: Callable[[str, object], None]) -> None
         return
     steps = check(specimen)
     module = type(specimen.model).__module__.removeprefix("timm.models.")
-    record_property("coverage", Covered("timm", module, name, len(steps), len(steps.long), len(steps.unsupported)))
+    record_property(
+        "coverage", tuple(Covered("timm", module, name, len(steps), len(steps.long), len(steps.unsupported)))
+    )  # xdist sends builtin types only
 
 
 # Classes that no registered model holds, whatever its size.
@@ -36,8 +38,9 @@ UNUSED = {
     f"timm.models.{name}"
     for name in """
     _features.FeatureGetterNet _features.FeatureHookNet _features_fx.FeatureGraphNet _features_fx.GraphExtractNet
-    beit.RelativePositionBias convnext.Downsample csatv2.Dct2dStats efficientformer.Flat efficientnet.EfficientNetFeatures
-    hrnet.HighResolutionNetFeatures inception_v3.InceptionAux levit.Downsample maxxvit.PartitionAttention2d
+    beit.RelativePositionBias convnext.Downsample csatv2.Dct2dStats efficientformer.Flat
+    efficientnet.EfficientNetFeatures hrnet.HighResolutionNetFeatures
+    inception_v3.InceptionAux levit.Downsample maxxvit.PartitionAttention2d
     mobilenetv3.MobileNetV3Features mvitv2.MultiScaleAttentionPoolFirst sequencer.RNNIdentity sequencer.Shuffle
     """.split()
 }
@@ -48,7 +51,9 @@ def test_every_class_of_timm_is_tried() -> None:
     defined: set[type[nn.Module]] = set()
     for info in pkgutil.iter_modules(timm.models.__path__):
         module = importlib.import_module(f"timm.models.{info.name}")
-        own = [value for value in vars(module).values() if isinstance(value, type) and value.__module__ == module.__name__]
+        own = [
+            value for value in vars(module).values() if isinstance(value, type) and value.__module__ == module.__name__
+        ]
         defined |= {cls for cls in own if issubclass(cls, nn.Module)}
     tried: set[type[nn.Module]] = set()
     with quiet(), torch.device("meta"):

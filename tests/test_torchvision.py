@@ -25,7 +25,8 @@ HUGE = {
 
 
 @pytest.mark.parametrize(
-    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.sweep) for n in torchvision_names() if n not in HUGE]
+    "name",
+    [n if n in QUICK else pytest.param(n, marks=pytest.mark.sweep) for n in torchvision_names() if n not in HUGE],
 )
 def test_torchvision(name: str, record_property: Callable[[str, object], None]) -> None:
     specimen = torchvision_model(name)
@@ -35,7 +36,9 @@ def test_torchvision(name: str, record_property: Callable[[str, object], None]) 
         return
     steps = check(specimen)
     family = type(specimen.model).__module__.removeprefix("torchvision.models.")
-    record_property("coverage", Covered("torchvision", family, name, len(steps), len(steps.long), len(steps.unsupported)))
+    record_property(
+        "coverage", tuple(Covered("torchvision", family, name, len(steps), len(steps.long), len(steps.unsupported)))
+    )  # xdist sends builtin types only
 
 
 @pytest.mark.sweep

@@ -180,6 +180,7 @@ def timm_model(name: str) -> Specimen:
 
 # torchvision ----------------------------------------------------------------------------------------------------------
 
+
 def torchvision_names() -> list[str]:
     """All classification, segmentation, detection, video and optical-flow models, and the quantisable ones."""
     import torchvision
@@ -251,7 +252,7 @@ def torchvision_model(name: str) -> Specimen:
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """How far a configuration is shrunk: widths, heads and their sizes (None: as they are), and the number of layers."""
+    """How far a configuration is shrunk: widths, heads and their sizes (None: as they are), number of layers."""
 
     layers: int = 2
     width: int | None = 64
@@ -283,8 +284,10 @@ def _width(limit: int | None, value: int) -> int:
 # The first pattern found in an entry's name says what becomes of its integers.
 _RULES: list[tuple[str, _Rule]] = [
     (r"token(_id|_index)?$", lambda n, v, s: v if v < VOCABULARY else VOCABULARY - 1 - crc32(n.encode()) % 100),
-    (r"(_id|_index|_idx|stride|kernel|axis|bits|padding|seed|ratio|factor|interval|scale|rate|_bins|theta)s?$",
-     lambda n, v, s: v),
+    (
+        r"(_id|_index|_idx|stride|kernel|axis|bits|padding|seed|ratio|factor|interval|scale|rate|_bins|theta)s?$",
+        lambda n, v, s: v,
+    ),
     (r"vocab", _at_most(VOCABULARY)),
     (r"num_queries|num_denoising|num_proposals|two_stage_num", _at_most(10)),
     (r"num_frames|frames_per_clip", _at_most(4)),
@@ -294,24 +297,30 @@ _RULES: list[tuple[str, _Rule]] = [
     (r"experts?$", _at_most(4)),
     (r"image_embedding_size", lambda n, v, s: max(v * s.image // 1024, 1)),
     (r"(image|img|input|crop)_?size$|resolution", lambda n, v, s: min(v, s.image)),
-    (r"position_embeddings|_positions?$|n_ctx|max_len|seq_len|context_length|context_size",
-     lambda n, v, s: _width(s.width and 128, v)),
+    (
+        r"position_embeddings|_positions?$|n_ctx|max_len|seq_len|context_length|context_size",
+        lambda n, v, s: _width(s.width and 128, v),
+    ),
     (r"(key_value|kv)_heads|heads_kv|query_group_num", lambda n, v, s: v if s.width is None else min(v, 2)),
     (r"(^|_)n?_?heads?(_encoder|_decoder)?$", lambda n, v, s: v if s.width is None else min(v, s.heads)),
     (r"rotary_dim$|rope_head_dim$", lambda n, v, s: v if s.head_size is None else min(v, s.head_size // 2)),
     (r"head_(dim|size|width)|dim_head|d_kv|kv_channels", lambda n, v, s: _width(s.head_size, v)),
     (r"_rank$", lambda n, v, s: _width(s.head_size, v)),
     (r"intermediate|ffn|(^|_)ff(_|$)|d_inner|n_inner|mlp_dim", lambda n, v, s: _width(s.width and 96, v)),
-    (r"hidden|embed|model|proj|width|dim|channels?|n_embd|features|size|units",
-     lambda n, v, s: v if s.width is None or v < 64 else s.width),
+    (
+        r"hidden|embed|model|proj|width|dim|channels?|n_embd|features|size|units",
+        lambda n, v, s: v if s.width is None or v < 64 else s.width,
+    ),
 ]
 _LISTS: list[tuple[str, Callable[[list[int], Scale], list[int]]]] = [
     (r"patch|kernel|window|stride|ratio|factor|_idx|index|section|strides", lambda v, s: v),
     (r"depths|repeats|blocks|numb_of_layers|n_layers", lambda v, s: [min(x, s.layers) for x in v]),
     (r"image|img", lambda v, s: [min(x, s.image) for x in v]),
     (r"heads", lambda v, s: v if s.width is None else [min(x, s.heads) for x in v]),
-    (r"size|dim|channels|hidden|embed|width",
-     lambda v, s: v if s.width is None or max(v) < 64 else [max(8 * round(x * 16 / max(v)), 8) for x in v]),
+    (
+        r"size|dim|channels|hidden|embed|width",
+        lambda v, s: v if s.width is None or max(v) < 64 else [max(8 * round(x * 16 / max(v)), 8) for x in v],
+    ),
 ]
 
 
@@ -322,7 +331,9 @@ def shrink(config: Any, scale: Scale) -> Any:
     """
     kind = type(config)
     default = vars(kind())
-    declared = {f.name: None if f.default is dataclasses.MISSING else f.default for f in dataclasses.fields(kind) if f.init}
+    declared = {
+        f.name: None if f.default is dataclasses.MISSING else f.default for f in dataclasses.fields(kind) if f.init
+    }
     changed = {}
     for name, first in declared.items():
         value = vars(config).get(name)
@@ -355,7 +366,9 @@ def _small(name: str, value: Any, scale: Scale) -> Any:
 
 def _shorter(old: dict[str, Any], declared: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     """The lists that have an entry a layer, cut to the new number of layers so that each kind of layer stays."""
-    depth = next((n for n in ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers") if n in new), None)
+    depth = next(
+        (n for n in ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers") if n in new), None
+    )
     if depth is None or not isinstance(old.get(depth), int) or old[depth] <= new[depth]:
         return {}
     lists = {n: v for n, v in old.items() if n in declared and isinstance(v, list) and len(v) == old[depth]}
