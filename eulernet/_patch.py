@@ -106,14 +106,16 @@ def _restore(original: type[nn.Module], plan: Plan, *args: Any) -> Any:
 
 # ---- the class
 
-_classes: dict[tuple[type[nn.Module], Plan], type[nn.Module]] = {}
+# Weak, so that a class that was made in a function goes when its last patched model does.
+_classes: weakref.WeakValueDictionary[tuple[type[nn.Module], Plan], type[nn.Module]] = weakref.WeakValueDictionary()
 
 
 def patched_class(original: type[nn.Module], plan: Plan) -> type[nn.Module]:
     """The subclass of a block's class in which the planned additions are steps."""
-    if (original, plan) not in _classes:
-        _classes[original, plan] = _build(original, plan)
-    return _classes[original, plan]
+    cls = _classes.get((original, plan))
+    if cls is None:
+        cls = _classes[original, plan] = _build(original, plan)
+    return cls
 
 
 def _build(original: type[nn.Module], plan: Plan) -> type[nn.Module]:
