@@ -500,10 +500,12 @@ def _check(model: nn.Module, caller: str) -> None:
     name = type(model).__name__
     if _unwrapped(model) is not model:
         inner, again = ("_orig_mod", "torch.compile") if name == "OptimizedModule" else ("module", name)
-        raise EulernetError(
-            f"{name} wraps the model. Patch the model itself, then wrap it: "
-            f"model = {again}(eulernet.{caller}(wrapped.{inner}{', h=0.1' if caller == 'patch' else ''}))"
+        advice = (
+            f"Patch the model itself, then wrap it: model = {again}(eulernet.patch(wrapped.{inner}, h=0.1))"
+            if caller == "patch"
+            else f"Look at the model itself: eulernet.{caller}(wrapped.{inner})"
         )
+        raise EulernetError(f"{name} wraps the model. {advice}")
     for path, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise EulernetError(
