@@ -122,7 +122,6 @@ class _Traced:
         """From the branch of a step back to the parameters that scale it."""
         way: _Way = Counter()
         self._follow(event.addition.result, event.branch, way)
-        self._check_closed(way, set())
         return way
 
     def _follow(self, reader: int, node: int, way: _Way) -> None:
@@ -151,13 +150,13 @@ class _Traced:
             try:
                 self._follow(node, candidate, trial)
                 if len(candidates) > 1:
-                    self._check_closed(trial, {n for _, n in way})
+                    self._check_alone(trial, {n for _, n in way})
             except _No as reason:
                 reasons.append(reason)
             else:
                 way.update(trial - way)
                 return
-        raise reasons[-1] if reasons else _No(f"{self.told(node)} has no weight")
+        raise _No("; ".join(map(str, reasons)) or f"{self.told(node)} has no weight")
 
     def _rule(self, number: int) -> tuple[_Rule, dict[str, Any]]:
         node = self.nodes[number]
@@ -170,16 +169,16 @@ class _Traced:
             raise _No(f"{self.told(number)} is not homogeneous: a factor cannot be moved through it")
         return rule, _bound(node, rule)
 
-    def _check_closed(self, way: _Way, before: set[int]) -> None:
-        """Nothing else reads what the way scales; of a parameter it reads all that its own operations read."""
+    def _check_alone(self, way: _Way, before: set[int]) -> None:
+        """No other operation reads what the way passes, or the way was the wrong one of two."""
         for node in sorted({n for _, n in way} - before):
             for reader, times in self.readers[node].items():
-                mine = way[reader, node]
-                if mine != times and (mine or node not in self.parameters):
-                    raise _No(f"{self.told(node)} is also read {self._by(reader)}")
+                if way[reader, node] != times and node not in self.parameters:
+                    raise _No(self.shared(node, reader))
 
-    def _by(self, reader: int) -> str:
-        return "as an output of the model" if reader == _OUTPUT else f"by {self.told(reader)}"
+    def shared(self, node: int, reader: int) -> str:
+        by = "returned by the model" if reader == _OUTPUT else f"read by {self.told(reader)}"
+        return f"{self.told(node)} is also {by}"
 
     def told(self, number: int) -> str:
         """An operation and the module that makes it, for a message."""
@@ -244,7 +243,7 @@ def absorbing(
     names = {module: name or ROOT for name, module in model.named_modules()}
     traced = [_Traced(r, run, names) for r, run in zip(search.records, search.runs, strict=True)]
     refused: dict[int, str] = {}
-    ways: dict[int, list[tuple[int, _Way]]] = {}
+    ways: dict[int, list[tuple[int, _Way]]] = {}  # of each step, with the run
     for found in search.found:
         index = found.step.index
         if factors.get(index, 1.0) != 1.0:
@@ -273,27 +272,33 @@ def _check_reached(step: Step, unreached: tuple[str, ...]) -> None:
 def _scales(
     traced: list[_Traced], ways: Mapping[int, list[tuple[int, _Way]]], factors: Mapping[int, float]
 ) -> tuple[dict[nn.Parameter, float], dict[int, str]]:
-    """What each parameter is multiplied by, and the steps whose parameters would be multiplied by different numbers."""
-    covered: dict[tuple[int, int, int], list[int]] = defaultdict(list)  # run, reader, node -> the steps
+    """What each parameter is multiplied by, and the steps whose ways pass what would be multiplied in two ways."""
+    passing: dict[tuple[int, int], list[tuple[int, _Way]]] = defaultdict(list)  # run and node -> the steps' ways
+    users: dict[Any, set[int]] = defaultdict(set)
     for index, runs in ways.items():
         for run, way in runs:
-            for reader, node in way:
-                if node in traced[run].parameters:
-                    covered[run, reader, node].append(index)
-    scales: dict[nn.Parameter, float] = {}
+            for node in {n for _, n in way}:
+                passing[run, node].append((index, way))
+                users[traced[run].parameters.get(node, (run, node))].add(index)
+
+    def scale(run: int, node: int, reader: int) -> float:
+        steps = []  # several where a step lies in the branch of another one
+        for index, way in passing[run, node]:
+            if reads := way[reader, node]:
+                steps.append(factors[index] if reads == traced[run].readers[node][reader] else math.nan)
+        return math.prod(sorted(steps))
+
+    scales: dict[Any, float] = {}  # of a parameter, or of the tensor at a node of a run
     conflicts: dict[int, str] = {}
-    users: dict[nn.Parameter, set[int]] = defaultdict(set)
-    for (run, _, node), steps in covered.items():
-        users[traced[run].parameters[node]].update(steps)
     for run, one in enumerate(traced):
-        for node, parameter in one.parameters.items():
-            for reader in one.readers[node] if parameter in users else ():
-                # a step inside the branch of another one: both factors
-                scale = math.prod(sorted(factors[i] for i in covered.get((run, reader, node), ())))
-                if scales.setdefault(parameter, scale) != scale:
-                    reason = f"{one.told(node)} is shared with what is multiplied otherwise, {one._by(reader)}"
-                    conflicts.update(dict.fromkeys(users[parameter], reason))
-    return {p: s for p, s in scales.items() if s != 1.0}, conflicts
+        for node, readers in one.readers.items():
+            key = one.parameters.get(node, (run, node))
+            for reader in readers if key in users else ():
+                here = scale(run, node, reader)
+                if scales.setdefault(key, here) != here:
+                    other = min(readers, key=lambda r: sum(w[r, node] for _, w in passing[run, node]))  # noqa: B023
+                    conflicts.update(dict.fromkeys(users[key], one.shared(node, other)))
+    return {p: s for p, s in scales.items() if isinstance(p, nn.Parameter) and s != 1.0}, conflicts
 
 
 def refusal(search: Search, refused: Mapping[int, str], instead: str) -> EulernetError:
@@ -321,9 +326,7 @@ def check_scalable(model: nn.Module, scales: Mapping[nn.Parameter, float]) -> No
                 f"{name} is on the meta device: it has no values that could be multiplied by {scale:.4g}. Give the model "
                 "its weights first: model.to_empty(device=...), then load_state_dict"
             )
-        if type(parameter.data) is not torch.Tensor or not (
-            parameter.is_floating_point() or parameter.is_complex()
-        ):
+        if type(parameter.data) is not torch.Tensor or not (parameter.is_floating_point() or parameter.is_complex()):
             kind = dtype if type(parameter.data) is torch.Tensor else type(parameter.data).__name__
             raise EulernetError(
                 f"{name} is quantised or packed ({kind}) and cannot be multiplied by {scale:.4g}. Patch, preserve or "
