@@ -8,9 +8,7 @@ import torch
 from torch import nn
 
 _HALF = (torch.float16, torch.bfloat16)
-_LEAST = (
-    8  # times the dtype's epsilon: below, a branch as large as the state loses more than 1/16 of itself to rounding
-)
+_LEAST = 8  # times the dtype's epsilon: below it a branch as large as the state is rounded to a few bits
 
 
 def trained(model: nn.Module) -> Iterator[str]:
@@ -51,6 +49,6 @@ def rounded_away(steps: Iterable[tuple[nn.Module, float]]) -> Iterator[str]:
         least = _LEAST * torch.finfo(dtype).eps
         yield (
             f"{len(lost)} step{'s have' if len(lost) > 1 else ' has'} an h down to {h:.2g} in "
-            f"{str(dtype).removeprefix('torch.')}, whose rounding loses much of so small an increment when it is added "
-            f"to the state. Keep h above {least:.2g}, or the model in float32, under torch.autocast where speed matters."
+            f"{str(dtype).removeprefix('torch.')}, whose rounding loses much of so small an increment when it is "
+            f"added to the state. Keep h above {least:.2g}, or the model in float32, under torch.autocast for speed."
         )

@@ -296,7 +296,7 @@ def _scales(
             for reader in readers if key in users else ():
                 here = scale(run, node, reader)
                 if scales.setdefault(key, here) != here:
-                    other = min(readers, key=lambda r: sum(w[r, node] for _, w in passing[run, node]))  # noqa: B023
+                    other = min(readers, key=lambda r: sum(w[r, node] for _, w in passing[run, node]))
                     conflicts.update(dict.fromkeys(users[key], one.shared(node, other)))
     return {p: s for p, s in scales.items() if isinstance(p, nn.Parameter) and s != 1.0}, conflicts
 
@@ -323,8 +323,8 @@ def check_scalable(model: nn.Module, scales: Mapping[nn.Parameter, float]) -> No
         dtype = str(parameter.dtype).removeprefix("torch.")
         if parameter.device.type == "meta":
             raise EulernetError(
-                f"{name} is on the meta device: it has no values that could be multiplied by {scale:.4g}. Give the model "
-                "its weights first: model.to_empty(device=...), then load_state_dict"
+                f"{name} is on the meta device: it has no values that could be multiplied by {scale:.4g}. Give the "
+                "model its weights first: model.to_empty(device=...), then load_state_dict"
             )
         if type(parameter.data) is not torch.Tensor or not (parameter.is_floating_point() or parameter.is_complex()):
             kind = dtype if type(parameter.data) is torch.Tensor else type(parameter.data).__name__

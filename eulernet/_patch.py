@@ -265,10 +265,12 @@ def release(model: nn.Module, folded: set[tuple[int, int]]) -> None:
             if not kept and not any(isinstance(m, Patched) and m is not module and m._euler for m in module.modules()):
                 restore_class(module)
             elif len(kept) < len(module._euler):
-                plan = tuple((t, kept.index(slot), *rest) for t, slot, *rest in module._euler_plan if slot in kept)
+                plan = tuple(
+                    (t, kept.index(slot), left, minus) for t, slot, left, minus in module._euler_plan if slot in kept
+                )
                 module.__dict__[_FACTORS] = [module._euler[slot] for slot in kept]
                 module.__dict__[_STEPS] = [module._euler_steps[slot] for slot in kept]
-                module.__class__ = patched_class(module._euler_original, plan)
+                module.__class__ = patched_class(module._euler_original, plan)  # type: ignore[assignment]
 
 
 def _changes(found: Sequence[Found], hs: dict[int, float], model: nn.Module) -> list[_Change]:
