@@ -38,10 +38,10 @@ class _Rule:
 
 _HOMOGENEOUS = """
 relu leaky_relu rrelu prelu dropout dropout1d dropout2d dropout3d feature_dropout neg
-mean sum amax max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
-adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d interpolate upsample pixel_shuffle
-pixel_unshuffle roll flip repeat repeat_interleave expand expand_as fold unfold unfold_copy rot90 tile index_select
-gather take_along_dim zero_pad
+max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
+adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d mean sum amax
+interpolate pixel_shuffle pixel_unshuffle fold unfold roll flip repeat repeat_interleave expand expand_as
+index_select gather take_along_dim
 """
 _RULES = {
     op: _Rule(*(tuple(part.split()) for part in (arguments, factors, addends)))
@@ -184,7 +184,7 @@ class _Traced:
         """An operation and the module that makes it, for a message."""
         node = self.nodes[number]
         calls = [c for c in self.record.calls if c.start <= number < c.end]
-        twin = max(calls, key=lambda c: c.start).module if calls else self.run.sandbox.copy
+        twin = calls[-1].module if calls else self.run.sandbox.copy
         name = self.names.get(self.run.sandbox.original.get(twin, twin), type(twin).__name__)
         if node.op == "parameter":
             ids = {node: key for key, node in self.record.used.items()}

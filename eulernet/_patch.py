@@ -259,14 +259,15 @@ def factors_now(model: nn.Module, result: Search) -> dict[int, float]:
 
 def release(model: nn.Module, folded: set[tuple[int, int]]) -> None:
     """Take steps, each a module's id and a number there, out of a patched model; the others stay as they are."""
-    for module in list(model.modules()):
+    for module in reversed(list(model.modules())):
         if isinstance(module, Patched):
             kept = [slot for slot in range(len(module._euler)) if (id(module), slot) not in folded]
-            if not kept and not any(isinstance(m, Patched) and m is not module and m._euler for m in module.modules()):
+            around = not module._euler and any(isinstance(m, Patched) for m in module.modules() if m is not module)
+            if not kept and not around:
                 restore_class(module)
             elif len(kept) < len(module._euler):
                 plan = tuple(
-                    (t, kept.index(slot), left, minus) for t, slot, left, minus in module._euler_plan if slot in kept
+                    (t, kept.index(slot), left, sub) for t, slot, left, sub in module._euler_plan if slot in kept
                 )
                 module.__dict__[_FACTORS] = [module._euler[slot] for slot in kept]
                 module.__dict__[_STEPS] = [module._euler_steps[slot] for slot in kept]

@@ -58,10 +58,10 @@ HEAD = f"""# What was found and verified
 Written by `{COMMAND}`.
 A model is listed when its test passed: at random weights, patched at h = 0.3, it equals a reference that scales the
 branches at run time; at h = 1 it is bit-identical to the original; after `unpatch` it is what it was; folded, and
-patched with `preserve=True`, it computes what it computed. The number of its steps stands behind its name. *Long* steps
-are left alone unless `include=` names them; *unsupported* additions are named by `find_steps` and never scaled; *folded*
-is the share of the steps whose h can be absorbed into the weights, and which `preserve` can compensate: the others end in
-what is not homogeneous, and are named.
+patched with `preserve=True`, it computes what it computed. The number of its steps stands behind its name. *Long*
+steps are left alone unless `include=` names them; *unsupported* additions are named by `find_steps` and never scaled;
+*folded* is the share of the steps whose h the weights can absorb, and so `preserve` can make up for. The others end in
+something that is not homogeneous, such as a gate on what it multiplies, and are named.
 """
 
 
