@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from eulernet import _factor
 from eulernet._errors import EulernetError, EulernetWarning
 from eulernet._find import Found, Search, search
+from eulernet._learn import Trainable, check_shared, checked, plan_learned
 from eulernet._report import ROOT, Step, Steps
 from eulernet._rewrite import (
     FUNCTION,
@@ -53,7 +54,7 @@ class Patched:
     _euler_original: ClassVar[type[nn.Module]]
     _euler_plan: ClassVar[Plan]
     _euler_places: ClassVar[tuple[tuple[int, bool, int], ...]]  # the step's number, skip is left, sign
-    _euler: list[_factor.StepFactor]
+    _euler: list[_factor.StepFactor | _factor.LearnedFactor]
     _euler_steps: list[Step]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -61,17 +62,17 @@ class Patched:
 
     def _euler_step(self, left: Any, right: Any, place: int, alpha: float = 1) -> Any:
         slot, skip_is_left, sign = self._euler_places[place]
-        return _factor.step(left, right, self._euler[slot], skip_is_left, sign * alpha)
+        return _factor.step(left, right, self._euler[slot].of(self), skip_is_left, sign * alpha)
 
     def _euler_step_(self, left: Any, right: Any, place: int, alpha: float = 1) -> Any:
         slot, skip_is_left, sign = self._euler_places[place]
-        return _factor.step_in_place(left, right, self._euler[slot], skip_is_left, sign * alpha)
+        return _factor.step_in_place(left, right, self._euler[slot].of(self), skip_is_left, sign * alpha)
 
     def _euler_scale(self, branch: Any, place: int) -> Any:
-        return _factor.scale(branch, self._euler[self._euler_places[place][0]])
+        return _factor.scale(branch, self._euler[self._euler_places[place][0]].of(self))
 
     def extra_repr(self) -> str:
-        shown = ", ".join(f"{factor.value:.4g}" for factor in self._euler)
+        shown = ", ".join(str(factor.at(self)) for factor in self._euler)
         h = f"h=({shown})" if len(self._euler) > 1 else f"h={shown}" if shown else ""
         return ", ".join(part for part in (super().extra_repr(), h) if part)  # type: ignore[misc]
 
@@ -229,6 +230,9 @@ class _Change:
 def restore_class(module: nn.Module) -> None:
     """Make a patched module what it was."""
     if isinstance(module, Patched):
+        for factor in module._euler:
+            if isinstance(factor, _factor.LearnedFactor):
+                delattr(module, factor.name)
         module.__class__ = module._euler_original  # type: ignore[assignment]
         del module.__dict__[_FACTORS], module.__dict__[_STEPS]
 
@@ -327,6 +331,7 @@ def patch(
     example_inputs: Any = None,
     include: Selector = None,
     exclude: Selector = None,
+    trainable: Trainable = False,
 ) -> Model:
     """Make each residual addition `s + F(s)` of a model a step `s + h * F(s)`, in place.
 
@@ -337,11 +342,20 @@ def patch(
     Args:
         model: any `torch.nn.Module`.
         h: the step factor: a positive number for all steps; a sequence with one number a step; a mapping from patterns
-            on step names to numbers (the first match wins, the rest get 1); a function of a `Step`; or `Steps`, for
-            example those that `Steps.from_json` read.
+            on step names to numbers (the first match wins, the rest get 1); a function of a `Step`, such as the rules
+            in `eulernet.schedules`; "auto", which is `inverse_sqrt()` of them, 1 / sqrt(D); or `Steps`, for example
+            those that `Steps.from_json` read.
         example_inputs: as for `find_steps`.
         include, exclude: which steps: a pattern on names (`"layer1"`, `"blocks.*.attn"`), a module class, a function
             `(step) -> bool`, or a list of these. Long steps are scaled only where `include` names them.
+        trainable: learn h, beginning at the `h` that is given. True or "step": one h a step; "stage": one for the steps
+            whose names are equal up to their last number, such as all of `layer1` in a ResNet or all `blocks` of a ViT;
+            "model": one for all. Each is h = exp(log_h), so positive, and log_h a parameter of the block, of shape (1,)
+            (FSDP2 takes no scalars) and of the block's dtype: `layer1.0.log_h`, or `blocks.0.log_h_0` and
+            `blocks.0.log_h_1` where a block has several steps. Blocks that share an h hold the same parameter, as tied
+            weights do (and as with these, FSDP2 must not shard them apart). log_h must have no weight decay, which
+            would pull h to 1. In float16 and bfloat16 it is rounded like any parameter. Where the branch is the left
+            operand of an addition in place, it is copied for the gradient of h.
 
     Returns:
         The same model.
@@ -356,8 +370,12 @@ def patch(
         >>> layer = eulernet.patch(layer, h=0.1, example_inputs=torch.zeros(2, 5, 8))
         >>> [step.h for step in eulernet.steps(layer)]
         [0.1, 0.1]
+        >>> layer = eulernet.patch(layer, h="auto", trainable=True, example_inputs=torch.zeros(2, 5, 8))
+        >>> [name for name in layer.state_dict() if "log_h" in name]
+        ['log_h_0', 'log_h_1']
     """
     _check(model, "patch")
+    sharing = checked(trainable)
     with search(model, example_inputs) as result:
         by_index = {f.step.index: f for f in result.found}
         if not by_index:
@@ -381,11 +399,15 @@ def patch(
             changes = _changes([by_index[s.index] for s in chosen], hs, model)
         except Unsupported as reason:
             raise EulernetError(f"{type(model).__name__} cannot be patched: {reason}; exclude= that step") from reason
+        blocks = [(change.module, change.steps, change.hs) for change in changes]
+        learned = [] if sharing is None else plan_learned(model, blocks, sharing)
         _prove(result, changes)
     for module in model.modules():
         restore_class(module)
     for change in changes:
         change.apply(change.module)
+    for slot in learned:
+        slot.apply()
     doubts = [*(f"not scaled, because not supported: {line}" for line in result.steps.unsupported), *result.steps.notes]
     if doubts:
         warnings.warn("\n".join(doubts), EulernetWarning, stacklevel=2)
@@ -422,7 +444,9 @@ def set_h(model: Model, h: HLike) -> Model:
         [0.5, 0.25]
     """
     bound = _bound(model, "set_h")
-    for (_, factor), value in zip(bound, values(h, [step for step, _ in bound]), strict=True):
+    hs = values(h, [step for step, _ in bound])
+    check_shared([(step, factor, value) for (step, factor), value in zip(bound, hs, strict=True)])
+    for (_, factor), value in zip(bound, hs, strict=True):
         factor.set(value)
     return model
 
@@ -464,7 +488,7 @@ def is_patched(model: nn.Module) -> bool:
     return any(isinstance(module, Patched) for module in model.modules())
 
 
-def _bound(model: nn.Module, caller: str) -> list[tuple[Step, _factor.StepFactor]]:
+def _bound(model: nn.Module, caller: str) -> list[tuple[Step, _factor.StepFactor | _factor.LearnedFactor]]:
     if not isinstance(model, nn.Module):
         raise EulernetError(f"eulernet.{caller} takes a torch.nn.Module, not {type(model).__name__}")
     found = []
@@ -472,7 +496,8 @@ def _bound(model: nn.Module, caller: str) -> list[tuple[Step, _factor.StepFactor
         if isinstance(module, Patched):
             for step, factor in zip(module._euler_steps, module._euler, strict=True):
                 suffix = step.name.rpartition(":")[1:] if ":" in step.name else ("", "")
-                found.append((replace(step, name=(name or ROOT) + "".join(suffix), h=factor.value), factor))
+                bound = factor.at(module)
+                found.append((replace(step, name=(name or ROOT) + "".join(suffix), h=bound.value), bound))
     if not found:
         raise EulernetError(
             f"{type(model).__name__} is not patched; call eulernet.patch(model, h=0.1) first "
