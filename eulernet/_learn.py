@@ -79,7 +79,7 @@ def plan_learned(
                     f"{step.name}: the module is not registered in {type(model).__name__}, so that its h would not be "
                     f"in model.parameters(); patch without trainable=, or with exclude={step.name!r}"
                 )
-            like = next((p for p in (*module.parameters(), *module.buffers()) if p.is_floating_point()), torch.empty(0))
+            like = _first_of(module, model)
             if like.device.type == "meta":
                 raise EulernetError(
                     f"{step.name} is on the meta device, where the parameter of a learned h has no value. Put the "
@@ -99,6 +99,12 @@ def plan_learned(
             slots.append(Slot(module, number, _free_name(module, step), parameters[key]))
     check_shared(shared)
     return slots
+
+
+def _first_of(*modules: nn.Module) -> torch.Tensor:
+    """The first floating tensor that one of these modules holds."""
+    held = (t for module in modules for t in (*module.parameters(), *module.buffers()) if t.is_floating_point())
+    return next(held, torch.empty(0))
 
 
 def check_shared(steps: Iterable[tuple[Step, object, float]]) -> None:

@@ -114,14 +114,14 @@ def suggest_h(model_or_depth: nn.Module | int, *, example_inputs: Any = None, ga
 
     Example:
         >>> import eulernet
-        >>> suggestion = eulernet.suggest_h(54)
-        >>> for row in suggestion.bounds:
-        ...     print(f"{row.rule}: {row.h[0]:.3g}, gradients x {10**row.log10_gradient:.3g}, noise e + {row.noise:.3g}")
-        constant(h=1.0): 1, gradients x 1.8e+16, noise e + 54
-        constant(h=0.1): 0.1, gradients x 172, noise e + 5.4
-        inverse_sqrt(c=1): 0.136, gradients x 982, noise e + 7.35
-        inverse(c=1): 0.0185, gradients x 2.69, noise e + 1
-        decreasing(): 1.44, gradients x 234, noise e + 6.43
+        >>> rows = eulernet.suggest_h(54).bounds
+        >>> for row in rows:
+        ...     print(f"{row.rule}: {row.h[0]:.3g}, gradients x {10**row.log10_gradient:.3g}, noise + {row.noise:.3g}")
+        constant(h=1.0): 1, gradients x 1.8e+16, noise + 54
+        constant(h=0.1): 0.1, gradients x 172, noise + 5.4
+        inverse_sqrt(c=1): 0.136, gradients x 982, noise + 7.35
+        inverse(c=1): 0.0185, gradients x 2.69, noise + 1
+        decreasing(): 1.44, gradients x 234, noise + 6.43
     """
     positive(gain, "gain", "gain=1.0")
     if isinstance(model_or_depth, nn.Module):

@@ -35,7 +35,7 @@ def factors(model: nn.Module) -> list[float | None]:
     return [step.h for step in eulernet.steps(model)]
 
 
-# ------------------------------------------------------------------------------------------------------ rules from depth
+# ----------------------------------------------------------------------------------------------------- rules from depth
 
 RULES: dict[Any, Callable[[int, int], float]] = {  # the rule -> its formula in D and l
     schedules.constant(0.3): lambda depth, position: 0.3,
@@ -416,7 +416,7 @@ def test_set_h_in_between_lasts_until_the_next_step() -> None:
     assert factors(model) == [0.5] * 4
 
 
-# -------------------------------------------------------------------------------------------------------------- refusals
+# ------------------------------------------------------------------------------------------------------------- refusals
 
 
 @pytest.mark.parametrize(

@@ -6,16 +6,21 @@ import math
 import pickle
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import traps
 from test_errors import refused
 from test_traps import assert_identical, both_modes, build, every_trap, run
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.func import functional_call
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
 from traps import Trap
@@ -24,6 +29,9 @@ import eulernet
 from eulernet import EulernetError, Step
 from eulernet._factor import step_parameters
 from eulernet._learn import stage
+
+# Where Dynamo looks at the attributes of a tensor, torch warns of .grad; as an error that would stop the compilation.
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 
 DIM = traps.DIM
 X = torch.linspace(-1, 1, 2 * DIM).view(2, DIM)
@@ -76,7 +84,8 @@ def test_values_and_gradients_are_those_of_the_reference(cls: type[Trap], traini
             torch.testing.assert_close(x, y, **tolerance)
 
 
-FORMS = [cls for cls in traps.TRAPS if issubclass(cls, traps.Form)]
+# The narrowing one adds in bfloat16, where differences are too coarse.
+FORMS = [cls for cls in traps.TRAPS if issubclass(cls, traps.Form) and cls is not traps.NarrowingInPlaceAddition]
 
 
 @pytest.mark.parametrize("cls", FORMS, ids=lambda cls: cls.__name__)
@@ -84,8 +93,7 @@ def test_gradients_are_those_of_finite_differences(cls: type[Trap]) -> None:
     _, model, inputs = learning(cls, 0.4)
     names = [log_h(step) for step in eulernet.steps(model)]
     parameters = dict(model.named_parameters())
-    if any(p.dtype != torch.float64 for p in parameters.values()):
-        pytest.skip("finite differences need float64 throughout")
+    assert {p.dtype for p in parameters.values()} == {torch.float64}
 
     def loss(*logs: Tensor) -> Tensor:
         outputs = functional_call(model, {**parameters, **dict(zip(names, logs, strict=True))}, inputs)
@@ -262,7 +270,7 @@ def test_a_repeated_block_sums_the_gradients_of_its_calls() -> None:
     torch.testing.assert_close(model.block.log_h.grad, (h * expected).detach().view(1), rtol=1e-12, atol=1e-12)
 
 
-# --------------------------------------------------------------------------------------------------------- as parameters
+# -------------------------------------------------------------------------------------------------------- as parameters
 
 
 @pytest.mark.parametrize("trainable", ["step", "stage", "model"])
@@ -271,7 +279,7 @@ def test_an_optimizer_moves_h_and_the_output(trainable: Any, optimizer: Any) -> 
     model = eulernet.patch(net(), 0.25, example_inputs=X, trainable=trainable)
     others = [p for name, p in model.named_parameters() if "log_h" not in name]
     groups = [{"params": others, "lr": 0.0}, {"params": list(step_parameters(model)), "weight_decay": 0.0}]
-    moved = optimizer(groups, lr=0.1)
+    moved = optimizer(groups, lr=0.01)
     before, output = factors(model), model(X)
     for _ in range(3):
         moved.zero_grad()
@@ -423,7 +431,8 @@ def _fresh() -> Iterator[None]:
 def test_compiled_gradients_are_the_eager_ones(cls: type[Trap]) -> None:
     _, model, inputs = learning(cls, 0.3)
     expected, expected_gradients = run(copy.deepcopy(model), inputs)
-    actual, gradients = run(model, inputs, torch.compile(model, backend="aot_eager", fullgraph=True))
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    actual, gradients = run(model, inputs, lambda *inputs: compiled(*inputs))
     for x, y in zip((*actual, *gradients), (*expected, *expected_gradients), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
 
@@ -453,7 +462,7 @@ def test_blocks_share_one_compilation() -> None:
     counter = CompileCounter()
     for block in blocks:
         block.compile(backend=counter, fullgraph=True)
-    blocks(X)
+    blocks(X.clone().requires_grad_())  # the first block's input as the others'
     assert counter.frame_count == 1
 
 
@@ -557,8 +566,9 @@ def test_the_meta_device_is_refused() -> None:
 
 
 def test_a_model_patched_in_inference_mode_can_be_trained() -> None:
+    model = net()
     with torch.inference_mode():
-        model = eulernet.patch(net(), 0.25, example_inputs=X.clone(), trainable=True)
+        eulernet.patch(model, 0.25, example_inputs=X, trainable=True)
     model(X).sum().backward()
     assert all(p.grad is not None for p in step_parameters(model))
 
@@ -584,3 +594,58 @@ def test_inputs_are_left_as_they_were() -> None:
     x = tree_map_only(Tensor, torch.clone, X)
     eulernet.patch(net(), 0.25, example_inputs=x, trainable=True)
     assert torch.equal(x, X) and not x.requires_grad
+
+
+# ---------------------------------------------------------------------------------------------------------- distributed
+
+
+@pytest.fixture
+def _one_process(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+# The warnings are of torch's own code: a deprecated backend's name, a hook on an input that needs no gradient.
+def distributed(test: Any) -> Any:
+    test = pytest.mark.filterwarnings("ignore::UserWarning:torch", "ignore::FutureWarning:torch")(test)
+    test = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch was built without gloo")(test)
+    return pytest.mark.usefixtures("_one_process")(test)
+
+
+def learn(model: nn.Module, parameters: list[nn.Parameter]) -> None:
+    optimizer = torch.optim.SGD(parameters, lr=0.01)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(X).square().sum().backward()
+        optimizer.step()
+
+
+@distributed
+@pytest.mark.parametrize("trainable", ["step", "stage"])
+def test_ddp_learns_as_one_process(trainable: Any) -> None:
+    model = eulernet.patch(net(), 0.25, example_inputs=X, trainable=trainable)
+    wrapped = DistributedDataParallel(copy.deepcopy(model))
+    for each in (model, wrapped):
+        learn(each, list(each.parameters()))
+    assert factors(wrapped) == factors(model) != [0.25] * 7
+    eulernet.set_h(wrapped, 0.5)
+    torch.testing.assert_close(wrapped(X), eulernet.set_h(model, 0.5)(X))
+
+
+@distributed
+def test_fsdp_learns_as_one_process() -> None:
+    """FSDP2 keeps its part of a parameter in place of it, and takes no scalars and no mixture of dtypes."""
+    model = eulernet.patch(net(), 0.25, example_inputs=X, trainable=True)
+    shards = copy.deepcopy(model)
+    mesh = init_device_mesh("cpu", (1,))
+    for block in (*shards.layer1, *shards.layer2):
+        fully_shard(block, mesh=mesh)
+    fully_shard(shards, mesh=mesh)
+    for each in (model, shards):
+        learn(each, list(each.parameters()))
+    assert factors(shards) == factors(model) != [0.25] * 7
+    assert "h=exp(log_h)" in repr(shards.last)
+    eulernet.set_h(shards, 0.5)
+    assert factors(shards) == pytest.approx([0.5] * 7, rel=1e-7)
+    torch.testing.assert_close(shards(X), eulernet.set_h(model, 0.5)(X))
