@@ -536,6 +536,14 @@ def test_one_h_for_several_steps_takes_one_value() -> None:
     assert factors(model) == pytest.approx([0.1] * 2 + [0.2] * 5, rel=1e-6)
 
 
+def test_what_was_learned_becomes_fixed() -> None:
+    model = eulernet.patch(net(), [0.1 * (i + 1) for i in range(7)], example_inputs=X, trainable=True)
+    learned, output = factors(model), model(X)
+    eulernet.patch(model, eulernet.steps(model), example_inputs=X)
+    assert logs(model) == [] and factors(model) == learned
+    torch.testing.assert_close(model(X), output)
+
+
 @pytest.mark.parametrize("value", ["steps", "", None, 1, 0, ["step"], torch.ones(1), torch.ones(2)], ids=repr)
 def test_other_words_are_refused(value: Any) -> None:
     model = net()
