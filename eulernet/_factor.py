@@ -48,6 +48,9 @@ class StepFactor:
     def at(self, module: Any) -> StepFactor:
         return self
 
+    def leave(self, module: Any) -> None:
+        """Nothing of it is in the module itself."""
+
     def __str__(self) -> str:
         return f"{self.value:.4g}"
 
@@ -70,6 +73,10 @@ class LearnedFactor:
 
     def at(self, module: Any) -> LearnedFactor:
         return LearnedFactor(self.name, module)
+
+    def leave(self, module: Any) -> None:
+        """Take the parameter out of the module."""
+        delattr(module, self.name)
 
     def follow(self, fn: Callable[[Tensor], Tensor]) -> None:
         """The module has moved the parameter with all others."""

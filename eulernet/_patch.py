@@ -231,8 +231,7 @@ def restore_class(module: nn.Module) -> None:
     """Make a patched module what it was."""
     if isinstance(module, Patched):
         for factor in module._euler:
-            if isinstance(factor, _factor.LearnedFactor):
-                delattr(module, factor.name)
+            factor.leave(module)
         module.__class__ = module._euler_original  # type: ignore[assignment]
         del module.__dict__[_FACTORS], module.__dict__[_STEPS]
 
@@ -489,22 +488,34 @@ def is_patched(model: nn.Module) -> bool:
     return any(isinstance(module, Patched) for module in model.modules())
 
 
-def _bound(model: nn.Module, caller: str) -> list[tuple[Step, _factor.StepFactor | _factor.LearnedFactor]]:
+def by_module(model: nn.Module, caller: str) -> list[tuple[Patched, list[Step]]]:
+    """The modules that hold steps, each with its steps, in the order of their factors."""
     if not isinstance(model, nn.Module):
         raise EulernetError(f"eulernet.{caller} takes a torch.nn.Module, not {type(model).__name__}")
     found = []
     for name, module in _unwrapped(model).named_modules():
-        if isinstance(module, Patched):
+        if isinstance(module, Patched) and module._euler:
+            mine = []
             for step, factor in zip(module._euler_steps, module._euler, strict=True):
                 suffix = step.name.rpartition(":")[1:] if ":" in step.name else ("", "")
-                bound = factor.at(module)
-                found.append((replace(step, name=(name or ROOT) + "".join(suffix), h=bound.value), bound))
+                mine.append(replace(step, name=(name or ROOT) + "".join(suffix), h=factor.at(module).value))
+            found.append((module, mine))
     if not found:
         raise EulernetError(
             f"{type(model).__name__} is not patched; call eulernet.patch(model, h=0.1) first "
             "(eulernet.find_steps(model) shows what that would change)"
         )
-    return sorted(found, key=lambda pair: pair[0].index)
+    return found
+
+
+def _bound(model: nn.Module, caller: str) -> list[tuple[Step, _factor.StepFactor | _factor.LearnedFactor]]:
+    """The steps of a patched model, each with its factor, in the order of execution."""
+    pairs = [
+        (step, factor.at(module))
+        for module, steps in by_module(model, caller)
+        for step, factor in zip(steps, module._euler, strict=True)
+    ]
+    return sorted(pairs, key=lambda pair: pair[0].index)
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

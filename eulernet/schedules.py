@@ -22,7 +22,7 @@ from torch import nn
 
 from eulernet._errors import EulernetError
 from eulernet._factor import LearnedFactor
-from eulernet._patch import Patched, _bound
+from eulernet._patch import _bound, by_module
 from eulernet._report import Step
 from eulernet._select import HLike, positive, values
 
@@ -229,7 +229,7 @@ class HScheduler:
             )
         self._steps = [step for step, _ in bound]
         self._factors = [factor for _, factor in bound]
-        self._modules = [module for module in model.modules() if isinstance(module, Patched)]
+        self._modules = [module for module, _ in by_module(model, "HScheduler")]
         self._held = self._factors_of_modules()
         self.start = self._endpoint(start, "start")
         self.end = self._endpoint(end, "end")
