@@ -36,8 +36,8 @@ def test_moving(benchmark: Any, name: str, backend: str) -> None:
     build, make_inputs = SPEED[name]
     inputs = make_inputs()
     fixed = eulernet.patch(build().train(), h=0.1)
-    # The noise of the machine is what the same model, copied, seems to cost.
-    models = {"fixed": fixed, "copy": copy.deepcopy(fixed), "learned": copy.deepcopy(fixed)}
+    # All are copies, whose memory was allocated alike; the noise of the machine is what one of two equal ones costs.
+    models = {key: copy.deepcopy(fixed) for key in ("fixed", "copy", "learned")}
     eulernet.patch(models["learned"], h=0.1, trainable=True)
     schedule = eulernet.HScheduler(copy.deepcopy(fixed), total_steps=10**6)
     if backend == "compiled":
