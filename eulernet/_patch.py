@@ -9,7 +9,6 @@ from __future__ import annotations
 import copyreg
 import types
 import warnings
-import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -22,12 +21,10 @@ from torch import Tensor, nn
 from eulernet import _factor
 from eulernet._errors import EulernetError, EulernetWarning
 from eulernet._find import Found, Search, search
+from eulernet._observe import OBSERVED, Seen, observe
 from eulernet._report import ROOT, Step, Steps
 from eulernet._rewrite import (
     FUNCTION,
-    SCALE,
-    STEP,
-    STEP_IN_PLACE,
     Span,
     Target,
     Targets,
@@ -90,6 +87,8 @@ class Patched:
                 "eulernet.unpatch(model) first, keep eulernet.steps(model).to_json() beside it, and patch it "
                 "again with h=Steps"
             )
+        if rest and isinstance(rest[0], dict):  # who observes this module does not observe its copies
+            rest[0] = {name: value for name, value in rest[0].items() if name not in OBSERVED}
         return (_restore, (self._euler_original, self._euler_plan, *args[1:]), *rest)
 
     def __prepare_scriptable__(self) -> Any:
@@ -259,8 +258,7 @@ def _prove(search: Search, changes: Sequence[_Change]) -> None:
         for change in changes:
             twin = twins[id(change.module)]
             change.apply(twin)
-            for name in (STEP, STEP_IN_PLACE, SCALE):
-                twin.__dict__[name] = _counting(getattr(type(twin), name), weakref.ref(twin), id(change.module), counts)
+            observe(twin, partial(_count, counts, id(change.module)))
         for run in search.runs:
             if run.sandbox is not sandbox:
                 continue
@@ -281,14 +279,9 @@ def _prove(search: Search, changes: Sequence[_Change]) -> None:
                         )
 
 
-def _counting(
-    method: Callable[..., Any], twin: weakref.ref[nn.Module], module: int, counts: Counter[tuple[int, int]]
-) -> Callable[..., Any]:
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        counts[module, next(a for a in reversed(args) if isinstance(a, int))] += 1
-        return method(twin(), *args, **kwargs)
-
-    return counted
+def _count(counts: Counter[tuple[int, int]], module: int, seen: Seen, add: Callable[[], Any]) -> Any:
+    counts[module, seen.place] += 1
+    return add()
 
 
 # ---- the public functions

@@ -1,0 +1,190 @@
+"""Record, while a model trains, what Fig. 2 of the paper shows: norms of weights and gradients, and the steps' sizes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from os import PathLike
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from eulernet import _patch
+from eulernet._errors import EulernetError
+from eulernet._observe import Seen, observe, release
+from eulernet._report import ROOT, Step
+from eulernet._select import matches
+
+Record = dict[str, Any]
+_BUFFERED = 32  # records that may wait on the device
+
+
+class watch:
+    """Record norms of weights, of gradients, and the sizes of steps, in every k-th iteration of a training.
+
+    These are the quantities of Fig. 2 of *Towards Robust ResNet* (Zhang et al., IJCAI 2019). Call `step()` once an
+    iteration, after `backward()` and before the optimiser's step; with a `GradScaler` after `scaler.unscale_(...)`.
+    The norms are computed on the model's device and fetched from there some records at a time.
+
+    Args:
+        model: a patched model, or, with `step_sizes=False`, any.
+        layers: patterns on the names of modules and parameters, by dotted component, for which there is one norm each
+            (of all parameters below a module): `"layer1.1"`, `"blocks.*.mlp"`, `"layer1.*.conv2.weight"`. By default
+            the modules that hold a step, one norm each.
+        every: record iterations 0, k, 2k, ...
+        step_sizes: record ||h F|| / ||s|| of each step; over its runs in an iteration, the root of the sum of squares of
+            the one divided by that of the other. In a compiled model steps cannot be seen.
+        path: a file to which each record is appended as a line of JSON.
+        writer: anything with `add_scalar(tag, value, iteration)`, such as a `torch.utils.tensorboard.SummaryWriter`.
+
+    Attributes:
+        records: what was recorded, one dictionary an iteration: {"iteration": 0, "weight": {name: norm}, "gradient":
+            {name: norm}, "step_size": {step: size}}. A name without gradient, a step that did not run, is left out.
+        notes: what could not be recorded, one sentence each.
+
+    Raises:
+        EulernetError: the model is not patched, a pattern matches nothing, `every` is no positive integer.
+
+    Example:
+        >>> import torch, eulernet
+        >>> model = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        >>> model = eulernet.patch(model, h=0.1, example_inputs=torch.zeros(2, 5, 8))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> with eulernet.watch(model, layers=["linear*.weight"], every=10) as log:
+        ...     for _ in range(11):
+        ...         optimizer.zero_grad()
+        ...         model(torch.randn(2, 5, 8)).square().mean().backward()
+        ...         log.step()
+        ...         optimizer.step()
+        >>> [record["iteration"] for record in log.records], list(log.records[0]["weight"])
+        ([0, 10], ['linear1.weight', 'linear2.weight'])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        layers: str | Iterable[str] | None = None,
+        every: int = 1,
+        step_sizes: bool = True,
+        path: str | PathLike[str] | None = None,
+        writer: Any = None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise EulernetError(f"eulernet.watch takes a torch.nn.Module, not {type(model).__name__}")
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise EulernetError(f"every={every!r} must be a positive integer: record each every-th iteration")
+        if writer is not None and not callable(getattr(writer, "add_scalar", None)):
+            raise EulernetError(f"writer is a {type(writer).__name__} without add_scalar(tag, value, iteration)")
+        model = _patch._unwrapped(model)
+        patched = _patch.is_patched(model)
+        if step_sizes and not patched:
+            raise EulernetError(
+                f"{type(model).__name__} is not patched, so the sizes of its steps cannot be seen. Patch it first, "
+                "eulernet.patch(model, h=1) computes the same bits, or leave them out: eulernet.watch(model, "
+                "step_sizes=False, layers=...)"
+            )
+        if layers is None and not patched:
+            raise EulernetError(
+                f"{type(model).__name__} is not patched: say which layers to watch, eulernet.watch(model, "
+                'step_sizes=False, layers="layer1.*"), patterns on names of modules or parameters'
+            )
+        self.notes: list[str] = []
+        self._groups = _groups(model, layers)
+        self._steps = _steps(model) if step_sizes else []
+        self._every, self._iteration = every, 0
+        self._path = None if path is None else Path(path)
+        self._writer = writer
+        self._inside = False
+        self._squares: dict[str, list[Tensor]] = {}  # of a step: ||h F||^2, ||s||^2
+        self._waiting: list[tuple[int, list[tuple[str, str]], Tensor]] = []
+        self._records: list[Record] = []
+
+    def __enter__(self) -> Self:
+        for module, names in self._steps:
+            observe(module, partial(self._see, module, names))
+        self._inside = True
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._inside = False
+        for module, _ in self._steps:
+            release(module)
+        self._fetch()
+
+    @property
+    def records(self) -> list[Record]:
+        self._fetch()
+        return self._records
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """The end of an iteration: record, where it is one of those to record."""
+        if not self._inside:
+            raise EulernetError("log.step() is for within the block: with eulernet.watch(model) as log: ...")
+        if self._iteration % self._every == 0:
+            self._record()
+        self._iteration += 1
+
+    def _record(self) -> None:
+        labels: list[tuple[str, str]] = []
+        values: list[Tensor] = []
+        for kind, of in (("weight", lambda p: p), ("gradient", lambda p: p.grad)):
+            named = [(name, [t for p in group if (t := of(p)) is not None]) for name, group in self._groups.items()]
+            named = [(name, tensors) for name, tensors in named if tensors]
+            labels += [(kind, name) for name, _ in named]
+            values += _norms([tensors for _, tensors in named])
+        if self._steps and not self._squares:
+            self._note(
+                "no step was seen to run, so there are no step sizes: in a compiled model only weights and gradients "
+                "are recorded"
+            )
+        for name, (increment, skip) in self._squares.items():
+            labels.append(("step_size", name))
+            values.append((increment / skip).sqrt())
+        self._squares.clear()
+        if not values:
+            return
+        device = values[0].device
+        self._waiting.append((self._iteration, labels, torch.stack([v.to(device, torch.float32) for v in values])))
+        if len(self._waiting) >= _BUFFERED:
+            self._fetch()
+
+    def _note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def _see(self, module: nn.Module, names: list[str], seen: Seen, add: Callable[[], Any]) -> Any:
+        if torch.compiler.is_compiling() or self._iteration % self._every:
+            return add()
+        if not (isinstance(seen.skip, Tensor) and isinstance(seen.branch, Tensor)):
+            self._note(f"the size of {names[seen.slot]} is not recorded: its skip is not seen")
+            return add()
+        h = module._euler[seen.slot].value * seen.alpha  # type: ignore[index, union-attr]
+        pair = torch.stack([_norm(seen.branch) * h, _norm(seen.skip)]).square()
+        before = self._squares.get(names[seen.slot])
+        self._squares[names[seen.slot]] = pair if before is None else before + pair
+        return add()
+
+    def _fetch(self) -> None:
+        """Bring to the host what waits on the device, and hand it out."""
+        waiting, self._waiting = self._waiting, []
+        fresh: list[Record] = []
+        for iteration, labels, values in waiting:
+            record: Record = {"iteration": iteration, "weight": {}, "gradient": {}, "step_size": {}}
+            for (kind, name), value in zip(labels, values.tolist(), strict=True):
+                record[kind][name] = value
+                if self._writer is not None:
+                    self._writer.add_scalar(f"{kind}/{name}", value, iteration)
+            fresh.append(record)
+        self._records += fresh
+        if self._path is not None and fresh:
+            with self._path.open("a") as file:
+                file.writelines(json.dumps(record) + "\n" for record in fresh)
