@@ -6,6 +6,7 @@ from eulernet._diagnose import Diagnosis, diagnose
 from eulernet._errors import EulernetError, EulernetWarning
 from eulernet._patch import find_steps, is_patched, patch, set_h, steps, unpatch
 from eulernet._report import Place, Step, Steps
+from eulernet._watch import watch
 
 __all__ = [
     "Diagnosis",
@@ -23,4 +24,5 @@ __all__ = [
     "set_h",
     "steps",
     "unpatch",
+    "watch",
 ]

@@ -6,8 +6,6 @@ import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from torch import nn
-
 from eulernet._rewrite import SCALE, STEP, STEP_IN_PLACE
 
 # The entries of an observed module's __dict__, which hide the methods of its class.
@@ -32,10 +30,10 @@ class Seen(NamedTuple):
 See = Callable[[Seen, Callable[[], Any]], Any]
 
 
-def observe(module: nn.Module, see: See) -> None:
+def observe(module: Any, see: See) -> None:
     """Call `see` at each addition of a patched module, until `release`."""
     here, cls = weakref.ref(module), type(module)  # not the module itself, which would then hold itself
-    places = cls._euler_places  # type: ignore[attr-defined]
+    places = cls._euler_places
 
     def around(method: Callable[..., Any]) -> Callable[..., Any]:
         def step(left: Any, right: Any, place: int, alpha: float = 1) -> Any:
@@ -54,7 +52,7 @@ def observe(module: nn.Module, see: See) -> None:
     module.__dict__[STEP_IN_PLACE] = around(getattr(cls, STEP_IN_PLACE))
 
 
-def release(module: nn.Module) -> None:
+def release(module: Any) -> None:
     """Leave a module as it was before `observe`."""
     for name in OBSERVED:
         module.__dict__.pop(name, None)

@@ -474,6 +474,13 @@ def _bound(model: nn.Module, caller: str) -> list[tuple[Step, _factor.StepFactor
     return sorted(found, key=lambda pair: pair[0].index)
 
 
+def by_module(model: nn.Module, caller: str) -> list[tuple[Patched, list[Step]]]:
+    """The modules that hold steps, each with its steps, in the order of their factors."""
+    step_of = {id(factor): step for step, factor in _bound(model, caller)}
+    patched = [m for m in _unwrapped(model).modules() if isinstance(m, Patched) and m._euler]
+    return [(module, [step_of[id(factor)] for factor in module._euler]) for module in patched]
+
+
 def _unwrapped(model: nn.Module) -> nn.Module:
     """The model inside wrappers that leave its modules as they are."""
     while type(model).__name__ in ("OptimizedModule", "DistributedDataParallel", "DataParallel"):

@@ -6,6 +6,7 @@ import copy
 import random
 import sys
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,7 +27,7 @@ from eulernet._report import Step
 from eulernet._trace import Sandbox, undisturbed
 
 LossFn = Callable[[Any, Any], Tensor]
-_ITERATIONS, _TOLERANCE = 100, 1e-4  # of the power iteration
+_ITERATIONS, _TOLERANCE = 100, 1e-5  # of the power iteration
 
 
 @dataclass
@@ -85,6 +86,7 @@ class Probe:
                 f"with loss_fn the batch is a pair: eulernet.{caller}(model, (inputs, targets), loss_fn), where inputs "
                 "is a tensor, a tuple or a dict"
             )
+        self.targets: Any
         inputs, self.targets = batch if loss_fn is not None else (batch, None)
         self.args, self.kwargs = as_call(inputs)
         self.loss_fn = loss_fn
@@ -104,24 +106,17 @@ class Probe:
         self.model.train()
         for parameter in self.model.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
-        self.bound = _patch._bound(self.model, caller)
-        step_of = {id(factor): step for step, factor in self.bound}
-        for module in self.model.modules():
-            if isinstance(module, _patch.Patched):
-                observe(module, partial(self._see, module._euler, [step_of[id(f)] for f in module._euler]))
-
-    @property
-    def steps(self) -> list[Step]:
-        return [step for step, _ in self.bound]
+        for patched, steps in _patch.by_module(self.model, caller):
+            observe(patched, partial(self._see, patched, steps))
 
     def set_h(self, h: Any) -> None:
         _patch.set_h(self.model, h)
 
     # ---- runs
-    def _see(self, factors: Sequence[Any], steps: Sequence[Step], seen: Seen, add: Callable[[], Any]) -> Any:
+    def _see(self, module: _patch.Patched, steps: Sequence[Step], seen: Seen, add: Callable[[], Any]) -> Any:
         if not self.watching:
             return add()
-        step, h = steps[seen.slot], factors[seen.slot].value
+        step, h = steps[seen.slot], module._euler[seen.slot].value
         call = next((c for c in reversed(self.calls) if c.step is step), None)
         if call is None or seen.place in call.places:  # several places are one step: parallel branches
             call = Call(step, h)
@@ -183,7 +178,9 @@ class Probe:
                 f"loss_fn(output, targets) failed: {_short(error)}. The batch is (inputs, targets)"
             ) from error
         if not (isinstance(loss, Tensor) and loss.dim() == 0 and loss.requires_grad):
-            raise EulernetError(f"loss_fn returned {loss!r}; it must return a loss, a tensor of one number with a graph")
+            raise EulernetError(
+                f"loss_fn returned {loss!r}; it must return a loss, a tensor of one number with a graph"
+            )
         return loss
 
     def _projection(self, output: Any) -> Tensor:
@@ -195,9 +192,9 @@ class Probe:
                 f"{self.name} returned no tensor with a gradient in a tuple, list or dict. Say what to differentiate: "
                 f"eulernet.{self.caller}(model, (inputs, targets), loss_fn)"
             )
-        directions = [torch.randn(t.shape, generator=generator).to(t.device) for t in outputs]
+        directions = [torch.randn(t.shape, generator=generator, dtype=torch.float64) for t in outputs]
         length = sum(d.square().sum().item() for d in directions) ** 0.5
-        total = sum((t * (d / length).to(t.dtype)).sum() for t, d in zip(outputs, directions, strict=True))
+        total = sum((t * (d / length).to(t.device, t.dtype)).sum() for t, d in zip(outputs, directions, strict=True))
         assert isinstance(total, Tensor)
         return total
 
@@ -206,17 +203,16 @@ class Probe:
         if call.state is None or not call.branches:
             return None
         edges = [edge for edge, _ in call.branches]
-        directions = [torch.randn_like(like) for _, like in call.branches]
-        directions = [d.requires_grad_() for d in directions]
+        direction = torch.randn_like(call.branches[0][1]).requires_grad_()  # the same for all: F is their sum
         gain = 0.0
         try:
             # J^T w, linear in w, so that its derivative in the direction of v is J v.
-            (transposed,) = torch.autograd.grad(edges, [call.state], directions, create_graph=True)
+            (transposed,) = torch.autograd.grad(edges, [call.state], [direction] * len(edges), create_graph=True)
             v = torch.randn_like(transposed)
             for _ in range(_ITERATIONS):
-                v = v / _length([v])
-                u = torch.autograd.grad(transposed, directions[0], v, retain_graph=True)[0]
-                last, gain = gain, _length([u]).item()
+                v = v / torch.linalg.vector_norm(v)
+                u = torch.autograd.grad(transposed, direction, v, retain_graph=True)[0]
+                last, gain = gain, torch.linalg.vector_norm(u).item()
                 if gain == 0 or abs(gain - last) <= _TOLERANCE * gain:
                     break
                 w = u / gain
@@ -307,16 +303,18 @@ def _edge(tensor: Any) -> GradientEdge | None:
 
 
 def _state(skip: Tensor, branch: Tensor) -> GradientEdge | None:
-    """The tensor that skip and branch come from: the first one, back from the skip, that the branch was made from.
-
-    None where the way back from the skip divides before such a tensor is met.
-    """
-    edge, end = _edge(skip), _edge(branch)
-    while edge is not None and end is not None:
+    """The tensor that skip and branch come from: of those that the skip was made from, the nearest that the branch was
+    made from too."""
+    first, end = _edge(skip), _edge(branch)
+    if first is None or end is None:
+        return None
+    pending = deque([first])
+    while pending:
+        edge = pending.popleft()
         if _reaches(end, edge):
             return edge
-        before = [e for e in edge.node.next_functions if e[0] is not None and not _is_leaf(e[0])]
-        edge = GradientEdge(*before[0]) if len(before) == 1 else None  # type: ignore[call-arg, arg-type]
+        before = [GradientEdge(node, number) for node, number in edge.node.next_functions if node is not None]
+        pending += [e for e in before if not _is_leaf(e.node)]
     return None
 
 
@@ -363,13 +361,9 @@ def _with_noise(value: Any, size: float, generator: torch.Generator) -> Any:
     return value + noise * (size * length / _norm(noise))
 
 
-def _length(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.stack([torch.linalg.vector_norm(t) for t in tensors]).norm()
-
-
 def _norm(tensor: Tensor) -> float:
     dtype = torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else None
-    return torch.linalg.vector_norm(tensor.detach(), dtype=dtype).item()
+    return float(torch.linalg.vector_norm(tensor.detach(), dtype=dtype))
 
 
 def _difference(clean: Call, noisy: Call, name: str) -> float:

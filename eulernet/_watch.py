@@ -1,10 +1,9 @@
-"""Record, while a model trains, what Fig. 2 of the paper shows: norms of weights and gradients, and the steps' sizes."""
+"""Record, while a model trains, what Fig. 2 of the paper shows: norms of weights and gradients; and step sizes."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from eulernet import _patch
 from eulernet._errors import EulernetError
 from eulernet._observe import Seen, observe, release
-from eulernet._report import ROOT, Step
+from eulernet._report import ROOT
 from eulernet._select import matches
 
 Record = dict[str, Any]
@@ -37,8 +36,9 @@ class watch:
             (of all parameters below a module): `"layer1.1"`, `"blocks.*.mlp"`, `"layer1.*.conv2.weight"`. By default
             the modules that hold a step, one norm each.
         every: record iterations 0, k, 2k, ...
-        step_sizes: record ||h F|| / ||s|| of each step; over its runs in an iteration, the root of the sum of squares of
-            the one divided by that of the other. In a compiled model steps cannot be seen.
+        step_sizes: record ||h F|| / ||s|| of each step; over its runs in an iteration, the root of the sum of
+            squares of the one divided by that of the other; runs without gradients (validation) do not count. In a
+            compiled model steps cannot be seen.
         path: a file to which each record is appended as a line of JSON.
         writer: anything with `add_scalar(tag, value, iteration)`, such as a `torch.utils.tensorboard.SummaryWriter`.
 
@@ -81,6 +81,8 @@ class watch:
             raise EulernetError(f"every={every!r} must be a positive integer: record each every-th iteration")
         if writer is not None and not callable(getattr(writer, "add_scalar", None)):
             raise EulernetError(f"writer is a {type(writer).__name__} without add_scalar(tag, value, iteration)")
+        if path is not None and not Path(path).absolute().parent.is_dir():
+            raise EulernetError(f"path={str(path)!r}: there is no folder {Path(path).absolute().parent}")
         model = _patch._unwrapped(model)
         patched = _patch.is_patched(model)
         if step_sizes and not patched:
@@ -96,12 +98,13 @@ class watch:
             )
         self.notes: list[str] = []
         self._groups = _groups(model, layers)
-        self._steps = _steps(model) if step_sizes else []
+        modules = _patch.by_module(model, "watch") if step_sizes else []
+        self._steps = [(module, [step.name for step in steps]) for module, steps in modules]
         self._every, self._iteration = every, 0
         self._path = None if path is None else Path(path)
         self._writer = writer
         self._inside = False
-        self._squares: dict[str, list[Tensor]] = {}  # of a step: ||h F||^2, ||s||^2
+        self._squares: dict[str, Tensor] = {}  # of a step: [||h F||^2, ||s||^2]
         self._waiting: list[tuple[int, list[tuple[str, str]], Tensor]] = []
         self._records: list[Record] = []
 
@@ -136,24 +139,26 @@ class watch:
     def _record(self) -> None:
         labels: list[tuple[str, str]] = []
         values: list[Tensor] = []
-        for kind, of in (("weight", lambda p: p), ("gradient", lambda p: p.grad)):
-            named = [(name, [t for p in group if (t := of(p)) is not None]) for name, group in self._groups.items()]
-            named = [(name, tensors) for name, tensors in named if tensors]
-            labels += [(kind, name) for name, _ in named]
-            values += _norms([tensors for _, tensors in named])
-        if self._steps and not self._squares:
+        for kind in ("weight", "gradient"):
+            tensors = {name: [_of(kind, p) for p in group] for name, group in self._groups.items()}
+            present = {name: [t for t in group if t is not None] for name, group in tensors.items()}
+            present = {name: group for name, group in present.items() if group}
+            if present:
+                labels += [(kind, name) for name in present]
+                values.append(_norms(list(present.values())))
+        if self._squares:
+            labels += [("step_size", name) for name in self._squares]
+            home = next(iter(self._squares.values())).device
+            squares = torch.stack([pair.to(home) for pair in self._squares.values()])
+            values.append((squares[:, 0] / squares[:, 1]).sqrt())
+            self._squares.clear()
+        elif self._steps:
             self._note(
-                "no step was seen to run, so there are no step sizes: in a compiled model only weights and gradients "
-                "are recorded"
+                "no step was seen to run with gradients, so there are no step sizes: of a compiled model only weights "
+                "and gradients are recorded"
             )
-        for name, (increment, skip) in self._squares.items():
-            labels.append(("step_size", name))
-            values.append((increment / skip).sqrt())
-        self._squares.clear()
-        if not values:
-            return
-        device = values[0].device
-        self._waiting.append((self._iteration, labels, torch.stack([v.to(device, torch.float32) for v in values])))
+        if values:
+            self._waiting.append((self._iteration, labels, torch.cat([v.to(values[0].device) for v in values])))
         if len(self._waiting) >= _BUFFERED:
             self._fetch()
 
@@ -161,14 +166,14 @@ class watch:
         if text not in self.notes:
             self.notes.append(text)
 
-    def _see(self, module: nn.Module, names: list[str], seen: Seen, add: Callable[[], Any]) -> Any:
-        if torch.compiler.is_compiling() or self._iteration % self._every:
+    def _see(self, module: _patch.Patched, names: list[str], seen: Seen, add: Callable[[], Any]) -> Any:
+        if torch.compiler.is_compiling() or self._iteration % self._every or not torch.is_grad_enabled():
             return add()
         if not (isinstance(seen.skip, Tensor) and isinstance(seen.branch, Tensor)):
             self._note(f"the size of {names[seen.slot]} is not recorded: its skip is not seen")
             return add()
-        h = module._euler[seen.slot].value * seen.alpha  # type: ignore[index, union-attr]
-        pair = torch.stack([_norm(seen.branch) * h, _norm(seen.skip)]).square()
+        h = module._euler[seen.slot].value * seen.alpha
+        pair = torch.stack([_norm(seen.branch.detach()) * h, _norm(seen.skip.detach())]).square()
         before = self._squares.get(names[seen.slot])
         self._squares[names[seen.slot]] = pair if before is None else before + pair
         return add()
@@ -188,3 +193,61 @@ class watch:
         if self._path is not None and fresh:
             with self._path.open("a") as file:
                 file.writelines(json.dumps(record) + "\n" for record in fresh)
+
+
+def _groups(model: nn.Module, layers: str | Iterable[str] | None) -> dict[str, list[nn.Parameter]]:
+    """The parameters under each module or parameter that is to be watched."""
+    named = {name or ROOT: list(module.parameters()) for name, module in model.named_modules()}
+    named |= {name: [parameter] for name, parameter in model.named_parameters()}
+    named = {name: parameters for name, parameters in named.items() if parameters}
+    if not named:
+        raise EulernetError(f"{type(model).__name__} has no parameters to watch")
+    chosen: dict[str, None] = {}
+    if layers is None:
+        for _, steps in _patch.by_module(model, "watch"):
+            chosen |= {_nearest(step.name.partition(":")[0], named): None for step in steps}
+    for pattern in [layers] if isinstance(layers, str) else layers or ():
+        found = [name for name in named if name.count(".") == pattern.count(".") and matches(pattern, name)]
+        if not found:
+            raise EulernetError(
+                f"layers: the pattern {pattern!r} names no module or parameter. There are for example "
+                f"{', '.join(list(named)[:8])}"
+            )
+        chosen |= dict.fromkeys(found)
+    return {name: named[name] for name in chosen}
+
+
+def _nearest(name: str, named: dict[str, list[nn.Parameter]]) -> str:
+    """The module of this name, or the nearest one around it, that has parameters."""
+    while name not in named:
+        name = name.rpartition(".")[0] or ROOT
+    return name
+
+
+def _of(kind: str, parameter: nn.Parameter) -> Tensor | None:
+    return parameter.detach() if kind == "weight" else parameter.grad
+
+
+def _norms(groups: list[list[Tensor]]) -> Tensor:
+    """The Euclidean norm of all that is in each group: one launch for all tensors, however many."""
+    flat = [tensor for group in groups for tensor in group]
+    norms = [_local(norm) for norm in torch._foreach_norm(flat, 2, dtype=_wide(*flat))]
+    squares = torch.stack([norm.to(norms[0].device) for norm in norms]).square()
+    numbers = [i for i, group in enumerate(groups) for _ in group]
+    total = squares.new_zeros(len(groups)).index_add(0, torch.tensor(numbers, device=squares.device), squares)
+    return total.sqrt()
+
+
+def _norm(tensor: Tensor) -> Tensor:
+    return _local(torch.linalg.vector_norm(tensor, dtype=_wide(tensor)))
+
+
+def _wide(*tensors: Tensor) -> torch.dtype:
+    """A dtype in which the squares of half-precision numbers do not overflow."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """The whole of what FSDP has spread over processes."""
+    full = getattr(tensor, "full_tensor", None)
+    return tensor if full is None else full()
