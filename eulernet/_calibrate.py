@@ -141,7 +141,7 @@ def search(
         return Match(high, measured[high], f"{ends()}, below the target {target:g}: a smaller h has nothing to give")
 
     inside, h = at_low, low
-    while abs(inside) > close and high / low > 1 + 1e-6:
+    while abs(inside) > close and high / low > 1 + tolerance / 1000:
         h = math.sqrt(low * high)
         inside = excess(h)
         if (inside > 0) == (at_high > 0):
