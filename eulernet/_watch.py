@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from eulernet import _patch
 from eulernet._errors import EulernetError
-from eulernet._observe import Seen, observe, release
+from eulernet._observe import OBSERVED, Seen, observe, release
 from eulernet._report import ROOT
 from eulernet._select import matches
 
@@ -109,6 +109,8 @@ class watch:
         self._records: list[Record] = []
 
     def __enter__(self) -> Self:
+        if any(OBSERVED[0] in vars(module) for module, _ in self._steps):
+            raise EulernetError("the model is watched already: leave that block first, or watch(..., step_sizes=False)")
         for module, names in self._steps:
             observe(module, partial(self._see, module, names))
         self._inside = True
@@ -214,6 +216,8 @@ def _groups(model: nn.Module, layers: str | Iterable[str] | None) -> dict[str, l
                 f"{', '.join(list(named)[:8])}"
             )
         chosen |= dict.fromkeys(found)
+    if not chosen:
+        raise EulernetError("layers names nothing; leave it out to watch the modules that hold a step")
     return {name: named[name] for name in chosen}
 
 

@@ -417,7 +417,7 @@ def test_plot_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
         ((eulernet.patch(linear(2, 0.3), example_inputs=X), X[:, :3]), r"failed in train mode.*diagnose\(model, batch"),
         ((linear(2, 0.3), X, nn.functional.mse_loss), r"eulernet.diagnose\(model, \(inputs, targets\), loss_fn\)"),
         ((linear(2, 0.3), (X, X[0, :3]), nn.functional.mse_loss), "loss_fn.* failed: RuntimeError"),
-        ((linear(2, 0.3), (X, X), lambda a, b: (a - b)), "must return a loss"),
+        ((linear(2, 0.3), (X, X), lambda a, b: a - b), "must return a loss"),
         ((linear(2, 0.3), (X, X), lambda a, b: 1.0), "loss_fn returned 1.0"),
         ((nn.Linear(4, 4).double(), X), "no residual step was found"),
         ((linear(2, 0.3).to("meta"), X), "meta device"),
