@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from eulernet._calibrate import BOUNDS, TARGET, search
+from eulernet._calibrate import BOUNDS, search
 from eulernet._errors import EulernetError
 from eulernet._probe import Call, LossFn, Noise, Probe, growth, stream
 
@@ -293,7 +293,7 @@ def _advice(calls: list[Call], grown: float | None, probe: Probe) -> str:
     if not math.isfinite(grown):
         changed = "gradients overflow on the way"
     elif grown >= 1:
-        changed = f"gradients grow {grown:.2g}-fold" if grown < 100 else f"gradients grow {grown:.0f}-fold"
+        changed = f"gradients grow {_fold(grown)}"
     else:
         changed = f"gradients shrink to {grown:.2g} of their norm"
     changed += " from the last block to the first"
@@ -301,10 +301,17 @@ def _advice(calls: list[Call], grown: float | None, probe: Probe) -> str:
         return f"{steps}, {changed}: nothing to gain from a smaller h"
     try:
         match = search(probe, tolerance=0.05)
-    except EulernetError as error:
-        return f"{steps}, {changed}, and no h between {BOUNDS[0]:g} and {BOUNDS[1]:g} makes it {TARGET:g}: {error}"
+    except EulernetError:
+        probe.set_h(BOUNDS[0])
+        least = growth(probe.gradients())
+        rest = "not finite" if least is None or not math.isfinite(least) else _fold(least)
+        return f"{steps}, {changed}; at h = {BOUNDS[0]:g} that is {rest}: it does not come from the branches alone"
     few = "; but with so few steps h seldom matters" if len(calls) <= _FEW else ""
     return f"{steps}, {changed}: h = {match.h:.2g} makes it {match.growth:.2g}{few}"
+
+
+def _fold(growth: float) -> str:
+    return f"{growth:.1f}-fold" if growth < 10 else f"{growth:.3g}-fold" if growth >= 1000 else f"{growth:.0f}-fold"
 
 
 def _shown(value: float | None) -> str:

@@ -101,7 +101,10 @@ class Probe:
         if not _patch.is_patched(self.model):
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                _patch.patch(self.model, h=1.0, example_inputs=inputs)
+                try:
+                    _patch.patch(self.model, h=1.0, example_inputs=inputs)
+                except EulernetError as error:
+                    raise EulernetError(f"eulernet.{caller} measures a copy patched at h = 1, but: {error}") from error
             self.notes += [str(w.message) for w in caught if issubclass(w.category, EulernetWarning)]
         self.model.train()
         for parameter in self.model.parameters():

@@ -246,9 +246,12 @@ def _norm(tensor: Tensor) -> Tensor:
     return _local(torch.linalg.vector_norm(tensor, dtype=_wide(tensor)))
 
 
-def _wide(*tensors: Tensor) -> torch.dtype:
-    """A dtype in which the squares of half-precision numbers do not overflow."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+def _wide(*tensors: Tensor) -> torch.dtype | None:
+    """A dtype in which the squares of half-precision numbers do not overflow; None where there are no such numbers."""
+    dtypes = {t.dtype for t in tensors}
+    if dtypes.isdisjoint((torch.float16, torch.bfloat16)):
+        return None
+    return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -169,7 +169,7 @@ def test_a_growth_above_the_target() -> None:
 
 def test_a_growth_that_does_not_depend_on_h() -> None:
     model = timm.create_model("resnet18", zero_init_last=True)
-    with pytest.raises(EulernetError, match="does not depend on h[.] Branches that are zero at initialisation"):
+    with pytest.raises(EulernetError, match=r"does not depend on h\. Branches that are zero at initialisation"):
         eulernet.calibrate(model, images(2, 32))
 
 
