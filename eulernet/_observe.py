@@ -16,7 +16,8 @@ class Seen(NamedTuple):
     """One addition of a step, before it is made.
 
     `skip` is None where the addition is an augmented assignment to a slice or an attribute: there only the branch is
-    handed over. `place` is the addition's number in the module, `slot` the step's.
+    handed over. `place` is the addition's number in the module, `slot` the step's. The branch is added `alpha` times,
+    -1 where it is subtracted.
     """
 
     place: int
@@ -37,9 +38,9 @@ def observe(module: Any, see: See) -> None:
 
     def around(method: Callable[..., Any]) -> Callable[..., Any]:
         def step(left: Any, right: Any, place: int, alpha: float = 1) -> Any:
-            slot, skip_is_left, _ = places[place]
+            slot, skip_is_left, sign = places[place]
             skip, branch = (left, right) if skip_is_left else (right, left)
-            seen = Seen(place, slot, skip, branch, alpha if skip_is_left else 1)
+            seen = Seen(place, slot, skip, branch, sign * alpha if skip_is_left else sign)
             return see(seen, lambda: method(here(), left, right, place, alpha))
 
         return step

@@ -54,7 +54,7 @@ class Call:
     # what the measurements need while they are made
     state: GradientEdge | None = None
     result: GradientEdge | None = None
-    branches: list[tuple[GradientEdge, Tensor]] = field(default_factory=list)  # and zeros like the branch
+    branches: list[tuple[GradientEdge, float, Tensor]] = field(default_factory=list)  # with alpha and a tensor like it
     kept: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -93,6 +93,7 @@ class Probe:
         self.seed = seed
         self.notes: list[str] = []
         self.calls: list[Call] = []
+        self.watching: Callable[[Call, Seen], None] | None = None
         with undisturbed():
             self.model = Sandbox(model, fake=False).copy
         for module in self.model.modules():
@@ -109,6 +110,7 @@ class Probe:
         self.model.train()
         for parameter in self.model.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
+        self.buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         for patched, steps in _patch.by_module(self.model, caller):
             observe(patched, partial(self._see, patched, steps))
 
@@ -133,11 +135,12 @@ class Probe:
             call.kept["result"] = result.detach().clone()
         return result
 
-    watching: Callable[[Call, Seen], None] | None = None
-
     def _run(self, watching: Callable[[Call, Seen], None], args: Any, kwargs: Any) -> Any:
-        """Run the copy, always with the same random numbers."""
+        """Run the copy, always from the same buffers and random numbers."""
         _seed(self.seed)
+        with torch.no_grad():
+            for buffer, before in self.buffers:
+                buffer.copy_(before)
         self.calls, self.watching = [], watching
         try:
             return self.model(*args, **kwargs)
@@ -182,7 +185,7 @@ class Probe:
             ) from error
         if not (isinstance(loss, Tensor) and loss.dim() == 0 and loss.requires_grad):
             raise EulernetError(
-                f"loss_fn returned {loss!r}; it must return a loss, a tensor of one number with a graph"
+                f"loss_fn returned {repr(loss)[:80]}; it must return a loss, a tensor of one number with a graph"
             )
         return loss
 
@@ -203,14 +206,20 @@ class Probe:
 
     def _gain(self, call: Call) -> float | None:
         """Power iteration: u = J v by the derivative of v -> J^T v, then v = J^T u, each scaled to length 1."""
-        if call.state is None or not call.branches:
+        state = call.state
+        if state is None or not call.branches:
             return None
-        edges = [edge for edge, _ in call.branches]
-        direction = torch.randn_like(call.branches[0][1]).requires_grad_()  # the same for all: F is their sum
+        edges, alphas, (like, *_) = zip(*call.branches, strict=True)  # F is their sum
+        direction = torch.randn_like(like).requires_grad_()
         gain = 0.0
+
+        def transpose(w: Tensor, **options: bool) -> Tensor:
+            (v,) = torch.autograd.grad(edges, [state], [alpha * w for alpha in alphas], **options)
+            return v
+
         try:
             # J^T w, linear in w, so that its derivative in the direction of v is J v.
-            (transposed,) = torch.autograd.grad(edges, [call.state], [direction] * len(edges), create_graph=True)
+            transposed = transpose(direction, create_graph=True)
             v = torch.randn_like(transposed)
             for _ in range(_ITERATIONS):
                 v = v / torch.linalg.vector_norm(v)
@@ -218,8 +227,7 @@ class Probe:
                 last, gain = gain, torch.linalg.vector_norm(u).item()
                 if gain == 0 or abs(gain - last) <= _TOLERANCE * gain:
                     break
-                w = u / gain
-                (v,) = torch.autograd.grad(edges, [call.state], [w] * len(edges), retain_graph=True)
+                v = transpose(u / gain, retain_graph=True)
         except RuntimeError as error:
             self.notes.append(f"the gain of {call.step.name} was not measured: {_short(error)}")
             return None
@@ -251,12 +259,12 @@ class Probe:
         return Noise(start, end, max(branches)) if start > 0 else None
 
     def _noisy_embedding(self, add: Callable[[Any], Any]) -> list[Any]:
-        """Tokens cannot be disturbed: what the embedding that runs first makes of them is."""
-        first: list[nn.Module] = []
+        """Tokens cannot be disturbed: what the first embedding makes of them is, in each module with its table."""
+        tables: list[Any] = []
 
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
-            first[:] = first or [module]
-            return add(output) if first[0] is module else None
+            tables.append(module.weight)
+            return add(output) if module.weight is tables[0] else None
 
         return [m.register_forward_hook(hook) for m in self.model.modules() if isinstance(m, nn.Embedding)]
 
@@ -290,7 +298,7 @@ def _measure(call: Call, seen: Seen) -> None:
             call.kept["increment"] = increment
         call.increment = _norm(increment)
         if (edge := _edge(branch)) is not None:
-            call.branches.append((edge, torch.zeros_like(branch.detach())))
+            call.branches.append((edge, seen.alpha, torch.zeros_like(branch.detach())))
 
 
 def _keep(call: Call, seen: Seen) -> None:

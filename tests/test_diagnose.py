@@ -69,8 +69,8 @@ def test_the_propositions_bound_what_is_measured(seed: int) -> None:
 
 
 # ---- against measurements by hand
-class Square(nn.Module):
-    """A step that subtracts, one that calls its block again, and one with two parallel branches."""
+class Parallel(nn.Module):
+    """One step with two branches, the second one subtracted."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,13 +78,13 @@ class Square(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(x)
-        return x + torch.tanh(self.a(y)) + self.b(y)
+        return x + torch.tanh(self.a(y)) - self.b(y)
 
 
 @pytest.mark.parametrize("h", [1.0, 0.3])
 def test_parallel_branches_and_repeated_calls(h: float) -> None:
-    """One row a call; the branch of a parallel step is the sum of its two."""
-    block = Square()
+    """One row a call; the branch of a parallel step is the difference of its two."""
+    block = Parallel()
     model = nn.Sequential(block, block, nn.Linear(4, 2)).double()
     eulernet.patch(model, h=h, example_inputs=X)
     found = eulernet.diagnose(model, X, gains=True)
@@ -95,7 +95,7 @@ def test_parallel_branches_and_repeated_calls(h: float) -> None:
     for _ in range(2):
         states[-1].retain_grad()
         y = block.norm(states[-1])
-        branches.append(torch.tanh(block.a(y)) + block.b(y))
+        branches.append(torch.tanh(block.a(y)) - block.b(y))
         states.append(states[-1] + h * branches[-1])
     states[-1].retain_grad()
     (model[2](states[-1]) * direction(model[2](states[-1]))).sum().backward()
@@ -106,7 +106,7 @@ def test_parallel_branches_and_repeated_calls(h: float) -> None:
 
         def f(x: Tensor) -> Tensor:
             y = block.norm(x)
-            return torch.tanh(block.a(y)) + block.b(y)
+            return torch.tanh(block.a(y)) - block.b(y)
 
         assert row.gain == pytest.approx(largest_singular_value(f, state.detach()), rel=GAIN)
     assert found.gradient_growth == pytest.approx((states[0].grad.norm() / states[-1].grad.norm()).item(), rel=1e-12)
@@ -201,6 +201,25 @@ def test_noise_in_a_model_of_tokens_is_in_its_embedding() -> None:
     assert found.noise_amplification == pytest.approx(amplified.item(), rel=1e-9)
 
 
+class TwoTowers(nn.Module):
+    """An encoder and a deeper decoder, each with an embedding of its own over one table, as in T5."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.decoder = Tokens(1), Tokens(2)
+        self.decoder.embedding.weight = self.encoder.embedding.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.decoder(tokens) + self.encoder(tokens).mean()
+
+
+def test_noise_reaches_a_second_tower_with_the_same_table() -> None:
+    tokens = torch.randint(11, (3, 5))
+    found = eulernet.diagnose(TwoTowers(), tokens)
+    assert found.depth == 4 and found.noise_amplification is not None
+    assert sorted({row.stream for row in found.rows}) == [0, 1]
+
+
 def test_noise_that_cannot_reach_the_first_step_is_not_measured() -> None:
     class Constant(nn.Module):
         def __init__(self) -> None:
@@ -257,6 +276,19 @@ def test_two_runs_give_the_same_numbers() -> None:
     torch.rand(3)
     assert eulernet.diagnose(model, tokens) == first
     assert eulernet.diagnose(model, tokens, seed=1) != first
+
+
+def test_each_run_starts_from_the_same_buffers() -> None:
+    """Spectral normalisation goes on with its power iteration at each run in train mode."""
+    model = mlp(6)
+    for step in model[:-1]:
+        nn.utils.parametrizations.spectral_norm(step.first)
+    x = torch.randn(4, 8)
+    found = eulernet.diagnose(model, x)
+    assert eulernet.diagnose(model, x) == found
+    h = eulernet.calibrate(model, x, target=found.gradient_growth**0.5, tolerance=1e-4)
+    again = eulernet.diagnose(eulernet.patch(model, h=h, example_inputs=x), x)
+    assert again.gradient_growth == pytest.approx(found.gradient_growth**0.5, rel=1e-4)
 
 
 def test_a_patched_model_at_one_gives_what_the_original_gives() -> None:
