@@ -283,12 +283,13 @@ def test_each_run_starts_from_the_same_buffers() -> None:
     model = mlp(6)
     for step in model[:-1]:
         nn.utils.parametrizations.spectral_norm(step.first)
+        nn.init.normal_(step.second.weight)
     x = torch.randn(4, 8)
     found = eulernet.diagnose(model, x)
     assert eulernet.diagnose(model, x) == found
-    h = eulernet.calibrate(model, x, target=found.gradient_growth**0.5, tolerance=1e-4)
+    h = eulernet.calibrate(model, x, target=found.gradient_growth**0.5)
     again = eulernet.diagnose(eulernet.patch(model, h=h, example_inputs=x), x)
-    assert again.gradient_growth == pytest.approx(found.gradient_growth**0.5, rel=1e-4)
+    assert again.gradient_growth == pytest.approx(found.gradient_growth**0.5, rel=0.01)
 
 
 def test_a_patched_model_at_one_gives_what_the_original_gives() -> None:
