@@ -227,7 +227,7 @@ def diagnose(
         >>> _ = torch.manual_seed(0)
         >>> layer = lambda: torch.nn.TransformerEncoderLayer(8, 2, 64, 0.0, batch_first=True, norm_first=True)
         >>> eulernet.diagnose(torch.nn.Sequential(layer(), layer()), torch.randn(4, 5, 8))
-        <Diagnosis: 4 steps, gradients grow 1.1-fold from the last block to the first: nothing to gain from a smaller h>
+        <Diagnosis: 4 steps, gradients grow 1.2-fold from the last block to the first: nothing to gain from a smaller h>
     """
     probe = Probe(model, batch, loss_fn, seed, "diagnose")
     if isinstance(noise, bool) or not isinstance(noise, int | float) or not 0 < noise < math.inf:
