@@ -69,8 +69,8 @@ def calibrate(
             The message says what was measured.
 
     Warns:
-        EulernetWarning: the growth stays below the target, or does not rise or fall steadily with h, so that another h
-            may meet the target as well.
+        EulernetWarning: the growth stays below the target, or does not rise or fall steadily with h (it turns by
+            more than five times `tolerance`), so that another h may meet the target as well.
 
     Example:
         >>> import torch, eulernet
@@ -152,7 +152,7 @@ def search(
     if abs(inside) > close:
         doubts.append(f"it jumps there, from {measured[low]:.3g} to {measured[high]:.3g}")
     changes = [math.log(b / a) for a, b in pairwise(g for _, g in sorted(measured.items())) if a > 0 and b < math.inf]
-    if any(c > close for c in changes) and any(c < -close for c in changes):
+    if any(c > 5 * close for c in changes) and any(c < -5 * close for c in changes):
         doubts.append("it does not rise or fall steadily with h, so that another h may meet the target as well")
     values = ", ".join(f"{g:.3g} at {x:.3g}" for x, g in sorted(measured.items()))
     warning = f"{_WORDS[quantity]} is {measured[h]:.3g} at h = {h:.3g}, but {'; '.join(doubts)}: {values}"
