@@ -32,7 +32,8 @@ def fold(model: Model, *, where_possible: bool = False, example_inputs: Any = No
         model: a patched model, on a real device.
         where_possible: leave the steps patched that have no such map, or share it. By default they are an error. A
             squeeze-and-excitation gate at the end of a branch is the usual reason: it feeds on what it multiplies.
-        example_inputs: as for `find_steps`; the model is traced once more.
+        example_inputs: as for `find_steps`; the model is traced once more. What they do not reach, such as the path
+            of an optional argument, is not known to read a map as well.
 
     Returns:
         The same model.

@@ -85,6 +85,7 @@ _ZEROS = frozenset("zeros zeros_like new_zeros zero empty empty_like new_empty".
 # Results that do not depend on the parameters of the same operation's rule: running statistics, attention weights.
 _BESIDES = {"batch_norm": -1, "instance_norm": -1, "multi_head_attention_forward": 1}
 _OUTPUT = -1  # who reads what the model returns
+_SHOWN = 4  # the steps that an error names
 
 
 class _No(Exception):
@@ -304,8 +305,8 @@ def _scales(
 def refusal(search: Search, refused: Mapping[int, str], instead: str) -> EulernetError:
     """The error that names the steps without a last affine map, and says what to call instead."""
     steps = [f.step for f in search.found if f.step.index in refused]
-    lines = [f"  {s.name} ({s.module_class}): {refused[s.index]}" for s in steps[:8]]
-    more = [f"  and {len(steps) - 8} more"] if len(steps) > 8 else []
+    lines = [f"  {s.name} ({s.module_class}): {refused[s.index]}" for s in steps[:_SHOWN]]
+    more = [f"  and {len(steps) - _SHOWN} more"] if len(steps) > _SHOWN else []
     count = f"{len(steps)} of the {len(search.events)} steps have" if len(steps) > 1 else "one step has"
     return EulernetError(
         "\n".join((f"{count} no last affine map of the branch's own that can take over h:", *lines, *more, instead))

@@ -401,7 +401,7 @@ def patch(
         preserve: for a network that is trained already: divide the last affine maps of each branch by h (batch norm,
             convolution, linear map, LayerScale), in place, so that the model computes what it computed, to rounding,
             until it is trained on. A branch that has no such map, or shares it, is an error; with "where possible" its
-            h stays what it was, 1. What undoes this is `fold`; after `unpatch` the maps are too large by 1 / h.
+            h stays what it was, 1. To undo this call `fold`: `unpatch` would leave the maps divided by h.
         trainable: learn h, beginning at the `h` that is given. True or "step": one h a step; "stage": one for the steps
             whose names are equal up to their last number, such as all of `layer1` in a ResNet or all `blocks` of a ViT;
             "model": one for all. Each is h = exp(log_h), so positive, and log_h a parameter of the block, of shape (1,)
@@ -496,8 +496,9 @@ def _preserving(
         raise refusal(
             result,
             refused,
-            "Leave these steps as they are, and preserve the function with the others: eulernet.patch(model, h, "
-            'preserve="where possible"). Or leave them out, with exclude=.',
+            'Leave these at h = 1, and give h to the others: eulernet.patch(model, h, preserve="where possible"). '
+            "Or begin at h = 1 with all, eulernet.patch(model, h=1.0), and move h while the model trains on "
+            "(eulernet.set_h).",
         )
     hs.update({index: now.get(index, 1.0) for index in refused})
     return scales
