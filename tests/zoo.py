@@ -97,7 +97,7 @@ def _first_that_runs(candidates: Iterator[_Build]) -> Specimen:
                 args, kwargs = specimen.inputs
                 with torch.no_grad():
                     specimen.model(*args, **kwargs)
-        except (TypeError, ValueError, RuntimeError, AssertionError, IndexError) as error:  # this size does not fit
+        except Exception as error:  # this size does not fit
             reasons.append(f"{type(error).__name__}: {error}")
         else:
             return specimen
@@ -378,3 +378,47 @@ def _shorter(old: dict[str, Any], declared: dict[str, Any], new: dict[str, Any])
     kinds = sorted(rows.index(row) for row in {repr(row): row for row in rows}.values())
     kept = sorted(kinds + [i for i in range(len(rows)) if i not in kinds][: max(new[depth] - len(kinds), 0)])
     return {depth: len(kept), **{name: [value[i] for i in kept] for name, value in lists.items()}}
+
+
+def hugging_face_types() -> list[str]:
+    """The model types of transformers that an auto class builds; the rest are parts of these."""
+    from transformers import CONFIG_MAPPING
+
+    return [kind for kind in CONFIG_MAPPING if _auto_class(kind) is not None]
+
+
+@functools.cache
+def _auto_class(kind: str) -> Any:
+    """AutoModel where it knows the type, else the first other auto class that does."""
+    from transformers.models.auto import configuration_auto, modeling_auto
+
+    config = configuration_auto.CONFIG_MAPPING_NAMES[kind]
+    autos = [value for name, value in vars(modeling_auto).items() if name.startswith("AutoModel")]
+    for auto in sorted(autos, key=lambda auto: auto.__name__ != "AutoModel"):
+        mapping = getattr(auto, "_model_mapping", None)
+        if mapping is not None and mapping._config_mapping.get(kind) == config and kind in mapping._model_mapping:
+            return auto
+    return None
+
+
+_MOST = 60_000_000  # parameters of a model that is still built
+
+
+def hugging_face_model(kind: str) -> Specimen:
+    """A model of a type of Hugging Face at the smallest scale at which it can be built and runs."""
+    from transformers import AutoConfig
+
+    def build(scale: Scale) -> Specimen:
+        config = shrink(AutoConfig.for_model(kind), scale)
+        if scale.width is None:
+            with torch.device("meta"):
+                size = sum(p.numel() for p in _auto_class(kind).from_config(config).parameters())
+            if size > _MOST:
+                raise ValueError(f"{size / 1e6:.0f} M parameters")
+        model = _auto_class(kind).from_config(config)
+        inputs = guess_inputs(model)
+        if inputs is None:
+            raise ValueError("its inputs cannot be guessed")
+        return Specimen(model, inputs, inputs)
+
+    return _first_that_runs(functools.partial(build, scale) for scale in SCALES.values())
