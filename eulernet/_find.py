@@ -330,7 +330,8 @@ def _unreached(runs: list[Run], records: list[Record], names: dict[nn.Module, st
     for name in idle:
         parts = name.split(".")
         prefixes = [".".join(parts[: i + 1]) for i in range(len(parts))]
-        outer = next(p for p in prefixes if not any(r == p or r.startswith(p + ".") for r in reached))
+        outside = (p for p in prefixes if not any(r == p or r.startswith(p + ".") for r in reached))
+        outer = next(outside, name)  # itself where a part of it was reached
         shown.add(outer)
     return sorted(shown)
 

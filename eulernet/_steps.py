@@ -77,12 +77,18 @@ class _Graph:
     def __init__(self, record: Record) -> None:
         self.nodes = record.nodes
         self.constant: list[bool] = []  # made of parameters, buffers and new tensors only
-        for node in self.nodes:
-            self.constant.append(node.op != "input" and all(self.constant[i] for i in node.inputs))
+        self.bare: list[bool] = []  # a constant that no table was looked up in and no map made, as the state of a text
+        for index, node in enumerate(self.nodes):
+            given = node.op == "input"
+            self.constant.append(not given and all(self.constant[i] for i in node.inputs))
+            looked_up = given or node.op == "embedding" or self.is_map(index)
+            self.bare.append(not looked_up and all(self.bare[i] for i in node.inputs))
 
     def state_inputs(self, node: int) -> tuple[int, ...]:
+        """What it was made of, without learned scales, masks and other constants where a state is there as well."""
         inputs = self.nodes[node].inputs
-        return tuple(i for i in inputs if not self.constant[i]) or inputs
+        states = [i for i in inputs if not self.constant[i]] or [i for i in inputs if not self.bare[i]]
+        return tuple(states) or inputs
 
     def is_map(self, node: int) -> bool:
         return bool(_MAPS.search(self.nodes[node].op))

@@ -282,6 +282,7 @@ class Sandbox:
                 args, kwargs = self._inputs(args), self._inputs(kwargs)
                 stack.enter_context(_Dispatched(recorder))
                 stack.enter_context(recorder)
+                _seed()  # a layer that is dropped at random is dropped in each run
                 self.copy(*args, **kwargs)
         finally:
             for handle in handles:
@@ -327,6 +328,16 @@ def undisturbed() -> Iterator[None]:
         random.setstate(python)
         if numpy:
             numpy.random.set_state(numpy_state)
+
+
+def _seed() -> None:
+    """One state for all the generators that a model draws from; `undisturbed` gives them back their own."""
+    random.seed(0)
+    torch.default_generator.manual_seed(0)
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.manual_seed_all(0)
+    if numpy := sys.modules.get("numpy"):
+        numpy.random.seed(0)
 
 
 @contextlib.contextmanager

@@ -16,6 +16,9 @@ import eulernet
 from eulernet import Step, Steps
 from eulernet._inputs import Call
 
+# A model that computes some of it in float32 whatever it is given cannot run in float64. In float32 the rounding of the
+# scaled branch (6e-8) may grow over the layers.
+TOLERANCE_FLOAT32 = 1e-4
 # Between (s + h * f) rounded twice and rounded once, in float64. What a model computes in float32 whatever it is given
 # (norms, rotary tables) rounds its input, and so may fall to the next float32: 6e-8, a few times over the depth.
 TOLERANCE = 1e-6
@@ -41,7 +44,7 @@ def check(specimen: Specimen) -> Steps:
         steps = eulernet.steps(model)
         assert len(steps) > 0
         assert list(model.state_dict()) == list(original.state_dict())
-        check_scaled(original, model, steps, specimen.inputs, expected)
+        check_scaled(original, model, steps, specimen, expected)
         eulernet.set_h(model, 1)
         assert_identical(run(model, specimen.inputs), expected)
         check_identical(original, model, specimen)
@@ -51,17 +54,21 @@ def check(specimen: Specimen) -> Steps:
     return steps
 
 
-def check_scaled(original: nn.Module, patched: nn.Module, steps: Steps, inputs: Call, unscaled: list[Tensor]) -> None:
+def check_scaled(original: nn.Module, patched: nn.Module, steps: Steps, specimen: Specimen, unscaled: list[Tensor]) -> None:
     """The patched model equals the reference, and differs from the original."""
-    original, patched = copy.deepcopy(original).double(), copy.deepcopy(patched).double()
-    inputs = in_dtype(inputs, torch.float64)
+    original, patched = copy.deepcopy(original), copy.deepcopy(patched)
+    tolerance = TOLERANCE_FLOAT32
+    if "float64" not in specimen.cannot:
+        original, patched, tolerance = original.double(), patched.double(), TOLERANCE
+    inputs = in_dtype(specimen.inputs, next(patched.parameters()).dtype)
     with reference(original, steps, [factor(step) for step in steps]):
         expected = run(original, inputs)
     result = run(patched, inputs)
     assert len(result) == len(expected) == len(unscaled)
     for ours, theirs in zip(result, expected, strict=True):
-        size = theirs[theirs.isfinite()].abs().max().item() if theirs.is_floating_point() and theirs.numel() else 0.0
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=TOLERANCE * max(size, 1e-3), equal_nan=True)
+        finite = theirs[theirs.isfinite()] if theirs.is_floating_point() else theirs.new_empty(0)
+        size = finite.abs().max().item() if finite.numel() else 0.0
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance * max(size, 1e-3), equal_nan=True)
     # in float32 the original would differ from itself in float64 by a thousandth of this
     assert any(
         a.shape != b.shape or not torch.allclose(a.double(), b.double(), rtol=0.01)
@@ -72,8 +79,9 @@ def check_scaled(original: nn.Module, patched: nn.Module, steps: Steps, inputs: 
 def check_identical(original: nn.Module, patched: nn.Module, specimen: Specimen) -> None:
     """Patched with h = 1, a model gives the original's bits, dtypes and strides in each way of running it."""
     inputs = specimen.inputs
-    with torch.autocast("cpu", torch.bfloat16):
-        assert_identical(run(patched, inputs), run(original, inputs))
+    if "autocast" not in specimen.cannot:
+        with torch.autocast("cpu", torch.bfloat16):
+            assert_identical(run(patched, inputs), run(original, inputs))
     original, patched = copy.deepcopy(original), copy.deepcopy(patched)
     if any(t.dim() == 4 for t in tensors(inputs)):
         inputs = channels_last(inputs)
@@ -82,7 +90,8 @@ def check_identical(original: nn.Module, patched: nn.Module, specimen: Specimen)
         assert_identical(run(patched, inputs), run(original, inputs))
         for model in (original, patched):
             model.to(memory_format=torch.contiguous_format)
-    assert_identical(train(patched, specimen.training), train(original, specimen.training))
+    if "train" not in specimen.cannot:
+        assert_identical(train(patched, specimen.training), train(original, specimen.training))
 
 
 def snapshot(model: nn.Module) -> list[Any]:

@@ -80,6 +80,7 @@ class Specimen:
     inputs: Call
     training: Call
     example: Any = None  # None: to be guessed
+    cannot: frozenset[str] = frozenset()  # of "float64", "autocast" and "train", what the original fails in
 
 
 _Build = Callable[[], Specimen]
@@ -263,8 +264,9 @@ class Scale:
 
 SCALES = {
     "tiny": Scale(),
-    "deeper": Scale(layers=4),  # for hybrids whose first attention layer comes later
-    "whole heads": Scale(layers=4, width=256, heads=2, head_size=None),  # rotary sections are cut for one head size
+    "deeper": Scale(layers=8, heads=8),  # for hybrids whose first attention layer comes later
+    "heads of 64": Scale(layers=4, width=128, heads=2, head_size=None),  # rotary sections are cut for one head size
+    "whole heads": Scale(layers=4, width=256, heads=2, head_size=None),
     "whole widths": Scale(width=None, head_size=None, image=224),
     "whole": Scale(layers=100, width=None, head_size=None, image=10_000),
 }
@@ -293,6 +295,7 @@ _RULES: list[tuple[str, _Rule]] = [
     (r"num_frames|frames_per_clip", _at_most(4)),
     (r"(^|_)(n_?|num_?)?(layers?|depth|blocks?)$", lambda n, v, s: min(v, s.layers)),
     (r"n_group$|topk_group|num_expert_group|moe_groups", _at_most(1)),
+    (r"index_topk", _at_most(16)),
     (r"per_tok|top_?k|num_selected", _at_most(2)),
     (r"experts?$", _at_most(4)),
     (r"image_embedding_size", lambda n, v, s: max(v * s.image // 1024, 1)),
@@ -308,7 +311,7 @@ _RULES: list[tuple[str, _Rule]] = [
     (r"_rank$", lambda n, v, s: _width(s.head_size, v)),
     (r"intermediate|ffn|(^|_)ff(_|$)|d_inner|n_inner|mlp_dim", lambda n, v, s: _width(s.width and 96, v)),
     (
-        r"hidden|embed|model|proj|width|dim|channels?|n_embd|features|size|units",
+        r"hidden|embed|model|proj|width|dim|channels?|n_embd|features|size|units|upsample_groups",
         lambda n, v, s: v if s.width is None or v < 64 else s.width,
     ),
 ]
@@ -354,7 +357,7 @@ def shrink(config: Any, scale: Scale) -> Any:
 
 
 def _small(name: str, value: Any, scale: Scale) -> Any:
-    if name.endswith("_coefficient") and isinstance(value, float):
+    if name.endswith("_coefficient") and isinstance(value, float) and scale.width is not None:
         return min(value, 1.0)
     if isinstance(value, int) and not isinstance(value, bool) and value > 0:
         return next((rule(name, value, scale) for pattern, rule in _RULES if re.search(pattern, name)), value)
@@ -374,8 +377,8 @@ def _shorter(old: dict[str, Any], declared: dict[str, Any], new: dict[str, Any])
     lists = {n: v for n, v in old.items() if n in declared and isinstance(v, list) and len(v) == old[depth]}
     if not lists:
         return {}
-    rows = list(zip(*lists.values(), strict=True))
-    kinds = sorted(rows.index(row) for row in {repr(row): row for row in rows}.values())
+    rows = [repr([v[i] for v in lists.values() if len(set(map(repr, v))) < len(v)]) for i in range(old[depth])]
+    kinds = sorted({rows.index(row) for row in rows})
     kept = sorted(kinds + [i for i in range(len(rows)) if i not in kinds][: max(new[depth] - len(kinds), 0)])
     return {depth: len(kept), **{name: [value[i] for i in kept] for name, value in lists.items()}}
 
@@ -401,7 +404,7 @@ def _auto_class(kind: str) -> Any:
     return None
 
 
-_MOST = 60_000_000  # parameters of a model that is still built
+_MOST = 100_000_000  # parameters of a model that is still built
 
 
 def hugging_face_model(kind: str) -> Specimen:
@@ -415,7 +418,7 @@ def hugging_face_model(kind: str) -> Specimen:
                 size = sum(p.numel() for p in _auto_class(kind).from_config(config).parameters())
             if size > _MOST:
                 raise ValueError(f"{size / 1e6:.0f} M parameters")
-        model = _auto_class(kind).from_config(config)
+        model = _auto_class(kind).from_config(config, experts_implementation="eager")  # the other has no float64
         inputs = guess_inputs(model)
         if inputs is None:
             raise ValueError("its inputs cannot be guessed")
