@@ -260,6 +260,7 @@ class Scale:
     heads: int = 4
     head_size: int | None = 16
     image: int = 64
+    complete: bool = False  # with values for entries that have none
 
 
 SCALES = {
@@ -267,10 +268,23 @@ SCALES = {
     "deeper": Scale(layers=8, heads=8),  # for hybrids whose first attention layer comes later
     "heads of 64": Scale(layers=4, width=128, heads=2, head_size=None),  # rotary sections are cut for one head size
     "whole heads": Scale(layers=4, width=256, heads=2, head_size=None),
+    "whole depth": Scale(layers=100),  # lists of layers, by number, in another part's configuration
+    "complete": Scale(complete=True),  # without a checkpoint's configuration nothing says how many experts there are
+    "complete, deeper": Scale(layers=8, heads=8, complete=True),
     "whole widths": Scale(width=None, head_size=None, image=224),
     "whole": Scale(layers=100, width=None, head_size=None, image=10_000),
 }
 VOCABULARY = 256
+
+_COMPLETE = {
+    **{"num_key_value_heads": 2, "head_dim": 16, "hidden_size": 64, "num_heads": 4, "q_lora_rank": 16},
+    **{name: 4 for name in ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")},
+    **{name: 2 for name in ("num_experts_per_tok", "moe_topk", "moe_k")},
+    **{name: 1 for name in ("n_group", "topk_group", "first_k_dense_replace", "n_shared_experts")},
+    **{name: 96 for name in ("moe_intermediate_size", "intermediate_size")},
+    **{"pad_token_id": 0, "mask_token_id": 254, "image_token_id": 255, "image_token_index": 255},
+    "attn_layer_indices": [1],
+}
 
 _Rule = Callable[[str, int, Scale], int]
 
@@ -348,7 +362,9 @@ def shrink(config: Any, scale: Scale) -> Any:
         if given is not None and small != first:
             changed[name] = small
         elif first is None and name in ("vocab_size", "prediction_length"):  # needed, without a default
-            changed[name] = VOCABULARY if name == "vocab_size" else 8
+            changed[name] = VOCABULARY if name == "vocab_size" else 16
+        elif value is None and scale.complete and name in _COMPLETE:
+            changed[name] = _COMPLETE[name]
     heads, groups = "num_attention_heads", "num_key_value_heads"
     if vars(config).get(heads) is not None and vars(config).get(heads) == vars(config).get(groups) and heads in changed:
         changed[groups] = changed[heads]
@@ -404,7 +420,10 @@ def _auto_class(kind: str) -> Any:
     return None
 
 
-_MOST = 100_000_000  # parameters of a model that is still built
+def _not_too_large(model: nn.Module, most: int = 100_000_000) -> None:
+    size = sum(p.numel() for p in model.parameters())
+    if size > most:
+        raise ValueError(f"{size / 1e6:.0f} M parameters")
 
 
 def hugging_face_model(kind: str) -> Specimen:
@@ -415,10 +434,9 @@ def hugging_face_model(kind: str) -> Specimen:
         config = shrink(AutoConfig.for_model(kind), scale)
         if scale.width is None:
             with torch.device("meta"):
-                size = sum(p.numel() for p in _auto_class(kind).from_config(config).parameters())
-            if size > _MOST:
-                raise ValueError(f"{size / 1e6:.0f} M parameters")
+                _not_too_large(_auto_class(kind).from_config(config))
         model = _auto_class(kind).from_config(config, experts_implementation="eager")  # the other has no float64
+        _not_too_large(model)
         inputs = guess_inputs(model)
         if inputs is None:
             raise ValueError("its inputs cannot be guessed")
