@@ -248,10 +248,11 @@ class _Dispatched(TorchDispatchMode):  # type: ignore[no-untyped-call]
 class Sandbox:
     """A copy of a model that can be run without a trace of it being left anywhere.
 
-    `fake` copies have shapes and dtypes without values; real ones are for models whose code looks at values.
+    `fake` copies have shapes and dtypes without values; real ones are for models whose code looks at values. Forward
+    hooks are the owner's, who may keep what they see: a copy has none, unless the model cannot run without its `hooks`.
     """
 
-    def __init__(self, model: nn.Module, fake: bool) -> None:
+    def __init__(self, model: nn.Module, fake: bool, hooks: bool = False) -> None:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else None
         memo: dict[int, Any] = {}
         with FakeCopyMode(self.mode) if self.mode else contextlib.nullcontext():
@@ -262,9 +263,10 @@ class Sandbox:
             twin = memo.get(id(module))
             if isinstance(twin, nn.Module):
                 self.original[twin] = module
-        for twin in self.original:  # hooks are the owner's: they may keep what they see
-            for hooks in (twin._forward_hooks, twin._forward_pre_hooks):
-                hooks.clear()
+        for twin in self.original:
+            if not hooks:
+                twin._forward_hooks.clear()
+                twin._forward_pre_hooks.clear()
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool) -> Record:
         """Run the copy in eval or train mode, and return the record."""
