@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
@@ -195,7 +196,7 @@ def _wanted(model: Any) -> list[str]:
         nested = " ".join(name for name in entries if name.endswith("_config"))
         if "text" in nested or "vocab_size" in entries:
             wanted += ["input_ids"]
-        if "vision" in nested or "video" in nested or {"image_size", "input_size"} & set(entries):
+        if re.search("vision|video|image", nested) or {"image_size", "input_size"} & set(entries):
             wanted += [name for name in ("pixel_values", "pixel_values_videos") if name in named][:1]
         if "audio" in nested:
             wanted += ["input_features", "input_values"]

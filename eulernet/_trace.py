@@ -57,11 +57,15 @@ class Frame:
 
 @dataclass(slots=True)
 class Node:
-    """One operation: its name, the nodes it read, and the shape of its result."""
+    """One operation: its name, the nodes of floating tensors that it read, and the shape of its result.
+
+    It is constant where no input of the model, such as the ids of tokens, had a part in it.
+    """
 
     op: str
     inputs: tuple[int, ...]
-    shape: tuple[int, ...] = ()
+    shape: tuple[int, ...]
+    constant: bool
 
 
 @dataclass(slots=True)
@@ -112,8 +116,8 @@ class _Recorder(TorchFunctionMode):
         self.parameters = {id(t) for module in all_modules(model) for t in _own(module)}
 
     # ---- nodes
-    def new(self, op: str, inputs: tuple[int, ...], shape: tuple[int, ...] = ()) -> int:
-        self.record.nodes.append(Node(op, inputs, shape))
+    def new(self, op: str, inputs: tuple[int, ...], shape: tuple[int, ...], constant: bool) -> int:
+        self.record.nodes.append(Node(op, inputs, shape, constant))
         return len(self.record.nodes) - 1
 
     def set(self, tensor: Tensor, node: int) -> None:
@@ -128,11 +132,12 @@ class _Recorder(TorchFunctionMode):
             is_parameter = id(tensor) in self.parameters
             if is_parameter:
                 self.record.used.add(id(tensor))
-            node = self.new("parameter" if is_parameter else "input", (), tuple(tensor.shape))
+            node = self.new("parameter" if is_parameter else "input", (), tuple(tensor.shape), is_parameter)
             self.set(tensor, node)
         write = self._writes.get(_storage(tensor), -1)
         if write > node:
-            node = self.new("overwritten", (node, write), tuple(tensor.shape))
+            constant = self.record.nodes[node].constant and self.record.nodes[write].constant
+            node = self.new("overwritten", (node, write), tuple(tensor.shape), constant)
             self.set(tensor, node)
         return node
 
@@ -167,14 +172,16 @@ class _Recorder(TorchFunctionMode):
         else:
             inputs = tuple(dict.fromkeys(n for t, n, _ in before if _is_float(t)))
 
+        constant = name in _SHAPE_ONLY or all(self.record.nodes[n].constant for _, n, _ in before)
+
         written = [t for t, _, v in before if _version(t) != v]
         seen = {id(t) for t, _, _ in before}
         for i, result in enumerate(results):
             if id(result) not in seen:
                 seen.add(id(result))
-                self.set(result, self.result(name, inputs, (args, kwargs, i), result))
+                self.set(result, self.result(name, inputs, constant, (args, kwargs, i), result))
         for target in written:
-            node = self.new(name, inputs, tuple(target.shape))
+            node = self.new(name, inputs, tuple(target.shape), constant)
             self.set(target, node)
             self._writes[_storage(target)] = node
         if results and (name in ADDITIONS or name in FUSED_ADDITIONS):
@@ -182,16 +189,16 @@ class _Recorder(TorchFunctionMode):
             self.addition(name, args, kwargs, nodes, results[0], bool(written), frame)
         return out
 
-    def result(self, name: str, inputs: tuple[int, ...], arguments: Any, result: Tensor) -> int:
+    def result(self, name: str, inputs: tuple[int, ...], constant: bool, arguments: Any, result: Tensor) -> int:
         shape = tuple(result.shape)
-        if not _is_float(result):
-            return self.new(name, (), shape)  # what went through integers is no longer a function to be trained
+        if not _is_float(result):  # what went through integers is no longer a function to be trained
+            return self.new(name, (), shape, constant)
         if len(inputs) == 1 and name in SLICES:
             key = (name, inputs, repr(_plain(arguments)), shape)
             if key not in self._views:
-                self._views[key] = self.new(name, inputs, shape)
+                self._views[key] = self.new(name, inputs, shape, constant)
             return self._views[key]
-        return self.new(name, inputs, shape)
+        return self.new(name, inputs, shape, constant)
 
     def addition(
         self, op: str, args: Any, kwargs: Any, nodes: dict[int, int], result: Tensor, in_place: bool, frame: Any

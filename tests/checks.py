@@ -6,6 +6,7 @@ import copy
 import random
 from typing import Any
 
+import pytest
 import torch
 from reference import reference, tensors
 from torch import Tensor, nn
@@ -56,11 +57,14 @@ def check(specimen: Specimen) -> Steps:
 
 def check_scaled(original: nn.Module, patched: nn.Module, steps: Steps, specimen: Specimen, unscaled: list[Tensor]) -> None:
     """The patched model equals the reference, and differs from the original."""
-    original, patched = copy.deepcopy(original), copy.deepcopy(patched)
-    tolerance = TOLERANCE_FLOAT32
-    if "float64" not in specimen.cannot:
-        original, patched, tolerance = original.double(), patched.double(), TOLERANCE
-    inputs = in_dtype(specimen.inputs, next(patched.parameters()).dtype)
+    inputs, tolerance = in_dtype(specimen.inputs, torch.float64), TOLERANCE
+    double = copy.deepcopy(original).double()
+    if "float64" in specimen.cannot:
+        with pytest.raises(RuntimeError):
+            run(double, inputs)
+        inputs, tolerance = specimen.inputs, TOLERANCE_FLOAT32
+    else:
+        original, patched = double, copy.deepcopy(patched).double()
     with reference(original, steps, [factor(step) for step in steps]):
         expected = run(original, inputs)
     result = run(patched, inputs)
@@ -79,8 +83,11 @@ def check_scaled(original: nn.Module, patched: nn.Module, steps: Steps, specimen
 def check_identical(original: nn.Module, patched: nn.Module, specimen: Specimen) -> None:
     """Patched with h = 1, a model gives the original's bits, dtypes and strides in each way of running it."""
     inputs = specimen.inputs
-    if "autocast" not in specimen.cannot:
-        with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16):
+        if "autocast" in specimen.cannot:
+            with pytest.raises(RuntimeError):
+                run(original, inputs)
+        else:
             assert_identical(run(patched, inputs), run(original, inputs))
     original, patched = copy.deepcopy(original), copy.deepcopy(patched)
     if any(t.dim() == 4 for t in tensors(inputs)):
@@ -90,7 +97,10 @@ def check_identical(original: nn.Module, patched: nn.Module, specimen: Specimen)
         assert_identical(run(patched, inputs), run(original, inputs))
         for model in (original, patched):
             model.to(memory_format=torch.contiguous_format)
-    if "train" not in specimen.cannot:
+    if "train" in specimen.cannot:
+        with pytest.raises((TypeError, ValueError, RuntimeError)):
+            train(original, specimen.training)
+    else:
         assert_identical(train(patched, specimen.training), train(original, specimen.training))
 
 

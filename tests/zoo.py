@@ -271,7 +271,8 @@ SCALES = {
     "whole depth": Scale(layers=100),  # lists of layers, by number, in another part's configuration
     "complete": Scale(complete=True),  # without a checkpoint's configuration nothing says how many experts there are
     "complete, deeper": Scale(layers=8, heads=8, complete=True),
-    "whole widths": Scale(width=None, head_size=None, image=224),
+    "whole widths": Scale(width=None, head_size=None),
+    "whole widths and images": Scale(width=None, head_size=None, image=224),
     "whole": Scale(layers=100, width=None, head_size=None, image=10_000),
 }
 VOCABULARY = 256
