@@ -55,7 +55,9 @@ def check(specimen: Specimen) -> Steps:
     return steps
 
 
-def check_scaled(original: nn.Module, patched: nn.Module, steps: Steps, specimen: Specimen, unscaled: list[Tensor]) -> None:
+def check_scaled(
+    original: nn.Module, patched: nn.Module, steps: Steps, specimen: Specimen, unscaled: list[Tensor]
+) -> None:
     """The patched model equals the reference, and differs from the original."""
     inputs, tolerance = in_dtype(specimen.inputs, torch.float64), TOLERANCE
     double = copy.deepcopy(original).double()

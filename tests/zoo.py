@@ -370,6 +370,9 @@ def shrink(config: Any, scale: Scale) -> Any:
     if vars(config).get(heads) is not None and vars(config).get(heads) == vars(config).get(groups) and heads in changed:
         changed[groups] = changed[heads]
     changed |= _shorter(vars(config), declared, changed)
+    stages = vars(config).get("_out_features")
+    if stages != default.get("_out_features"):  # of a backbone, no entry but an argument
+        changed["out_features"] = stages
     return kind(**changed)
 
 
