@@ -86,24 +86,30 @@ def _run(model: nn.Module, example_inputs: Any, sandboxes: list[Sandbox]) -> tup
     else:
         args, kwargs = args_train, kwargs_train = as_call(example_inputs)
     meta = any(t.device.type == "meta" for t in (*model.parameters(), *model.buffers()))
-    sandbox = _sandbox(model, True, sandboxes)
+    ways = [(True, False)] if meta else [(True, False), (False, False)]
+    if any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
+        ways += [(fake, True) for fake, _ in ways]  # some models do their work in hooks
+    remaining = iter(ways)
+    sandbox = _sandbox(model, *next(remaining), sandboxes)
     runs: list[Run] = []
     records: list[Record] = []
     notes: list[str] = []
     for training, arguments in ((False, (args, kwargs)), (True, (args_train, kwargs_train))):
         try:
-            try:
-                records.append(sandbox.run(*arguments, training=training))
-            except Exception as error:
-                if sandbox.mode is None:
-                    raise
-                if meta:
-                    raise EulernetError(
-                        f"{type(model).__name__} is on the meta device and cannot be traced without values "
-                        f"({_short(error)}). Put it on a real device first: model.to_empty(device='cpu')"
-                    ) from error
-                sandbox = _sandbox(model, False, sandboxes)
-                records.append(sandbox.run(*arguments, training=training))
+            while len(records) == len(runs):
+                try:
+                    records.append(sandbox.run(*arguments, training=training))
+                except Exception as error:
+                    way = next(remaining, None)
+                    if way is not None:
+                        sandbox = _sandbox(model, *way, sandboxes)
+                    elif not meta:
+                        raise
+                    else:
+                        raise EulernetError(
+                            f"{type(model).__name__} is on the meta device and cannot be traced without values "
+                            f"({_short(error)}). Put it on a real device first: model.to_empty(device='cpu')"
+                        ) from error
         except EulernetError:
             if not training:
                 raise
@@ -125,10 +131,10 @@ def _run(model: nn.Module, example_inputs: Any, sandboxes: list[Sandbox]) -> tup
     return runs, records, notes
 
 
-def _sandbox(model: nn.Module, fake: bool, sandboxes: list[Sandbox]) -> Sandbox:
+def _sandbox(model: nn.Module, fake: bool, hooks: bool, sandboxes: list[Sandbox]) -> Sandbox:
     from eulernet._patch import restore_class  # the copy of a patched model is traced as its original
 
-    sandbox = Sandbox(model, fake)
+    sandbox = Sandbox(model, fake, hooks)
     sandboxes.append(sandbox)
     for module in sandbox.original:
         restore_class(module)
@@ -339,7 +345,8 @@ def _unreached(runs: list[Run], records: list[Record], names: dict[nn.Module, st
     for name in idle:
         parts = name.split(".")
         prefixes = [".".join(parts[: i + 1]) for i in range(len(parts))]
-        outer = next(p for p in prefixes if not any(r == p or r.startswith(p + ".") for r in reached))
+        outside = (p for p in prefixes if not any(r == p or r.startswith(p + ".") for r in reached))
+        outer = next(outside, name)  # itself where a part of it was reached
         shown.add(outer)
     return sorted(shown)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
@@ -195,16 +196,27 @@ def _wanted(model: Any) -> list[str]:
         nested = " ".join(name for name in entries if name.endswith("_config"))
         if "text" in nested or "vocab_size" in entries:
             wanted += ["input_ids"]
-        if "vision" in nested or "video" in nested or {"image_size", "input_size"} & set(entries):
-            wanted += ["pixel_values", "pixel_values_videos"]
+        if re.search("vision|video|image", nested) or {"image_size", "input_size"} & set(entries):
+            wanted += [name for name in ("pixel_values", "pixel_values_videos") if name in named][:1]
         if "audio" in nested:
             wanted += ["input_features", "input_values"]
-    wanted += ["bbox"]
+    for name in wanted:
+        wanted = [*wanted, *_COMPANIONS.get(name, [])]
+    if "encoder_hidden_size" in entries:  # it attends to what another model hands over
+        wanted += ["encoder_hidden_states"]
     if entries.get("is_encoder_decoder"):
         wanted += ["decoder_input_ids"]
     return [name for name in dict.fromkeys(wanted) if name in named]
 
 
+# Arguments with a default of None that go with another one.
+_COMPANIONS = {
+    "input_ids": ["bbox", "visual_feats", "visual_pos"],
+    "input_features": ["input_features_mask"],
+    "qformer_input_ids": ["input_ids"],
+    "past_values": ["future_values", "future_time_features"],
+    "states": ["actions", "rewards", "returns_to_go", "timesteps"],
+}
 _MEDIA_TOKENS = frozenset("image_token_id image_token_index video_token_id audio_token_id audio_token_index".split())
 _KINDS = {
     "text": ("text", "llm", "language", "decoder", "encoder"),
@@ -314,12 +326,23 @@ class _Reader:
         variables = self.get("text", "num_input_channels")
         return torch.randn(_BATCH, steps, *([variables] if variables else []))
 
-    def time_features(self) -> Tensor:
-        return torch.randn(_BATCH, self.series().shape[1], self.get("text", "num_time_features", default=1))
+    def future(self) -> Tensor:
+        """What follows the time series: (batch, steps) or (batch, steps, variables)."""
+        past = self.series()
+        return torch.randn(_BATCH, self.get("text", "prediction_length", default=8), *past.shape[2:])
 
-    def states(self) -> Tensor:
-        """What another model would hand over: (batch, length, width)."""
-        return torch.randn(_BATCH, _TEXT_LENGTH, self.get("text", "hidden_size", "d_model", default=64))
+    def time_features(self, series: Tensor) -> Tensor:
+        """(batch, steps, features)."""
+        return torch.randn(_BATCH, series.shape[1], self.get("text", "num_time_features", default=1))
+
+    def states(self, *names: str) -> Tensor:
+        """What another model would hand over: (batch, length, width), the width being the first of `names`."""
+        return torch.randn(_BATCH, _TEXT_LENGTH, self.get("text", *names, "hidden_size", "d_model", default=64))
+
+    def positioned_patches(self) -> Tensor:
+        """The row and the column of a patch before its pixels: (batch, patches, 2 + size)."""
+        pixels = self.get("image", "patch_embed_hidden_size", default=3 * 16 * 16)
+        return torch.cat([torch.ones(_BATCH, _TEXT_LENGTH, 2), torch.randn(_BATCH, _TEXT_LENGTH, pixels)], dim=-1)
 
 
 _ARGUMENTS: dict[str, Callable[[_Reader], Tensor]] = {
@@ -336,8 +359,22 @@ _ARGUMENTS: dict[str, Callable[[_Reader], Tensor]] = {
     "input_features_mask": _Reader.frames_mask,
     "past_values": _Reader.series,
     "past_observed_mask": lambda reader: torch.ones_like(reader.series()),
-    "past_time_features": _Reader.time_features,
+    "past_time_features": lambda reader: reader.time_features(reader.series()),
+    "future_values": _Reader.future,
+    "future_time_features": lambda reader: reader.time_features(reader.future()),
     "hidden_states": lambda reader: reader.patches() if "grid_thw" in reader.wanted else reader.states(),
+    "encoder_hidden_states": lambda reader: reader.states("encoder_hidden_size"),
     "inputs_embeds": _Reader.states,
     "query_embeds": _Reader.states,
+    "inputs": lambda reader: reader.states("d_model"),
+    "qformer_input_ids": _Reader.tokens,
+    "flattened_patches": _Reader.positioned_patches,
+    "visual_feats": lambda reader: reader.states("visual_feat_dim"),
+    "visual_pos": lambda reader: torch.rand(_BATCH, _TEXT_LENGTH, reader.get("text", "visual_pos_dim", default=4)),
+    # a trajectory of a decision process
+    "states": lambda reader: reader.states("state_dim"),
+    "actions": lambda reader: reader.states("act_dim"),
+    "rewards": lambda reader: torch.randn(_BATCH, _TEXT_LENGTH, 1),
+    "returns_to_go": lambda reader: torch.randn(_BATCH, _TEXT_LENGTH, 1),
+    "timesteps": lambda reader: torch.arange(_TEXT_LENGTH).expand(_BATCH, -1),
 }

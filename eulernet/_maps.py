@@ -109,10 +109,8 @@ class _Traced:
                 original = module._parameters.get(name)
                 if parameter is not None and original is not None and id(parameter) in record.used:
                     self.parameters[record.used[id(parameter)]] = original
-        self.constant: list[bool] = []
         self.readers: dict[int, Counter[int]] = defaultdict(Counter)
         for number, node in enumerate(self.nodes):
-            self.constant.append(node.op != "input" and all(self.constant[i] for i in node.inputs))
             if _BESIDES.get(node.op) != node.output:
                 for read in _refs((node.args, list(node.kwargs.values()))):
                     self.readers[read][number] += 1
@@ -144,7 +142,7 @@ class _Traced:
         if not rule.factors:
             return
         candidates = [v for name in rule.factors for v in _flat(arguments.get(name)) if isinstance(v, Ref)]
-        candidates.sort(key=lambda n: not self.constant[n])  # a LayerScale rather than what it scales
+        candidates.sort(key=lambda n: not self.nodes[n].constant)  # a LayerScale rather than what it scales
         reasons = []
         for candidate in candidates:
             trial = way.copy()

@@ -76,13 +76,17 @@ class _Graph:
 
     def __init__(self, record: Record) -> None:
         self.nodes = record.nodes
-        self.constant: list[bool] = []  # made of parameters, buffers and new tensors only
-        for node in self.nodes:
-            self.constant.append(node.op != "input" and all(self.constant[i] for i in node.inputs))
+        self.constant = [node.constant for node in self.nodes]  # made of parameters, buffers and new tensors only
+        self.bare: list[bool] = []  # a mask, a learned scale: neither given, nor looked up in a table, nor mapped
+        for index, node in enumerate(self.nodes):
+            made = node.op in ("input", "embedding") or self.is_map(index)
+            self.bare.append(not made and all(self.bare[i] for i in node.inputs))
 
     def state_inputs(self, node: int) -> tuple[int, ...]:
+        """What it was made of, without the constants, scales and masks where there is a state beside them."""
         inputs = self.nodes[node].inputs
-        return tuple(i for i in inputs if not self.constant[i]) or inputs
+        states = [i for i in inputs if not self.constant[i]] or inputs
+        return tuple(i for i in states if not self.bare[i]) or tuple(states)
 
     def is_map(self, node: int) -> bool:
         return bool(_MAPS.search(self.nodes[node].op))

@@ -61,11 +61,15 @@ class Ref(int):
 
 @dataclass(slots=True)
 class Node:
-    """One operation: its name, the nodes it read, the shape of its result, and how it was called."""
+    """One operation: its name, the nodes of floating tensors that it read, the shape of its result, and its call.
+
+    It is constant where no input of the model, such as the ids of tokens, had a part in it.
+    """
 
     op: str
     inputs: tuple[int, ...]
-    shape: tuple[int, ...] = ()
+    shape: tuple[int, ...]
+    constant: bool
     args: Any = ()  # with a `Ref` for each tensor whose values are read
     kwargs: Any = field(default_factory=dict)
     output: int = 0  # which of the results it is; -1 where it is a tensor that the operation wrote into besides
@@ -123,8 +127,10 @@ class _Recorder(TorchFunctionMode):
         self.parameters = {id(t) for module in all_modules(model) for t in _own(module)}
 
     # ---- nodes
-    def new(self, op: str, inputs: tuple[int, ...], shape: tuple[int, ...] = (), called: _Called = ((), {}, 0)) -> int:
-        self.record.nodes.append(Node(op, inputs, shape, *called))
+    def new(
+        self, op: str, inputs: tuple[int, ...], shape: tuple[int, ...], constant: bool, called: _Called = ((), {}, 0)
+    ) -> int:
+        self.record.nodes.append(Node(op, inputs, shape, constant, *called))
         return len(self.record.nodes) - 1
 
     def set(self, tensor: Tensor, node: int) -> None:
@@ -137,13 +143,15 @@ class _Recorder(TorchFunctionMode):
         node = self._of.get(id(tensor))
         if node is None:
             is_parameter = id(tensor) in self.parameters
-            node = self.new("parameter" if is_parameter else "input", (), tuple(tensor.shape))
+            node = self.new("parameter" if is_parameter else "input", (), tuple(tensor.shape), is_parameter)
             if is_parameter:
                 self.record.used[id(tensor)] = node
             self.set(tensor, node)
         write = self._writes.get(_storage(tensor), -1)
         if write > node:
-            node = self.new("overwritten", (node, write), tuple(tensor.shape), ((Ref(node), Ref(write)), {}, 0))
+            constant = self.record.nodes[node].constant and self.record.nodes[write].constant
+            called: _Called = ((Ref(node), Ref(write)), {}, 0)
+            node = self.new("overwritten", (node, write), tuple(tensor.shape), constant, called)
             self.set(tensor, node)
         return node
 
@@ -183,31 +191,35 @@ class _Recorder(TorchFunctionMode):
             read = nodes
         called = _referring(args, read), _referring(kwargs, read)
 
+        constant = name in _SHAPE_ONLY or all(self.record.nodes[n].constant for _, n, _ in before)
+
         written = [t for t, _, v in before if _version(t) != v]
         seen = set(nodes)
         for i, result in enumerate(results):
             if id(result) not in seen:
                 seen.add(id(result))
-                self.set(result, self.result(name, inputs, (args, kwargs, i), result, (*called, i)))
+                self.set(result, self.result(name, inputs, constant, (args, kwargs, i), result, (*called, i)))
         for target in written:
             output = next((i for i, result in enumerate(results) if result is target), -1)
-            node = self.new(name, inputs, tuple(target.shape), (*called, output))
+            node = self.new(name, inputs, tuple(target.shape), constant, (*called, output))
             self.set(target, node)
             self._writes[_storage(target)] = node
         if results and (name in ADDITIONS or name in FUSED_ADDITIONS):
             self.addition(name, args, kwargs, nodes, results[0], bool(written), frame)
         return out
 
-    def result(self, name: str, inputs: tuple[int, ...], arguments: Any, result: Tensor, called: _Called) -> int:
+    def result(
+        self, name: str, inputs: tuple[int, ...], constant: bool, arguments: Any, result: Tensor, called: _Called
+    ) -> int:
         shape = tuple(result.shape)
-        if not _is_float(result):
-            return self.new(name, (), shape, called)  # what went through integers is no longer a function to be trained
+        if not _is_float(result):  # what went through integers is no longer a function to be trained
+            return self.new(name, (), shape, constant, called)
         if len(inputs) == 1 and name in SLICES:
             key = (name, inputs, repr(_plain(arguments)), shape)
             if key not in self._views:
-                self._views[key] = self.new(name, inputs, shape, called)
+                self._views[key] = self.new(name, inputs, shape, constant, called)
             return self._views[key]
-        return self.new(name, inputs, shape, called)
+        return self.new(name, inputs, shape, constant, called)
 
     def addition(
         self, op: str, args: Any, kwargs: Any, nodes: dict[int, int], result: Tensor, in_place: bool, frame: Any
@@ -264,10 +276,11 @@ class _Dispatched(TorchDispatchMode):  # type: ignore[no-untyped-call]
 class Sandbox:
     """A copy of a model that can be run without a trace of it being left anywhere.
 
-    `fake` copies have shapes and dtypes without values; real ones are for models whose code looks at values.
+    `fake` copies have shapes and dtypes without values; real ones are for models whose code looks at values. Forward
+    hooks are the owner's, who may keep what they see: a copy has none, unless the model cannot run without its `hooks`.
     """
 
-    def __init__(self, model: nn.Module, fake: bool) -> None:
+    def __init__(self, model: nn.Module, fake: bool, hooks: bool = False) -> None:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else None
         memo: dict[int, Any] = {}
         with FakeCopyMode(self.mode) if self.mode else contextlib.nullcontext():
@@ -278,9 +291,10 @@ class Sandbox:
             twin = memo.get(id(module))
             if isinstance(twin, nn.Module):
                 self.original[twin] = module
-        for twin in self.original:  # hooks are the owner's: they may keep what they see
-            for hooks in (twin._forward_hooks, twin._forward_pre_hooks):
-                hooks.clear()
+        for twin in self.original:
+            if not hooks:
+                twin._forward_hooks.clear()
+                twin._forward_pre_hooks.clear()
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool) -> Record:
         """Run the copy in eval or train mode, and return the record."""
@@ -298,6 +312,7 @@ class Sandbox:
                 args, kwargs = self._inputs(args), self._inputs(kwargs)
                 stack.enter_context(_Dispatched(recorder))
                 stack.enter_context(recorder)
+                _seed()  # a layer that is dropped at random is dropped in each run
                 output = self.copy(*args, **kwargs)
                 recorder.inside = True
                 recorder.record.outputs = [recorder.node(t) for t in _tensors(output)]
@@ -345,6 +360,16 @@ def undisturbed() -> Iterator[None]:
         random.setstate(python)
         if numpy:
             numpy.random.set_state(numpy_state)
+
+
+def _seed() -> None:
+    """One state for all the generators that a model draws from; `undisturbed` gives them back their own."""
+    random.seed(0)
+    torch.default_generator.manual_seed(0)
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.manual_seed_all(0)
+    if numpy := sys.modules.get("numpy"):
+        numpy.random.seed(0)
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import re
 import sys
+from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from types import CodeType, FrameType
@@ -32,18 +33,18 @@ def reference(model: nn.Module, steps: Iterable[Step], h: float | Sequence[float
     """
     steps = list(steps)
     values = [float(h)] * len(steps) if isinstance(h, int | float) else [float(value) for value in h]
-    scaled: dict[tuple[str, _Place], tuple[str, float]] = {}
+    scaled: dict[tuple[str, _Place], deque[tuple[str, float]]] = defaultdict(deque)
     for step, value in zip(steps, values, strict=True):
         name = re.sub(r":\d+$", "", step.name)
         for p in step.places:
             place = (p.file, p.line, p.end_line, p.column, p.end_column)
-            scaled[name, place] = (p.skip, value)
+            scaled[name, place].append((p.skip, value))
     with _Scale({id(module): name or "<root>" for name, module in model.named_modules()}, scaled):
         yield model
 
 
 class _Scale(TorchFunctionMode):
-    def __init__(self, names: dict[int, str], scaled: dict[tuple[str, _Place], tuple[str, float]]) -> None:
+    def __init__(self, names: dict[int, str], scaled: dict[tuple[str, _Place], deque[tuple[str, float]]]) -> None:
         super().__init__()
         self.names = names
         self.scaled = scaled
@@ -73,7 +74,8 @@ class _Scale(TorchFunctionMode):
                 place = _place(frame.f_code, frame.f_lasti)
                 found = self.scaled.get((self._module(frame), place))
                 if found is not None:
-                    return found
+                    found.rotate(-1)  # steps that share a function's addition take turns
+                    return found[-1]
             if isinstance(_first_argument(frame), nn.Module):
                 return None
             frame = frame.f_back
@@ -97,10 +99,14 @@ def _first_argument(frame: FrameType) -> Any:
     return value if isinstance(value, nn.Module) else None
 
 
-@cache
 def _place(code: CodeType, instruction: int) -> _Place:
-    line, end_line, column, end_column = list(code.co_positions())[instruction // 2]
+    line, end_line, column, end_column = _positions(code)[instruction // 2]
     return code.co_filename, line or 0, end_line or 0, column or 0, end_column or 0
+
+
+@cache  # code objects are equal where they stand at the same line of two files, so the file is not for this cache
+def _positions(code: CodeType) -> list[tuple[int | None, int | None, int | None, int | None]]:
+    return list(code.co_positions())
 
 
 def tensors(tree: Any) -> list[Tensor]:

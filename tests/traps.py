@@ -1774,6 +1774,31 @@ class LearnedScaleOnTheSkip(Trap):
 
 
 @trap
+class LearnedScaleOnTheSkipOfAText(Trap):
+    """The same where all comes from parameters: the state was looked up by integers (Doge)."""
+
+    expected = tuple(step._replace(kind="projection") for step in two())
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.a, self.b = nn.Embedding(10, DIM), mlp(), mlp()
+        self.scale = nn.Parameter(torch.randn(DIM))
+
+    def inputs(self) -> tuple[Tensor]:
+        return (torch.randint(10, (2, 5)),)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.words(ids)
+        x = self.scale * x + self.a(x)
+        return self.scale * x + self.b(x)
+
+    def reference(self, ids: Tensor, *, h: Sequence[float]) -> Tensor:
+        x = self.words(ids)
+        x = self.scale * x + h[0] * self.a(x)
+        return self.scale * x + h[1] * self.b(x)
+
+
+@trap
 class Stage(Trap):
     """A projection and identities after it are one stream (ResNet)."""
 
@@ -1815,6 +1840,52 @@ class Stage(Trap):
         for factor, block in zip(h, self.blocks, strict=True):
             x = block.reference(x, factor)
         return self.head(x)
+
+
+def keep_output(module: nn.Module, args: Any, output: Tensor) -> None:
+    """A forward hook without which its model does not run."""
+    module.__dict__["kept"] = output
+
+
+@trap
+class WorksInHooks(Trap):
+    """The outputs of the layers are collected by hooks (backbones of transformers)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = linear(), linear()
+        self.a.register_forward_hook(keep_output)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x + self.b(self.a(x))
+        return y * self.a.__dict__.pop("kept")
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        y = x + h[0] * self.b(self.a(x))
+        return y * self.a.__dict__.pop("kept")
+
+
+@trap
+class LayersDroppedAtRandom(Trap):
+    """In training each layer is left out with a probability (LayerDrop): others in each run but for the seed."""
+
+    expected = each("layers.0", "layers.1", "layers.2", "layers.3")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Block() for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            if not self.training or torch.rand(()) < 0.5:
+                x = layer(x)
+        return x
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        for layer, factor in zip(self.layers, h, strict=True):
+            if not self.training or torch.rand(()) < 0.5:
+                x = layer.reference(x, factor)
+        return x
 
 
 @trap

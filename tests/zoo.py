@@ -80,6 +80,7 @@ class Specimen:
     inputs: Call
     training: Call
     example: Any = None  # None: to be guessed
+    cannot: frozenset[str] = frozenset()  # of "float64", "autocast" and "train", what the original fails in
 
 
 _Build = Callable[[], Specimen]
@@ -97,7 +98,7 @@ def _first_that_runs(candidates: Iterator[_Build]) -> Specimen:
                 args, kwargs = specimen.inputs
                 with torch.no_grad():
                     specimen.model(*args, **kwargs)
-        except (TypeError, ValueError, RuntimeError, AssertionError, IndexError) as error:  # this size does not fit
+        except Exception as error:  # this size does not fit
             reasons.append(f"{type(error).__name__}: {error}")
         else:
             return specimen
@@ -259,16 +260,32 @@ class Scale:
     heads: int = 4
     head_size: int | None = 16
     image: int = 64
+    complete: bool = False  # with values for entries that have none
 
 
 SCALES = {
     "tiny": Scale(),
-    "deeper": Scale(layers=4),  # for hybrids whose first attention layer comes later
-    "whole heads": Scale(layers=4, width=256, heads=2, head_size=None),  # rotary sections are cut for one head size
-    "whole widths": Scale(width=None, head_size=None, image=224),
+    "deeper": Scale(layers=8, heads=8),  # for hybrids whose first attention layer comes later
+    "heads of 64": Scale(layers=4, width=128, heads=2, head_size=None),  # rotary sections are cut for one head size
+    "whole heads": Scale(layers=4, width=256, heads=2, head_size=None),
+    "whole depth": Scale(layers=100),  # lists of layers, by number, in another part's configuration
+    "complete": Scale(complete=True),  # without a checkpoint's configuration nothing says how many experts there are
+    "complete, deeper": Scale(layers=8, heads=8, complete=True),
+    "whole widths": Scale(width=None, head_size=None),
+    "whole widths and images": Scale(width=None, head_size=None, image=224),
     "whole": Scale(layers=100, width=None, head_size=None, image=10_000),
 }
 VOCABULARY = 256
+
+_COMPLETE = {
+    **{"num_key_value_heads": 2, "head_dim": 16, "hidden_size": 64, "num_heads": 4, "q_lora_rank": 16},
+    **{name: 4 for name in ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")},
+    **{name: 2 for name in ("num_experts_per_tok", "moe_topk", "moe_k")},
+    **{name: 1 for name in ("n_group", "topk_group", "first_k_dense_replace", "n_shared_experts")},
+    **{name: 96 for name in ("moe_intermediate_size", "intermediate_size")},
+    **{"pad_token_id": 0, "mask_token_id": 254, "image_token_id": 255, "image_token_index": 255},
+    "attn_layer_indices": [1],
+}
 
 _Rule = Callable[[str, int, Scale], int]
 
@@ -293,6 +310,7 @@ _RULES: list[tuple[str, _Rule]] = [
     (r"num_frames|frames_per_clip", _at_most(4)),
     (r"(^|_)(n_?|num_?)?(layers?|depth|blocks?)$", lambda n, v, s: min(v, s.layers)),
     (r"n_group$|topk_group|num_expert_group|moe_groups", _at_most(1)),
+    (r"index_topk", _at_most(16)),
     (r"per_tok|top_?k|num_selected", _at_most(2)),
     (r"experts?$", _at_most(4)),
     (r"image_embedding_size", lambda n, v, s: max(v * s.image // 1024, 1)),
@@ -308,7 +326,7 @@ _RULES: list[tuple[str, _Rule]] = [
     (r"_rank$", lambda n, v, s: _width(s.head_size, v)),
     (r"intermediate|ffn|(^|_)ff(_|$)|d_inner|n_inner|mlp_dim", lambda n, v, s: _width(s.width and 96, v)),
     (
-        r"hidden|embed|model|proj|width|dim|channels?|n_embd|features|size|units",
+        r"hidden|embed|model|proj|width|dim|channels?|n_embd|features|size|units|upsample_groups",
         lambda n, v, s: v if s.width is None or v < 64 else s.width,
     ),
 ]
@@ -345,16 +363,21 @@ def shrink(config: Any, scale: Scale) -> Any:
         if given is not None and small != first:
             changed[name] = small
         elif first is None and name in ("vocab_size", "prediction_length"):  # needed, without a default
-            changed[name] = VOCABULARY if name == "vocab_size" else 8
+            changed[name] = VOCABULARY if name == "vocab_size" else 16
+        elif value is None and scale.complete and name in _COMPLETE:
+            changed[name] = _COMPLETE[name]
     heads, groups = "num_attention_heads", "num_key_value_heads"
     if vars(config).get(heads) is not None and vars(config).get(heads) == vars(config).get(groups) and heads in changed:
         changed[groups] = changed[heads]
     changed |= _shorter(vars(config), declared, changed)
+    stages = vars(config).get("_out_features")
+    if stages != default.get("_out_features"):  # of a backbone, no entry but an argument
+        changed["out_features"] = stages
     return kind(**changed)
 
 
 def _small(name: str, value: Any, scale: Scale) -> Any:
-    if name.endswith("_coefficient") and isinstance(value, float):
+    if name.endswith("_coefficient") and isinstance(value, float) and scale.width is not None:
         return min(value, 1.0)
     if isinstance(value, int) and not isinstance(value, bool) and value > 0:
         return next((rule(name, value, scale) for pattern, rule in _RULES if re.search(pattern, name)), value)
@@ -374,7 +397,53 @@ def _shorter(old: dict[str, Any], declared: dict[str, Any], new: dict[str, Any])
     lists = {n: v for n, v in old.items() if n in declared and isinstance(v, list) and len(v) == old[depth]}
     if not lists:
         return {}
-    rows = list(zip(*lists.values(), strict=True))
-    kinds = sorted(rows.index(row) for row in {repr(row): row for row in rows}.values())
+    rows = [repr([v[i] for v in lists.values() if len(set(map(repr, v))) < len(v)]) for i in range(old[depth])]
+    kinds = sorted({rows.index(row) for row in rows})
     kept = sorted(kinds + [i for i in range(len(rows)) if i not in kinds][: max(new[depth] - len(kinds), 0)])
     return {depth: len(kept), **{name: [value[i] for i in kept] for name, value in lists.items()}}
+
+
+def hugging_face_types() -> list[str]:
+    """The model types of transformers that an auto class builds; the rest are parts of these."""
+    from transformers import CONFIG_MAPPING
+
+    return [kind for kind in CONFIG_MAPPING if _auto_class(kind) is not None]
+
+
+@functools.cache
+def _auto_class(kind: str) -> Any:
+    """AutoModel where it knows the type, else the first other auto class that does."""
+    from transformers.models.auto import configuration_auto, modeling_auto
+
+    config = configuration_auto.CONFIG_MAPPING_NAMES[kind]
+    autos = [value for name, value in vars(modeling_auto).items() if name.startswith("AutoModel")]
+    for auto in sorted(autos, key=lambda auto: auto.__name__ != "AutoModel"):
+        mapping = getattr(auto, "_model_mapping", None)
+        if mapping is not None and mapping._config_mapping.get(kind) == config and kind in mapping._model_mapping:
+            return auto
+    return None
+
+
+def _not_too_large(model: nn.Module, most: int = 100_000_000) -> None:
+    size = sum(p.numel() for p in model.parameters())
+    if size > most:
+        raise ValueError(f"{size / 1e6:.0f} M parameters")
+
+
+def hugging_face_model(kind: str) -> Specimen:
+    """A model of a type of Hugging Face at the smallest scale at which it can be built and runs."""
+    from transformers import AutoConfig
+
+    def build(scale: Scale) -> Specimen:
+        config = shrink(AutoConfig.for_model(kind), scale)
+        if scale.width is None:
+            with torch.device("meta"):
+                _not_too_large(_auto_class(kind).from_config(config))
+        model = _auto_class(kind).from_config(config, experts_implementation="eager")  # the other has no float64
+        _not_too_large(model)
+        inputs = guess_inputs(model)
+        if inputs is None:
+            raise ValueError("its inputs cannot be guessed")
+        return Specimen(model, inputs, inputs)
+
+    return _first_that_runs(functools.partial(build, scale) for scale in SCALES.values())
