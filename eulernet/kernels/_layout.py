@@ -1,0 +1,127 @@
+"""How a kernel walks over its operands: as rows of elements that are neighbours in memory, without copies."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+# Along which axis of the walk (or which dimension of a shape) a small operand varies; or one of the negative numbers.
+OUTER, MIDDLE, INNER = 0, 1, 2
+ABSENT, SINGLE, SEVERAL = -1, -2, -3
+TILE = 2048  # elements a program handles at once. Not measured yet
+PROGRAMS = 2048  # that share a reduction: a few for each multiprocessor. Not measured yet
+Strides = tuple[int, ...]
+
+
+class Layout(NamedTuple):
+    """Three axes, outer, middle and inner, the last with stride 1. The result is dense in this order.
+
+    A row is the inner axis at one position of the others; there are `rows` = outer size * middle size of them.
+    """
+
+    outer: int
+    middle: int
+    inner: int
+    skip: tuple[int, int]  # strides of the outer and the middle axis
+    branch: tuple[int, int]
+    axes: tuple[int, ...]  # of each small operand
+    order: tuple[int, ...]  # the dimensions of the result by their strides, the largest first
+    block: tuple[int, int]  # rows and columns that a program handles at once
+
+    @property
+    def rows(self) -> int:
+        return self.outer * self.middle
+
+
+@lru_cache(maxsize=4096)
+def layout(shape: Strides, skip: Strides, branch: Strides, small: tuple[int, ...]) -> Layout | None:
+    """The walk over two operands of a shape with these strides, and small ones that vary along these dimensions.
+
+    None where three axes do not suffice, the last one has gaps, or a small operand varies along several dimensions.
+    """
+    if SEVERAL in small:
+        return None
+    order = sorted(range(len(shape)), key=lambda d: -skip[d])
+    axes: list[list[int]] = []  # each a run of dimensions that is one axis for both operands
+    for d in order:
+        if shape[d] == 1:
+            continue
+        if skip[d] == 0:
+            return None
+        if axes and d not in small and axes[-1][-1] not in small:
+            last = axes[-1][-1]
+            if skip[last] == shape[d] * skip[d] and branch[last] == shape[d] * branch[d]:
+                axes[-1].append(d)
+                continue
+        axes.append([d])
+    if len(axes) > 3 or (axes and (skip[axes[-1][-1]] != 1 or branch[axes[-1][-1]] != 1)):
+        return None
+    sizes, skips, branches = [1] * (3 - len(axes)), [0] * (3 - len(axes)), [0] * (3 - len(axes))
+    for axis in axes:
+        size = 1
+        for d in axis:
+            size *= shape[d]
+        sizes.append(size)
+        skips.append(skip[axis[-1]])
+        branches.append(branch[axis[-1]])
+    where = {d: 3 - len(axes) + i for i, axis in enumerate(axes) for d in axis}
+    places = tuple(where.get(d, d) for d in small)
+    block = _block(sizes[0] * sizes[1], sizes[2])
+    outer, middle, inner = sizes
+    return Layout(outer, middle, inner, (skips[0], skips[1]), (branches[0], branches[1]), places, tuple(order), block)
+
+
+def _block(rows: int, inner: int) -> tuple[int, int]:
+    """Rows and columns of a tile, powers of two."""
+    columns = min(power_of_two(inner), TILE)
+    divisor = inner & -inner  # columns of this size leave no lane idle at the end of a row
+    if 64 <= divisor < columns and rows >= TILE // divisor:
+        columns = divisor
+    return min(TILE // columns, power_of_two(rows)), columns
+
+
+def power_of_two(n: int) -> int:
+    """The smallest one that is at least n."""
+    return 1 << (n - 1).bit_length()
+
+
+def varying(small: Tensor | None, shape: torch.Size) -> int:
+    """The dimension of `shape` along which a small operand varies, as `layout` takes it."""
+    if small is None:
+        return ABSENT
+    offset = len(shape) - small.dim()
+    dims = [d for d in range(small.dim()) if small.shape[d] != 1]
+    if offset < 0 or len(dims) > 1 or (dims and small.shape[dims[0]] != shape[dims[0] + offset]):
+        return SEVERAL
+    return dims[0] + offset if dims else SINGLE
+
+
+def walk(skip: Tensor, branch: Tensor, *small: Tensor | None) -> Layout | None:
+    """The layout for two operands and the small ones that broadcast with them."""
+    shape = skip.shape
+    if shape != branch.shape or skip.numel() == 0 or skip.device != branch.device:
+        return None
+    return layout(shape, skip.stride(), branch.stride(), tuple([varying(t, shape) for t in small]))
+
+
+def result(skip: Tensor, branch: Tensor, way: Layout, dtype: torch.dtype) -> Tensor:
+    """Room for the result, with the strides that an addition would give it."""
+    if skip.stride() == branch.stride() and skip.numel() == _extent(skip):
+        return torch.empty_like(skip, dtype=dtype)
+    return torch.empty_permuted(skip.shape, way.order, dtype=dtype, device=skip.device)
+
+
+def _extent(tensor: Tensor) -> int:
+    return 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def launch(kernel: Any, programs: int, on: Tensor, *args: Any, **constants: Any) -> None:
+    """Run a kernel on the device of a tensor."""
+    if on.is_cuda and on.device.index != torch.cuda.current_device():
+        with torch.cuda.device(on.device):
+            kernel[(programs,)](*args, **constants)
+    else:
+        kernel[(programs,)](*args, **constants)
