@@ -7,7 +7,7 @@ import triton
 from torch import Tensor
 
 from eulernet.kernels import _device
-from eulernet.kernels._layout import launch, result, walk
+from eulernet.kernels._layout import ABSENT, launch, room, walk
 from eulernet.kernels._step import ACTIVATIONS, FLOATS, computed_in
 
 
@@ -35,11 +35,12 @@ def step_bn(
     way = walk(skip, branch, channel)
     if way is None:
         return None
-    out = result(skip, branch, way, dtype)
+    out = room(way, skip, dtype)
     rows, columns = way.block
     programs = triton.cdiv(way.rows, rows) * triton.cdiv(way.inner, columns)
     operands = (skip, branch, *(None if t is None else t.contiguous() for t in (mean, var, weight, bias)), out)
     sizes = (h, way.middle, way.inner, way.rows, *way.skip, *way.branch)
-    constants = (way.axes[0], eps, ACTIVATIONS[activation], way.outer > 1, computed_in(dtype), rows, columns)
+    axes = [way.axes[0], *(ABSENT if t is None else way.axes[0] for t in (weight, bias))]
+    constants = (*axes, eps, ACTIVATIONS[activation], way.outer > 1, computed_in(dtype), rows, columns)
     launch(_device.bn_forward, programs, skip, *operands, *sizes, *constants)
     return out

@@ -28,7 +28,7 @@ class Layout(NamedTuple):
     skip: tuple[int, int]  # strides of the outer and the middle axis
     branch: tuple[int, int]
     axes: tuple[int, ...]  # of each small operand
-    order: tuple[int, ...]  # the dimensions of the result by their strides, the largest first
+    strides: Strides  # of the result, those that an addition gives it
     block: tuple[int, int]  # rows and columns that a program handles at once
 
     @property
@@ -44,16 +44,14 @@ def layout(shape: Strides, skip: Strides, branch: Strides, small: tuple[int, ...
     """
     if SEVERAL in small:
         return None
-    order = sorted(range(len(shape)), key=lambda d: -skip[d])
-    axes: list[list[int]] = []  # each a run of dimensions that is one axis for both operands
-    for d in order:
+    strides = torch.add(*(torch.empty_strided(shape, each, device="meta") for each in (skip, branch))).stride()
+    axes: list[list[int]] = []  # each a run of dimensions that is one axis for all of them
+    for d in sorted(range(len(shape)), key=lambda d: -strides[d]):
         if shape[d] == 1:
             continue
-        if skip[d] == 0:
-            return None
         if axes and d not in small and axes[-1][-1] not in small:
             last = axes[-1][-1]
-            if skip[last] == shape[d] * skip[d] and branch[last] == shape[d] * branch[d]:
+            if all(each[last] == shape[d] * each[d] for each in (skip, branch, strides)):
                 axes[-1].append(d)
                 continue
         axes.append([d])
@@ -71,7 +69,7 @@ def layout(shape: Strides, skip: Strides, branch: Strides, small: tuple[int, ...
     places = tuple(where.get(d, d) for d in small)
     block = _block(sizes[0] * sizes[1], sizes[2])
     outer, middle, inner = sizes
-    return Layout(outer, middle, inner, (skips[0], skips[1]), (branches[0], branches[1]), places, tuple(order), block)
+    return Layout(outer, middle, inner, (skips[0], skips[1]), (branches[0], branches[1]), places, strides, block)
 
 
 def _block(rows: int, inner: int) -> tuple[int, int]:
@@ -107,15 +105,9 @@ def walk(skip: Tensor, branch: Tensor, *small: Tensor | None) -> Layout | None:
     return layout(shape, skip.stride(), branch.stride(), tuple([varying(t, shape) for t in small]))
 
 
-def result(skip: Tensor, branch: Tensor, way: Layout, dtype: torch.dtype) -> Tensor:
-    """Room for the result, with the strides that an addition would give it."""
-    if skip.stride() == branch.stride() and skip.numel() == _extent(skip):
-        return torch.empty_like(skip, dtype=dtype)
-    return torch.empty_permuted(skip.shape, way.order, dtype=dtype, device=skip.device)
-
-
-def _extent(tensor: Tensor) -> int:
-    return 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+def room(way: Layout, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Room for the result of a walk."""
+    return torch.empty_strided(like.shape, way.strides, dtype=dtype, device=like.device)
 
 
 def launch(kernel: Any, programs: int, on: Tensor, *args: Any, **constants: Any) -> None:

@@ -9,8 +9,8 @@ import triton
 from torch import Tensor
 
 from eulernet.kernels import _device
-from eulernet.kernels._layout import INNER, PROGRAMS, SINGLE, Layout, launch, layout, power_of_two, result, varying
-from eulernet.kernels._step import FLOATS, computed_in, differentiable_once, ordered
+from eulernet.kernels._layout import INNER, PROGRAMS, SINGLE, Layout, launch, layout, power_of_two, room, varying
+from eulernet.kernels._step import FLOATS, computed_in, differentiable_once, in_double, ordered
 
 MOST = 16384  # columns that fit into one tile
 
@@ -30,12 +30,16 @@ def step_norm(
     columns = skip.shape[-1] if skip.dim() else 0
     affine = [t for t in (weight, bias) if t is not None]
     given = [skip, branch, *affine, *([] if scale is None else [scale])]
-    autocast = torch.is_autocast_enabled(skip.device.type)
     if any(t.dtype not in FLOATS or t.device != skip.device for t in given) or skip.shape != branch.shape:
         return None
     if not 0 < columns <= MOST or skip.numel() == 0 or any(t.shape != (columns,) for t in affine):
         return None
-    if not autocast and any(t.dtype != dtype for t in affine):
+    normed_dtype = dtype
+    if torch.is_autocast_enabled(skip.device.type):
+        if kind == "rms_norm" or not skip.is_cuda:
+            return None  # what autocast makes of these differs from version to version
+        normed_dtype = torch.promote_types(dtype, torch.float32)
+    elif any(t.dtype != dtype for t in affine):
         return None  # eager refuses some of these
     last = skip.dim() - 1 if columns > 1 else SINGLE
     along = varying(scale, skip.shape)
@@ -45,9 +49,8 @@ def step_norm(
     if way is None or way.axes[0] not in (INNER, SINGLE) or way.inner != columns:
         return None
     if dtype == torch.float64 and h != 1:  # a number reaches a kernel in fp32
-        scale, h = (skip.new_tensor(h, dtype=dtype) if scale is None else scale * h), 1.0
+        scale, h = in_double(h, scale, skip), 1.0
         way = way._replace(axes=(way.axes[0], way.axes[1] if along >= 0 else SINGLE))
-    normed_dtype = torch.promote_types(dtype, torch.float32) if autocast else dtype  # as autocast runs these norms
     both: tuple[Tensor, Tensor] = _StepNorm.apply(
         skip, branch, h, scale, weight, bias, eps, kind == "layer_norm", way, dtype, normed_dtype
     )
@@ -74,14 +77,14 @@ class _StepNorm(torch.autograd.Function):
         dtype: torch.dtype,
         normed_dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
-        stream = result(skip, branch, way, dtype)
+        stream = room(way, skip, dtype)
         normed = torch.empty_like(stream, dtype=normed_dtype)
         rstd = skip.new_empty(way.rows, dtype=torch.promote_types(dtype, torch.float32))
         mean = torch.empty_like(rstd) if centred else None
         block = _block(way)
         operands = (skip, branch, _dense(scale), _dense(weight), _dense(bias), stream, normed, mean, rstd, h)
         sizes = (way.middle, way.inner, way.rows, *way.skip, *way.branch)
-        constants = (way.axes[1], centred, eps, way.outer > 1, computed_in(dtype), *block)
+        constants = (way.axes[1], eps, way.outer > 1, computed_in(dtype), *block)
         launch(_device.norm_forward, triton.cdiv(way.rows, block[0]), skip, *operands, *sizes, *constants)
         ctx.save_for_backward(stream, branch if ctx.needs_input_grad[3] else None, scale, weight, mean, rstd)
         ctx.h, ctx.way, ctx.block, ctx.dtypes = h, way, block, (skip.dtype, branch.dtype, dtype)
@@ -95,7 +98,7 @@ class _StepNorm(torch.autograd.Function):
         way, block = ctx.way, ctx.block
         skip_dtype, branch_dtype, dtype = ctx.dtypes
         wants_skip, wants_branch, _, wants_scale, wants_weight, wants_bias, *_ = ctx.needs_input_grad
-        stream_grad, normed_grad = (ordered(grad, stream.stride()) for grad in (stream_grad, normed_grad))
+        stream_grad, normed_grad = (ordered(grad, way.strides) for grad in (stream_grad, normed_grad))
         shared = wants_branch and ctx.h == 1 and scale is None and skip_dtype == branch_dtype  # one gradient for both
         skip_grad = torch.empty_like(stream, dtype=skip_dtype) if wants_skip or shared else None
         branch_grad = torch.empty_like(stream, dtype=branch_dtype) if wants_branch and not shared else None

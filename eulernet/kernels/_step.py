@@ -11,7 +11,7 @@ from torch import Tensor
 
 from eulernet._errors import EulernetError
 from eulernet.kernels import _device
-from eulernet.kernels._layout import INNER, MIDDLE, OUTER, PROGRAMS, SINGLE, Layout, launch, result, walk
+from eulernet.kernels._layout import INNER, MIDDLE, OUTER, PROGRAMS, SINGLE, Layout, launch, room, walk
 
 ACTIVATIONS = {None: 0, "relu": 1, "silu": 2, "gelu": 3}
 FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
@@ -39,11 +39,11 @@ def step(
     if out is not None and (out.dtype != dtype or out.shape != skip.shape):
         return None
     if dtype == torch.float64 and h != 1:  # a number reaches a kernel in fp32
-        scale, h = (skip.new_tensor(h, dtype=dtype) if scale is None else scale * h), 1.0
+        scale, h = in_double(h, scale, skip), 1.0
         way = walk(skip, branch, scale, mask)
         assert way is not None
     if out is not None:
-        if out.stride() != result(skip, branch, way, dtype).stride():
+        if out.stride() != way.strides:
             return None
         return _forward(skip, branch, h, scale, mask, ACTIVATIONS[activation], way, out)
     stepped: Tensor = _Step.apply(skip, branch, h, scale, mask, ACTIVATIONS[activation], way, dtype)
@@ -66,6 +66,11 @@ def _forward(
     args = (skip, branch, scale, mask, out, h, way.middle, way.inner, way.rows, *way.skip, *way.branch)
     launch(_device.step_forward, programs, skip, *args, *way.axes, activation, *_constants(way, out.dtype))
     return out
+
+
+def in_double(h: float, scale: Tensor | None, like: Tensor) -> Tensor:
+    """h * scale as a tensor."""
+    return like.new_tensor(h, dtype=torch.float64) if scale is None else scale.double() * h
 
 
 def _constants(way: Layout, dtype: torch.dtype) -> tuple[Any, ...]:
@@ -94,7 +99,7 @@ class _Step(torch.autograd.Function):
         way: Layout,
         dtype: torch.dtype,
     ) -> Tensor:
-        out = _forward(skip, branch, h, scale, mask, activation, way, result(skip, branch, way, dtype))
+        out = _forward(skip, branch, h, scale, mask, activation, way, room(way, skip, dtype))
         smooth = activation > 1  # its derivative needs the state before it, which is computed again
         ctx.save_for_backward(
             skip if smooth else None,
@@ -104,7 +109,7 @@ class _Step(torch.autograd.Function):
             mask,
         )
         ctx.h, ctx.activation, ctx.way = h, activation, way
-        ctx.dtypes, ctx.strides = (skip.dtype, branch.dtype, dtype), out.stride()
+        ctx.dtypes = skip.dtype, branch.dtype, dtype
         return out
 
     @staticmethod
@@ -114,7 +119,7 @@ class _Step(torch.autograd.Function):
         way, activation = ctx.way, ctx.activation
         skip_dtype, branch_dtype, dtype = ctx.dtypes
         wants_skip, wants_branch, _, wants_scale, *_ = ctx.needs_input_grad
-        grad = ordered(grad, ctx.strides)
+        grad = ordered(grad, way.strides)
         passes = activation == 0 and skip_dtype == dtype  # the gradient of skip is the one that came
         skip_grad = torch.empty_like(grad, dtype=skip_dtype) if wants_skip and not passes else None
         branch_grad = torch.empty_like(grad, dtype=branch_dtype) if wants_branch else None
