@@ -187,7 +187,7 @@ def _add(
     factors = [t for t in (scale, mask) if t is not None]
     if not factors:
         return torch.add(skip, branch, alpha=number)
-    least = torch.promote_types(_promoted(skip, branch), torch.float32)
+    least = torch.promote_types(_promoted(skip, branch, *factors), torch.float32)
     factor = reduce(torch.mul, [t.to(least) for t in factors])
     if factor.dim() == 0:
         factor = factor.view(1)  # else it would be rounded to the others' dtype

@@ -33,8 +33,8 @@ def _columns(block, C, BC: tl.constexpr):
 @triton.jit
 def _load(p, mask, T: tl.constexpr):
     x = tl.load(p, mask=mask, other=0)
-    if T == tl.float64 and x.dtype == tl.bfloat16:
-        x = x.to(tl.float32)  # the interpreter knows no direct way
+    if x.dtype == tl.bfloat16:
+        x = x.to(tl.float32)  # from which the interpreter gets to float64
     return x.to(T)
 
 

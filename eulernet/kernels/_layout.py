@@ -44,7 +44,7 @@ def layout(shape: Strides, skip: Strides, branch: Strides, small: tuple[int, ...
     """
     if SEVERAL in small:
         return None
-    strides = torch.add(*(torch.empty_strided(shape, each, device="meta") for each in (skip, branch))).stride()
+    strides = _strides(*(torch.empty_strided(shape, each, device="meta") for each in (skip, branch)))
     axes: list[list[int]] = []  # each a run of dimensions that is one axis for all of them
     for d in sorted(range(len(shape)), key=lambda d: -strides[d]):
         if shape[d] == 1:
@@ -70,6 +70,12 @@ def layout(shape: Strides, skip: Strides, branch: Strides, small: tuple[int, ...
     block = _block(sizes[0] * sizes[1], sizes[2])
     outer, middle, inner = sizes
     return Layout(outer, middle, inner, (skips[0], skips[1]), (branches[0], branches[1]), places, strides, block)
+
+
+def _strides(skip: Tensor, branch: Tensor) -> Strides:
+    """Those of the sum; on the meta device an addition overlooks that operands with odd strides may be contiguous."""
+    dense = skip.is_contiguous() and branch.is_contiguous()
+    return torch.empty(skip.shape, device="meta").stride() if dense else torch.add(skip, branch).stride()
 
 
 def _block(rows: int, inner: int) -> tuple[int, int]:
