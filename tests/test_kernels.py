@@ -99,7 +99,7 @@ def check(ours: Callable[..., Any], eager: Callable[..., Any], inputs: list[Tens
         actual = gradients(ours, inputs, seeds)
     skip, branch, *_ = inputs
     for out in actual[: len(seeds)]:
-        assert out.stride() == (skip + branch).stride()  # type: ignore[operator]
+        assert strides(out) == strides(skip + branch)  # type: ignore[operator]
     operands = max(
         (x.detach().abs().max().item() for x in [*seeds, *doubles] if x is not None and x.numel()), default=0
     )
@@ -113,6 +113,11 @@ def check(ours: Callable[..., Any], eager: Callable[..., Any], inputs: list[Tens
         allowed = (e.double() - x).abs().max().item() + (2 + ROUNDING[a.dtype]) * unit
         error = (a.double() - x).abs().max().item()
         assert error <= allowed, f"{error / unit:.2f} units, eager {(allowed / unit - 2):.2f}"
+
+
+def strides(tensor: Tensor) -> list[int]:
+    """Those that say where elements are: a dimension of size 1 may have any."""
+    return [stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if n > 1]
 
 
 def eager_step(activation: str | None, h: float | Tensor) -> Callable[..., Tensor]:
@@ -222,7 +227,7 @@ def operands(draw: st.DrawFn) -> tuple[list[Tensor | None], str | None, float]:
     )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(operands())
 def test_any_shapes_strides_and_dtypes(case: tuple[list[Tensor | None], str | None, float]) -> None:
     inputs, activation, h = case
