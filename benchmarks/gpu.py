@@ -446,7 +446,8 @@ def rows(sizes: Sizes, pattern: str) -> Iterator[Row]:
 
     for name, dtypes, mebibytes in itertools.product(OPERATIONS, DTYPES, sizes.mebibytes):
         if wanted(f"operations/{name}/{dtypes}"):
-            yield from measure_operation(name, dtypes, mebibytes, sizes)
+            with kernels.mode("triton"):  # the plain step too, which "auto" leaves to torch.add
+                yield from measure_operation(name, dtypes, mebibytes, sizes)
     if wanted("launch"):
         yield from measure_launch(sizes)
     for name in sizes.models:
