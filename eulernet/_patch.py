@@ -106,14 +106,16 @@ def _restore(original: type[nn.Module], plan: Plan, *args: Any) -> Any:
 
 # ---- the class
 
-_classes: dict[tuple[type[nn.Module], Plan], type[nn.Module]] = {}
+# Weak, so that a class that was made in a function goes when its last patched model does.
+_classes: weakref.WeakValueDictionary[tuple[type[nn.Module], Plan], type[nn.Module]] = weakref.WeakValueDictionary()
 
 
 def patched_class(original: type[nn.Module], plan: Plan) -> type[nn.Module]:
     """The subclass of a block's class in which the planned additions are steps."""
-    if (original, plan) not in _classes:
-        _classes[original, plan] = _build(original, plan)
-    return _classes[original, plan]
+    cls = _classes.get((original, plan))
+    if cls is None:
+        cls = _classes[original, plan] = _build(original, plan)
+    return cls
 
 
 def _build(original: type[nn.Module], plan: Plan) -> type[nn.Module]:
@@ -498,10 +500,12 @@ def _check(model: nn.Module, caller: str) -> None:
     name = type(model).__name__
     if _unwrapped(model) is not model:
         inner, again = ("_orig_mod", "torch.compile") if name == "OptimizedModule" else ("module", name)
-        raise EulernetError(
-            f"{name} wraps the model. Patch the model itself, then wrap it: "
-            f"model = {again}(eulernet.{caller}(wrapped.{inner}{', h=0.1' if caller == 'patch' else ''}))"
+        advice = (
+            f"Patch the model itself, then wrap it: model = {again}(eulernet.patch(wrapped.{inner}, h=0.1))"
+            if caller == "patch"
+            else f"Look at the model itself: eulernet.{caller}(wrapped.{inner})"
         )
+        raise EulernetError(f"{name} wraps the model. {advice}")
     for path, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise EulernetError(
