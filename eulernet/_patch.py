@@ -19,7 +19,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from eulernet import _factor
+from eulernet import _factor, _fuse
 from eulernet._errors import EulernetError, EulernetWarning
 from eulernet._find import Found, Search, search
 from eulernet._report import ROOT, Step, Steps
@@ -28,6 +28,8 @@ from eulernet._rewrite import (
     SCALE,
     STEP,
     STEP_IN_PLACE,
+    TAIL,
+    TAIL_IN_PLACE,
     Span,
     Target,
     Targets,
@@ -61,11 +63,24 @@ class Patched:
 
     def _euler_step(self, left: Any, right: Any, place: int, alpha: float = 1) -> Any:
         slot, skip_is_left, sign = self._euler_places[place]
+        if type(right) is _fuse.Later:
+            return _fuse.step(None, left, right, self._euler[slot], skip_is_left, sign * alpha)
         return _factor.step(left, right, self._euler[slot], skip_is_left, sign * alpha)
 
     def _euler_step_(self, left: Any, right: Any, place: int, alpha: float = 1) -> Any:
         slot, skip_is_left, sign = self._euler_places[place]
         return _factor.step_in_place(left, right, self._euler[slot], skip_is_left, sign * alpha)
+
+    def _euler_later(self, module: Any, branch: Any) -> Any:
+        return _fuse.later(module, branch)
+
+    def _euler_tail(self, activation: Any, left: Any, right: Any, place: int) -> Any:
+        slot, skip_is_left, sign = self._euler_places[place]
+        return _fuse.step(activation, left, right, self._euler[slot], skip_is_left, sign)
+
+    def _euler_tail_(self, activation: Any, left: Any, right: Any, place: int) -> Any:
+        slot, skip_is_left, sign = self._euler_places[place]
+        return _fuse.step(activation, left, right, self._euler[slot], skip_is_left, sign, in_place=True)
 
     def _euler_scale(self, branch: Any, place: int) -> Any:
         return _factor.scale(branch, self._euler[self._euler_places[place][0]])
@@ -261,7 +276,7 @@ def _prove(search: Search, changes: Sequence[_Change]) -> None:
         for change in changes:
             twin = twins[id(change.module)]
             change.apply(twin)
-            for name in (STEP, STEP_IN_PLACE, SCALE):
+            for name in (STEP, STEP_IN_PLACE, SCALE, TAIL, TAIL_IN_PLACE):
                 twin.__dict__[name] = _counting(getattr(type(twin), name), weakref.ref(twin), id(change.module), counts)
         for run in search.runs:
             if run.sandbox is not sandbox:

@@ -71,7 +71,7 @@ def chosen(skip: Any, branch: Any, worth: bool = True) -> bool:
     """Whether a kernel is to compute a step of these operands. `worth`: it does more than one kernel of ATen's."""
     if _mode == "torch" or torch.compiler.is_compiling():
         return False
-    if not (_plain(skip) and _plain(branch)):
+    if not (plain(skip) and plain(branch)):
         return False
     if _mode == "auto":
         if not (worth and skip.is_cuda and skip.numel() >= MIN_ELEMENTS and _triton()):
@@ -89,6 +89,6 @@ def chosen(skip: Any, branch: Any, worth: bool = True) -> bool:
     )
 
 
-def _plain(tensor: Any) -> bool:
+def plain(tensor: Any) -> bool:
     """A tensor with memory of its own kind: none of a subclass, which would have to be asked first."""
     return type(tensor) is Tensor or type(tensor) is nn.Parameter

@@ -42,11 +42,19 @@ def step(
         scale, h = in_double(h, scale, skip), 1.0
         way = walk(skip, branch, scale, mask)
         assert way is not None
+    code = ACTIVATIONS[activation]
     if out is not None:
         if out.stride() != way.strides:
             return None
-        return _forward(skip, branch, h, scale, mask, ACTIVATIONS[activation], way, out)
-    stepped: Tensor = _Step.apply(skip, branch, h, scale, mask, ACTIVATIONS[activation], way, dtype)
+        if not (torch.is_grad_enabled() and any(t.requires_grad for t in (skip, branch, *small))):
+            _forward(skip, branch, h, scale, mask, code, way, out)
+            torch.autograd.graph.increment_version(out)
+            return out
+        # In place with gradients: backward must not need what is overwritten, and only autograd can refuse a leaf.
+        if code > 1 or scale is not None or out.is_leaf or out._is_view():
+            return None
+    into = None if out is None else out is branch
+    stepped: Tensor = _Step.apply(skip, branch, h, scale, mask, code, way, dtype, into)
     return stepped
 
 
@@ -59,13 +67,12 @@ def _forward(
     activation: int,
     way: Layout,
     out: Tensor,
-) -> Tensor:
+) -> None:
     rows, columns = way.block
     programs = triton.cdiv(way.rows, rows) * triton.cdiv(way.inner, columns)
     scale, mask = _dense(scale), _dense(mask)
     args = (skip, branch, scale, mask, out, h, way.middle, way.inner, way.rows, *way.skip, *way.branch)
     launch(_device.step_forward, programs, skip, *args, *way.axes, activation, *_constants(way, out.dtype))
-    return out
 
 
 def in_double(h: float, scale: Tensor | None, like: Tensor) -> Tensor:
@@ -98,8 +105,14 @@ class _Step(torch.autograd.Function):
         activation: int,
         way: Layout,
         dtype: torch.dtype,
+        into: bool | None,  # None: a new tensor; else whether branch or skip is written into
     ) -> Tensor:
-        out = _forward(skip, branch, h, scale, mask, activation, way, room(way, skip, dtype))
+        if into is None:
+            out = room(way, skip, dtype)
+        else:
+            out = branch if into else skip
+            ctx.mark_dirty(out)
+        _forward(skip, branch, h, scale, mask, activation, way, out)
         smooth = activation > 1  # its derivative needs the state before it, which is computed again
         ctx.save_for_backward(
             skip if smooth else None,
@@ -143,7 +156,9 @@ class _Step(torch.autograd.Function):
         if parts is not None:
             over = {INNER: (0,), SINGLE: (0,), MIDDLE: (0, 2), OUTER: (1, 2)}[way.axes[0]]
             scale_grad = parts.sum(over).to(scale.dtype).view(scale.shape)
-        return grad if wants_skip and passes else skip_grad, branch_grad, None, scale_grad, None, None, None, None
+        if wants_skip and passes:
+            skip_grad = grad
+        return skip_grad, branch_grad, None, scale_grad, *[None] * 5
 
 
 def differentiable_once() -> None:
