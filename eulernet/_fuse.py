@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from eulernet import _factor, kernels
-from eulernet.functional import _mask, _promoted
+from eulernet.functional import _factors, _mask, _promoted
 
 # Known by name, so that timm is not imported for them.
 _BEFORE = {
@@ -147,4 +147,5 @@ def _fused(
     skip, branch = (left, other) if skip_is_left else (other, left)
     mask = None if waiting is None else waiting.draw()
     dtype = _promoted(skip, branch, scale, mask)
-    return _step.step(skip, branch, alpha * factor.value, scale, mask, name, dtype, left if in_place else None)
+    number, scale = _factors(factor.value, scale, dtype)
+    return _step.step(skip, branch, alpha * number, scale, mask, name, dtype, left if in_place else None)

@@ -26,9 +26,9 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the kernels that ran."""
     names: list[str] = []
 
-    def counted(kernel: Any, *args: Any) -> None:
+    def counted(kernel: Any, *args: Any, **options: Any) -> None:
         names.append(kernel.fn.__name__)
-        _layout.launch(kernel, *args)
+        _layout.launch(kernel, *args, **options)
 
     monkeypatch.setattr(_step, "launch", counted)
     return names

@@ -5,9 +5,12 @@ The interpreter cuts a float32 off where a GPU rounds it to bfloat16: half a uni
 """
 
 import copy
+import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,7 +25,7 @@ from eulernet import EulernetError, kernels
 from eulernet.functional import euler_step, euler_step_bn, euler_step_norm
 
 pytest.importorskip("triton")
-from eulernet.kernels import _bn, _layout, _norm, _step
+from eulernet.kernels import _bn, _device, _layout, _norm, _step
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -56,9 +59,9 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the kernels that ran."""
     names: list[str] = []
 
-    def counted(kernel: Any, *args: Any) -> None:
+    def counted(kernel: Any, *args: Any, **options: Any) -> None:
         names.append(kernel.fn.__name__)
-        _layout.launch(kernel, *args)
+        _layout.launch(kernel, *args, **options)
 
     for module in (_step, _norm, _bn):
         monkeypatch.setattr(module, "launch", counted)
@@ -583,6 +586,22 @@ def test_errors_say_what_to_call(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with kernels.mode("triton"), pytest.raises(EulernetError, match="TRITON_INTERPRET=1 before Python starts"):
         euler_step(x, x, 0.1)
+
+
+def test_every_kernel_compiles_for_a_gpu_with_accesses_of_16_bytes(tmp_path: Path) -> None:
+    """The interpreter runs what the compiler might refuse. Compiling needs no GPU."""
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, str(Path(__file__).parent / "ptx.py")]
+    output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+    compiled = json.loads(output)
+    assert {name for name, _, _ in compiled} == {
+        name for name, value in vars(_device).items() if name[0] != "_" and hasattr(value, "fn")
+    }
+    for name, dtype, accesses in compiled:
+        wide = [access for access in accesses if access.endswith(("v4.b32", "v2.b64"))]
+        streams = 2 + (name.startswith("norm"))  # of those loaded, and as many stored but for one
+        assert len([access for access in wide if access.startswith("ld")]) >= streams, (name, dtype, accesses)
+        assert any(access.startswith("st") for access in wide), (name, dtype, accesses)
 
 
 WITHOUT_TRITON = """

@@ -12,7 +12,7 @@ from eulernet.kernels import _device
 from eulernet.kernels._layout import INNER, PROGRAMS, SINGLE, Layout, launch, layout, power_of_two, room, varying
 from eulernet.kernels._step import FLOATS, computed_in, differentiable_once, in_double, ordered
 
-MOST = 16384  # columns that fit into one tile
+MOST = 8192  # columns that fit into one tile, so that the registers hold it
 
 
 def step_norm(
@@ -85,7 +85,15 @@ class _StepNorm(torch.autograd.Function):
         operands = (skip, branch, _dense(scale), _dense(weight), _dense(bias), stream, normed, mean, rstd, h)
         sizes = (way.middle, way.inner, way.rows, *way.skip, *way.branch)
         constants = (way.axes[1], eps, way.outer > 1, computed_in(dtype), *block)
-        launch(_device.norm_forward, triton.cdiv(way.rows, block[0]), skip, *operands, *sizes, *constants)
+        launch(
+            _device.norm_forward,
+            triton.cdiv(way.rows, block[0]),
+            skip,
+            *operands,
+            *sizes,
+            *constants,
+            num_warps=_warps(block),
+        )
         ctx.save_for_backward(stream, branch if ctx.needs_input_grad[3] else None, scale, weight, mean, rstd)
         ctx.h, ctx.way, ctx.block, ctx.dtypes = h, way, block, (skip.dtype, branch.dtype, dtype)
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -113,7 +121,9 @@ class _StepNorm(torch.autograd.Function):
         results = (skip_grad, branch_grad, scale_parts, weight_parts, bias_parts)
         sizes = (ctx.h, way.middle, way.inner, way.rows, *way.branch, tiles)
         constants = (way.axes[1], way.outer > 1, computed_in(dtype), *block)
-        launch(_device.norm_backward, programs, stream, *operands, *results, *sizes, *constants)
+        launch(
+            _device.norm_backward, programs, stream, *operands, *results, *sizes, *constants, num_warps=_warps(block)
+        )
         scale_grad = weight_grad = bias_grad = None
         if scale_parts is not None:
             summed = scale_parts.sum() if way.axes[1] == SINGLE else scale_parts.sum(0)
@@ -125,6 +135,11 @@ class _StepNorm(torch.autograd.Function):
         if shared:
             branch_grad = skip_grad
         return skip_grad if wants_skip else None, branch_grad, None, scale_grad, weight_grad, bias_grad, *[None] * 5
+
+
+def _warps(block: tuple[int, int]) -> int:
+    """16 elements a thread."""
+    return max(4, block[0] * block[1] // 512)
 
 
 def _block(way: Layout) -> tuple[int, int]:
