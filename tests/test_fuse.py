@@ -256,6 +256,16 @@ def test_in_place_stays_in_place(launches: list[str]) -> None:
     assert "step_backward" in launches
 
 
+def test_inference_mode(launches: list[str]) -> None:
+    model, x = Tail().to(DEVICE).eval(), images()
+    eulernet.patch(model, h=0.3, example_inputs=x)
+    with torch.inference_mode():
+        expected = model(x)
+        with kernels.mode("triton"):
+            torch.testing.assert_close(model(x), expected)
+    assert launches == ["step_forward"]
+
+
 def test_the_gradients_of_an_addition_in_place() -> None:
     model, x = IntoSkip().to(DEVICE).eval(), images().requires_grad_()
     eulernet.patch(model, h=0.3, example_inputs=x)

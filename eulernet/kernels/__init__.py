@@ -69,7 +69,7 @@ def _triton() -> bool:
 
 def chosen(skip: Any, branch: Any, worth: bool = True) -> bool:
     """Whether a kernel is to compute a step of these operands. `worth`: it does more than one kernel of ATen's."""
-    if _mode == "torch" or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or _mode == "torch":
         return False
     if not (plain(skip) and plain(branch)):
         return False

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from eulernet.kernels import _device
-from eulernet.kernels._layout import ABSENT, launch, room, walk
+from eulernet.kernels._layout import ABSENT, cdiv, launch, room, walk
 from eulernet.kernels._step import ACTIVATIONS, FLOATS, computed_in
 
 
@@ -37,7 +36,7 @@ def step_bn(
         return None
     out = room(way, skip, dtype)
     rows, columns = way.block
-    programs = triton.cdiv(way.rows, rows) * triton.cdiv(way.inner, columns)
+    programs = cdiv(way.rows, rows) * cdiv(way.inner, columns)
     operands = (skip, branch, *(None if t is None else t.contiguous() for t in (mean, var, weight, bias)), out)
     sizes = (h, way.middle, way.inner, way.rows, *way.skip, *way.branch)
     axes = [way.axes[0], *(ABSENT if t is None else way.axes[0] for t in (weight, bias))]

@@ -92,6 +92,10 @@ def power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
 def varying(small: Tensor | None, shape: torch.Size) -> int:
     """The dimension of `shape` along which a small operand varies, as `layout` takes it."""
     if small is None:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from eulernet.kernels import _device
-from eulernet.kernels._layout import INNER, PROGRAMS, SINGLE, Layout, launch, layout, power_of_two, room, varying
+from eulernet.kernels._layout import INNER, PROGRAMS, SINGLE, Layout, cdiv, launch, layout, power_of_two, room, varying
 from eulernet.kernels._step import FLOATS, computed_in, differentiable_once, in_double, ordered
 
 MOST = 8192  # columns that fit into one tile, so that the registers hold it
@@ -87,7 +86,7 @@ class _StepNorm(torch.autograd.Function):
         constants = (way.axes[1], eps, way.outer > 1, computed_in(dtype), *block)
         launch(
             _device.norm_forward,
-            triton.cdiv(way.rows, block[0]),
+            cdiv(way.rows, block[0]),
             skip,
             *operands,
             *sizes,
@@ -110,9 +109,9 @@ class _StepNorm(torch.autograd.Function):
         shared = wants_branch and ctx.h == 1 and scale is None and skip_dtype == branch_dtype  # one gradient for both
         skip_grad = torch.empty_like(stream, dtype=skip_dtype) if wants_skip or shared else None
         branch_grad = torch.empty_like(stream, dtype=branch_dtype) if wants_branch and not shared else None
-        programs = triton.cdiv(way.rows, block[0])
-        tiles = triton.cdiv(programs, PROGRAMS // 4) if wants_scale or wants_weight or wants_bias else 1
-        programs = triton.cdiv(programs, tiles)
+        programs = cdiv(way.rows, block[0])
+        tiles = cdiv(programs, PROGRAMS // 4) if wants_scale or wants_weight or wants_bias else 1
+        programs = cdiv(programs, tiles)
         scale_parts, weight_parts, bias_parts = (
             rstd.new_empty(programs, way.inner) if wanted else None
             for wanted in (wants_scale, wants_weight, wants_bias)

@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from eulernet._errors import EulernetError
 from eulernet.kernels import _device
-from eulernet.kernels._layout import INNER, MIDDLE, OUTER, PROGRAMS, SINGLE, Layout, launch, room, walk
+from eulernet.kernels._layout import INNER, MIDDLE, OUTER, PROGRAMS, SINGLE, Layout, cdiv, launch, room, walk
 
 ACTIVATIONS = {None: 0, "relu": 1, "silu": 2, "gelu": 3}
 FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
@@ -48,7 +47,8 @@ def step(
             return None
         if not (torch.is_grad_enabled() and any(t.requires_grad for t in (skip, branch, *small))):
             _forward(skip, branch, h, scale, mask, code, way, out)
-            torch.autograd.graph.increment_version(out)
+            if not out.is_inference():
+                torch.autograd.graph.increment_version(out)
             return out
         # In place with gradients: backward must not need what is overwritten, and only autograd can refuse a leaf.
         if code > 1 or scale is not None or out.is_leaf or out._is_view():
@@ -69,7 +69,7 @@ def _forward(
     out: Tensor,
 ) -> None:
     rows, columns = way.block
-    programs = triton.cdiv(way.rows, rows) * triton.cdiv(way.inner, columns)
+    programs = cdiv(way.rows, rows) * cdiv(way.inner, columns)
     scale, mask = _dense(scale), _dense(mask)
     args = (skip, branch, scale, mask, out, h, way.middle, way.inner, way.rows, *way.skip, *way.branch)
     launch(_device.step_forward, programs, skip, *args, *way.axes, activation, *_constants(way, out.dtype))
@@ -136,14 +136,14 @@ class _Step(torch.autograd.Function):
         passes = activation == 0 and skip_dtype == dtype  # the gradient of skip is the one that came
         skip_grad = torch.empty_like(grad, dtype=skip_dtype) if wants_skip and not passes else None
         branch_grad = torch.empty_like(grad, dtype=branch_dtype) if wants_branch else None
-        blocks = triton.cdiv(way.inner, way.block[1])
-        tiles, lanes = 1, triton.cdiv(way.rows, way.block[0])
+        blocks = cdiv(way.inner, way.block[1])
+        tiles, lanes = 1, cdiv(way.rows, way.block[0])
         parts = None
         if wants_scale:
             axis = way.axes[0]
             if axis in (INNER, SINGLE):
-                tiles = triton.cdiv(lanes * blocks, PROGRAMS)
-                lanes = triton.cdiv(lanes, tiles)
+                tiles = cdiv(lanes * blocks, PROGRAMS)
+                lanes = cdiv(lanes, tiles)
             shapes = {INNER: (lanes, way.inner), SINGLE: (lanes * blocks,)}
             shape = shapes.get(axis, (way.outer, way.middle, blocks))
             parts = grad.new_empty(shape, dtype=torch.promote_types(dtype, torch.float32))
