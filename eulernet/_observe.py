@@ -6,10 +6,10 @@ import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from eulernet._rewrite import SCALE, STEP, STEP_IN_PLACE
+from eulernet._rewrite import LATER, SCALE, STEP, STEP_IN_PLACE, TAIL, TAIL_IN_PLACE
 
 # The entries of an observed module's __dict__, which hide the methods of its class.
-OBSERVED = (STEP, STEP_IN_PLACE, SCALE)
+OBSERVED = (STEP, STEP_IN_PLACE, SCALE, TAIL, TAIL_IN_PLACE, LATER)
 
 
 class Seen(NamedTuple):
@@ -32,7 +32,7 @@ See = Callable[[Seen, Callable[[], Any]], Any]
 
 
 def observe(module: Any, see: See) -> None:
-    """Call `see` at each addition of a patched module, until `release`."""
+    """Call `see` at each addition of a patched module, until `release`; what stands around it is not fused with it."""
     here, cls = weakref.ref(module), type(module)  # not the module itself, which would then hold itself
     places = cls._euler_places
 
@@ -49,8 +49,13 @@ def observe(module: Any, see: See) -> None:
         method = getattr(cls, SCALE)
         return see(Seen(place, places[place][0], None, branch, 1), lambda: method(here(), branch, place))
 
-    module.__dict__.update({STEP: around(getattr(cls, STEP)), SCALE: scale})
-    module.__dict__[STEP_IN_PLACE] = around(getattr(cls, STEP_IN_PLACE))
+    def before_activation(step: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda activation, left, right, place: activation(step(left, right, place))
+
+    steps = {name: around(getattr(cls, name)) for name in (STEP, STEP_IN_PLACE)}
+    module.__dict__.update({**steps, SCALE: scale, LATER: lambda before, branch: before(branch)})
+    module.__dict__[TAIL] = before_activation(steps[STEP])
+    module.__dict__[TAIL_IN_PLACE] = before_activation(steps[STEP_IN_PLACE])
 
 
 def release(module: Any) -> None:

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from eulernet import _doubts, _factor
+from eulernet import _doubts, _factor, _fuse
 from eulernet._errors import EulernetError, EulernetWarning
 from eulernet._find import Found, Search, search
 from eulernet._learn import Trainable, check_shared, checked, plan_learned
@@ -61,11 +61,25 @@ class Patched:
 
     def _euler_step(self, left: Any, right: Any, place: int, alpha: float = 1) -> Any:
         slot, skip_is_left, sign = self._euler_places[place]
-        return _factor.step(left, right, self._euler[slot].of(self), skip_is_left, sign * alpha)
+        h = self._euler[slot].of(self)
+        if type(right) is _fuse.Later:
+            return _fuse.step(None, left, right, h, skip_is_left, sign * alpha)
+        return _factor.step(left, right, h, skip_is_left, sign * alpha)
 
     def _euler_step_(self, left: Any, right: Any, place: int, alpha: float = 1) -> Any:
         slot, skip_is_left, sign = self._euler_places[place]
         return _factor.step_in_place(left, right, self._euler[slot].of(self), skip_is_left, sign * alpha)
+
+    def _euler_later(self, module: Any, branch: Any) -> Any:
+        return _fuse.later(module, branch)
+
+    def _euler_tail(self, activation: Any, left: Any, right: Any, place: int) -> Any:
+        slot, skip_is_left, sign = self._euler_places[place]
+        return _fuse.step(activation, left, right, self._euler[slot].of(self), skip_is_left, sign)
+
+    def _euler_tail_(self, activation: Any, left: Any, right: Any, place: int) -> Any:
+        slot, skip_is_left, sign = self._euler_places[place]
+        return _fuse.step(activation, left, right, self._euler[slot].of(self), skip_is_left, sign, in_place=True)
 
     def _euler_scale(self, branch: Any, place: int) -> Any:
         return _factor.scale(branch, self._euler[self._euler_places[place][0]].of(self))

@@ -20,17 +20,20 @@ import tokenize
 import types
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, wraps
+from itertools import pairwise
 from types import CodeType, FunctionType
 from typing import Any, TypeVar
 
 from torch import nn
 
+from eulernet import _fuse
 from eulernet._errors import EulernetError
 from eulernet._trace import Addition, Frame
 
 STEP, STEP_IN_PLACE, SCALE, FUNCTION = "_euler_step", "_euler_step_", "_euler_scale", "_euler_function_"
+TAIL, TAIL_IN_PLACE, LATER = "_euler_tail", "_euler_tail_", "_euler_later"
 T = TypeVar("T")
 _RECEIVER = "_euler_self"  # the first parameter that a free function gets
 _FLAGS = sum(getattr(__future__, name).compiler_flag for name in __future__.all_feature_names)
@@ -48,6 +51,9 @@ class Span:
     end_line: int
     column: int
     end_column: int
+    # Not compared: whether they are written out or not, what is computed is the same.
+    wrappers: int = field(default=0, compare=False)  # calls around the right operand that the step may do
+    tail: bool = field(default=False, compare=False)  # whether it may do the activation that is called with the sum
 
 
 @dataclass(frozen=True)
@@ -118,6 +124,8 @@ def locate(addition: Addition) -> tuple[nn.Module, Site]:
                 target = Target(None, _address(callee), (), digest(callee))
                 targets.append((target, _span(frames[j], callee)))
         _check(addition, function, targets[-1][1])
+        if len(targets) == 1 and not inner:
+            targets = [(targets[0][0], _with_surroundings(span, function, frame.module))]
         code = frames[0].code
         return frame.module, Site(tuple(targets), code.co_filename, _position(frames[0]), code.co_qualname)
     if frames and frames[-1].module is not None:
@@ -260,6 +268,59 @@ def _operands(node: ast.AST, where: str) -> tuple[ast.expr, ast.expr, list[ast.k
     raise Unsupported(f"the addition in {where} is written in a form that is not supported: {ast.unparse(node)[:80]}")
 
 
+# ---- what stands around it
+
+
+def _with_surroundings(span: Span, function: FunctionType, module: nn.Module) -> Span:
+    definition = _statement(function)[2]
+    receiver = _receiver(definition.args)
+    node = _expression(function, span, (ast.BinOp, ast.AugAssign, ast.Call))
+    if not isinstance(node, ast.BinOp | ast.AugAssign) or not isinstance(node.op, ast.Add):
+        return span
+    wrappers = 0
+    operand = node.right if isinstance(node, ast.BinOp) else None
+    while isinstance(operand, ast.Call) and _fuse.before(_called(operand, receiver, module)):
+        wrappers, operand = wrappers + 1, operand.args[0]
+    call = _tail(definition, node)[0]
+    return replace(span, wrappers=wrappers, tail=_fuse.after(_called(call, receiver, module)) is not None)
+
+
+def _called(node: ast.AST | None, receiver: str, module: nn.Module) -> Any:
+    """The submodule that an expression calls with one argument, `self.name(argument)`."""
+    match node:
+        case ast.Call(func=ast.Attribute(value=ast.Name(id=name), attr=attribute), args=[argument], keywords=[]):
+            if name == receiver and not isinstance(argument, ast.Starred):
+                return getattr(module, attribute, None)
+    return None
+
+
+def _tail(definition: ast.AST, node: ast.AST) -> tuple[ast.Call | None, list[ast.stmt], int]:
+    """The call that takes a sum: it stands around it or is the next statement, `x += y; x = f(x)`.
+
+    In the latter case also the block of statements and where in it the two stand.
+    """
+    for parent in ast.walk(definition):
+        if isinstance(parent, ast.Call) and parent.args == [node]:
+            return parent, [], 0
+        blocks: list[Any] = [getattr(parent, name, None) for name in ("body", "orelse", "finalbody")]
+        for block in (each for each in blocks if isinstance(each, list)):
+            for i, (first, second) in enumerate(pairwise(block)):
+                match first:
+                    case ast.AugAssign(target=ast.Name(id=name)) if first is node:
+                        pass
+                    case ast.Assign(targets=[ast.Name(id=name)], value=value) if value is node:
+                        pass
+                    case _:
+                        continue
+                match second:
+                    case ast.Assign(targets=[ast.Name(id=to)], value=ast.Call(args=[ast.Name(id=of)]) as call):
+                        if to == of == name:
+                            return call, block, i
+                    case ast.Return(value=ast.Call(args=[ast.Name(id=of)]) as call) if of == name:
+                        return call, block, i
+    return None, [], 0
+
+
 # ---- the source
 
 
@@ -386,6 +447,7 @@ def rewrite(function: FunctionType, edits: dict[Span, tuple[str, int]], free: bo
         for n in ast.walk(copied)
         if isinstance(n, ast.FunctionDef) and n.name == definition.name and n.lineno == definition.lineno
     )
+    first = function.__code__.co_firstlineno
     if free:
         receiver = _RECEIVER
         mine.args.posonlyargs.insert(0, ast.arg(receiver)) if mine.args.posonlyargs else mine.args.args.insert(
@@ -393,6 +455,13 @@ def rewrite(function: FunctionType, edits: dict[Span, tuple[str, int]], free: bo
         )
     else:
         receiver = _receiver(mine.args)
+    for span in edits:
+        if span.tail:
+            node = next(n for n in ast.walk(mine) if isinstance(n, ast.BinOp | ast.AugAssign) and _at(n, span, first))
+            call, block, i = _tail(mine, node)
+            if block and call is not None:  # two statements become the second one, around what the first one adds
+                call.args = [node]  # type: ignore[list-item]
+                del block[i]
     editor = _Editor(edits, function, receiver)
     mine.body = [editor.visit(node) for node in mine.body]
     code = _compile(tree, statement, ast.fix_missing_locations(copied), function)
@@ -428,11 +497,13 @@ class _Editor(ast.NodeTransformer):
         self.first = function.__code__.co_firstlineno
 
     def visit(self, node: ast.AST) -> Any:
+        if isinstance(node, ast.Call) and len(node.args) == 1 and (sum_ := self._edit(node.args[0])) and sum_[0].tail:
+            return self._with_tail(node, node.args[0], sum_[1][1], sum_[0])
         edit = self._edit(node)
         self.generic_visit(node)
         if edit is None:
             return node
-        kind, index = edit
+        span, (kind, index) = edit
         if kind == "call":
             assert isinstance(node, ast.Call)
             node.func = ast.copy_location(self._attribute(f"{FUNCTION}{index}"), node.func)
@@ -446,13 +517,32 @@ class _Editor(ast.NodeTransformer):
             assert isinstance(left, ast.Name)
             call = self._call(STEP_IN_PLACE, [ast.Name(left.id, ast.Load()), right], index, [])
             return ast.copy_location(ast.Assign([left], ast.copy_location(call, node)), node)
+        right = self._put_off(right, span.wrappers)
         return ast.copy_location(self._call(STEP_IN_PLACE if in_place else STEP, [left, right], index, keywords), node)
 
-    def _edit(self, node: ast.AST) -> tuple[str, int] | None:
+    def _with_tail(self, call: ast.Call, node: ast.AST, index: int, span: Span) -> ast.expr:
+        """The activation is handed over with the operands of the sum."""
+        left, right, _ = _operands(node, self.function.__qualname__)
+        left, right = self.visit(left), self._put_off(self.visit(right), span.wrappers)
+        if isinstance(node, ast.AugAssign):
+            assert isinstance(left, ast.Name)
+            left = ast.copy_location(ast.Name(left.id, ast.Load()), left)
+        method = TAIL_IN_PLACE if isinstance(node, ast.AugAssign) else TAIL
+        return ast.copy_location(self._call(method, [call.func, left, right], index, []), node)
+
+    def _put_off(self, operand: ast.expr, wrappers: int) -> ast.expr:
+        """`self.a(self.b(x))` hands the modules over."""
+        if not wrappers:
+            return operand
+        assert isinstance(operand, ast.Call)
+        arguments = [operand.func, self._put_off(operand.args[0], wrappers - 1)]
+        return ast.copy_location(ast.Call(self._attribute(LATER), arguments, []), operand)
+
+    def _edit(self, node: ast.AST) -> tuple[Span, tuple[str, int]] | None:
         if isinstance(node, ast.BinOp | ast.AugAssign | ast.Call):
             for span, edit in self.edits.items():
                 if _at(node, span, self.first) and (edit[0] == "step" or isinstance(node, ast.Call)):
-                    return edit
+                    return span, edit
         return None
 
     @staticmethod

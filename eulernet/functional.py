@@ -1,31 +1,228 @@
-"""The residual step as a function, for people's own models."""
+"""The residual step as a function, with what stands around it in one operation, for people's own models.
+
+Each function is plain ATen, which any transform of PyTorch takes apart and `torch.compile` fuses; in eager mode on a
+GPU a kernel of `eulernet.kernels` does the same in one pass over memory.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import reduce
+from typing import Literal
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["euler_step"]
+from eulernet import kernels
+from eulernet._errors import EulernetError
+
+__all__ = ["Activation", "euler_step", "euler_step_bn", "euler_step_norm"]
+
+Activation = Literal["relu", "silu", "gelu"]
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "silu": F.silu, "gelu": F.gelu}
 
 
-def euler_step(skip: Tensor, branch: Tensor, h: float | Tensor) -> Tensor:
-    """One explicit Euler step, `skip + h * branch`.
+def euler_step(
+    skip: Tensor,
+    branch: Tensor,
+    h: float | Tensor,
+    *,
+    activation: Activation | None = None,
+    layer_scale: Tensor | None = None,
+    drop_path: float | Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """One explicit Euler step, `activation(skip + h * drop_path * layer_scale * branch)`.
 
-    Eq. (3) of *Towards Robust ResNet* (Zhang et al., IJCAI 2019).
+    Eq. (3) of *Towards Robust ResNet* (Zhang et al., IJCAI 2019), with LayerScale (Touvron et al., arXiv:2103.17239),
+    stochastic depth (Huang et al., arXiv:1603.09382) and the activation of a ResNet's tail.
 
     Args:
         skip: the state x_n, of any shape.
         branch: F(x_n), of a shape that broadcasts with `skip`.
-        h: the step factor, a number or a 0-d tensor.
+        h: the step factor: a number, a 0-d tensor, or a tensor that broadcasts with `branch`; it may require grad.
+        activation: None, `"relu"`, `"silu"` or `"gelu"` (the exact one).
+        layer_scale: a tensor that broadcasts with `branch`: of shape (C,) along the last dimension, of shape (C, 1, 1)
+            along the channels of images (N, C, H, W). It may require grad.
+        drop_path: a probability, with which each sample's branch is dropped, the rest scaled by 1 / (1 - probability),
+            drawn as timm's `drop_path` draws it; or a mask that was drawn already, of shape (N, 1, ...).
+        out: where to write the result, without grad only.
 
     Returns:
-        The new state, with the shape and dtype that `skip + branch` has.
+        The new state, with the shape and dtype that `skip + h * drop_path * layer_scale * branch` has: a tensor of one
+        dimension and more takes part in the promotion of dtypes, a 0-d one does not. 16-bit types are computed in fp32.
+
+    Raises:
+        EulernetError: an unknown activation, a probability outside [0, 1), `out` together with gradients.
 
     Example:
         >>> import torch
-        >>> euler_step(torch.tensor([1.0, 2.0]), torch.tensor([10.0, 10.0]), h=0.5)
-        tensor([6., 7.])
+        >>> euler_step(torch.tensor([1.0, 2.0]), torch.tensor([10.0, -30.0]), h=0.5)
+        tensor([  6., -13.])
+        >>> euler_step(torch.tensor([1.0, 2.0]), torch.tensor([10.0, -30.0]), h=0.5, activation="relu")
+        tensor([6., 0.])
     """
-    if isinstance(h, Tensor):
-        return skip + h * branch
-    return torch.add(skip, branch, alpha=h)
+    if activation is not None and activation not in _ACTIVATIONS:
+        raise EulernetError(f"activation={activation!r} is not known; use None, {', '.join(map(repr, _ACTIVATIONS))}")
+    mask = _mask(branch, layer_scale, drop_path)
+    if out is not None and torch.is_grad_enabled() and any(_differentiable(skip, branch, h, layer_scale)):
+        raise EulernetError("out= has no gradient; call euler_step without it, or under torch.no_grad()")
+    dtype = _promoted(skip, branch, layer_scale, mask, h if isinstance(h, Tensor) else None)
+    number, scale = _factors(h, layer_scale, dtype)
+    plain = activation is None and scale is None and mask is None  # one kernel of ATen's
+    if kernels.chosen(skip, branch, worth=not plain):
+        from eulernet.kernels import _step
+
+        result = _step.step(skip, branch, number, scale, mask, activation, dtype, out)
+        if result is not None:
+            return result
+    if plain:
+        return torch.add(skip, branch, alpha=number, out=out) if out is not None else _add(skip, branch, number)
+    state = _add(skip, branch, number, scale, mask)
+    result = (state if activation is None else _ACTIVATIONS[activation](state)).to(dtype)
+    return result if out is None else out.copy_(result)
+
+
+def euler_step_norm(
+    skip: Tensor,
+    branch: Tensor,
+    h: float | Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    kind: Literal["layer_norm", "rms_norm"] = "layer_norm",
+) -> tuple[Tensor, Tensor]:
+    """One step and the norm of the new state over its last dimension, for pre-norm transformers.
+
+    Eq. (3) of *Towards Robust ResNet* (Zhang et al., IJCAI 2019), then Layer Normalization (Ba et al.,
+    arXiv:1607.06450) or Root Mean Square Layer Normalization (Zhang and Sennrich, arXiv:1910.07467).
+
+    Args:
+        skip, branch: the state and F of it, of one shape (..., C).
+        h: the step factor: a number, a 0-d tensor or one of shape (C,); it may require grad.
+        weight, bias: of shape (C,), or None; `rms_norm` has no bias.
+        eps: added to the variance, or to the mean of the squares.
+        kind: `"layer_norm"` or `"rms_norm"`.
+
+    Returns:
+        The new state, and its norm as `torch.nn.functional.layer_norm` or `rms_norm` gives it, in their dtypes.
+
+    Raises:
+        EulernetError: an unknown kind, or a bias for `rms_norm`.
+
+    Example:
+        >>> import torch
+        >>> euler_step_norm(torch.tensor([1.0, 1.0]), torch.tensor([-4.0, 0.0]), h=0.5, eps=0.0)
+        (tensor([-1.,  1.]), tensor([-1.,  1.]))
+    """
+    if kind not in ("layer_norm", "rms_norm"):
+        raise EulernetError(f"kind={kind!r} is not known; use 'layer_norm' or 'rms_norm'")
+    if kind == "rms_norm" and bias is not None:
+        raise EulernetError("rms_norm has no bias; call euler_step_norm(..., bias=None, kind='rms_norm')")
+    dtype = _promoted(skip, branch, h if isinstance(h, Tensor) else None)
+    if kernels.chosen(skip, branch):
+        from eulernet.kernels import _norm
+
+        result = _norm.step_norm(skip, branch, *_factors(h, None, dtype), weight, bias, eps, kind, dtype)
+        if result is not None:
+            return result
+    state = _add(skip, branch, *_factors(h, None, dtype)).to(dtype)
+    if kind == "rms_norm":
+        return state, F.rms_norm(state, state.shape[-1:], weight, eps)
+    return state, F.layer_norm(state, state.shape[-1:], weight, bias, eps)
+
+
+def euler_step_bn(
+    skip: Tensor,
+    branch: Tensor,
+    h: float,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    activation: Activation | None = None,
+) -> Tensor:
+    """The tail of a residual block that ends in batch norm, `activation(skip + h * batch_norm(branch))`.
+
+    Eq. (3) of *Towards Robust ResNet* (Zhang et al., IJCAI 2019) with Batch Normalization (Ioffe and Szegedy,
+    arXiv:1502.03167).
+
+    Args:
+        skip, branch: the state and F of it before its last norm, of one shape (N, C, ...).
+        h: the step factor, a number.
+        running_mean, running_var, weight, bias, training, momentum, eps: as for `torch.nn.functional.batch_norm`.
+        activation: as for `euler_step`.
+
+    Returns:
+        The new state, in the dtype that `skip + batch_norm(branch)` has.
+
+    Example:
+        >>> import torch
+        >>> x = torch.tensor([[3.0], [5.0]])
+        >>> euler_step_bn(x, x, 0.5, torch.tensor([4.0]), torch.tensor([1.0]), eps=0.0)
+        tensor([[2.5000],
+                [5.5000]])
+    """
+    if activation is not None and activation not in _ACTIVATIONS:
+        raise EulernetError(f"activation={activation!r} is not known; use None, {', '.join(map(repr, _ACTIVATIONS))}")
+    if not training and kernels.chosen(skip, branch):
+        from eulernet.kernels import _bn
+
+        result = _bn.step_bn(skip, branch, h, running_mean, running_var, weight, bias, eps, activation)
+        if result is not None:
+            return result
+    normed = F.batch_norm(branch, running_mean, running_var, weight, bias, training, momentum, eps)
+    return euler_step(skip, normed, h, activation=activation)
+
+
+def _add(
+    skip: Tensor, branch: Tensor, number: float, scale: Tensor | None = None, mask: Tensor | None = None
+) -> Tensor:
+    """`skip + number * scale * mask * branch` in one kernel, which computes in fp32 at least."""
+    factors = [t for t in (scale, mask) if t is not None]
+    if not factors:
+        return torch.add(skip, branch, alpha=number)
+    least = torch.promote_types(_promoted(skip, branch, *factors), torch.float32)
+    factor = reduce(torch.mul, [t.to(least) for t in factors])
+    if factor.dim() == 0:
+        factor = factor.view(1)  # else it would be rounded to the others' dtype
+    if factor.requires_grad:
+        branch = branch.to(least)  # else the gradient of the factor would be made of rounded products
+    return torch.addcmul(skip, branch, factor, value=number)
+
+
+def _factors(h: float | Tensor, layer_scale: Tensor | None, dtype: torch.dtype) -> tuple[float, Tensor | None]:
+    """h and gamma as a number and a tensor."""
+    if not isinstance(h, Tensor):
+        return h, layer_scale
+    if layer_scale is None:
+        return 1.0, h
+    least = torch.promote_types(dtype, torch.float32)
+    return 1.0, h.to(least) * layer_scale.to(least)
+
+
+def _mask(branch: Tensor, layer_scale: Tensor | None, drop_path: float | Tensor | None) -> Tensor | None:
+    if drop_path is None or isinstance(drop_path, Tensor):
+        return drop_path
+    if not 0 <= drop_path < 1:
+        raise EulernetError(f"drop_path={drop_path!r} is not a probability in [0, 1); for example drop_path=0.1")
+    if drop_path == 0:
+        return None
+    shape = (branch.shape[0],) + (1,) * (branch.dim() - 1)
+    keep = 1 - drop_path
+    return branch.new_empty(shape, dtype=_promoted(branch, layer_scale)).bernoulli_(keep).div_(keep)
+
+
+def _promoted(*tensors: Tensor | None) -> torch.dtype:
+    """The dtype of a sum of products of floating tensors: 0-d ones count only where there are no others."""
+    given = [t for t in tensors if t is not None]
+    return reduce(torch.promote_types, [t.dtype for t in given if t.dim()] or [t.dtype for t in given])
+
+
+def _differentiable(*values: object) -> list[bool]:
+    return [isinstance(v, Tensor) and v.requires_grad for v in values]

@@ -1,0 +1,256 @@
+"""What runs on the GPU. All arithmetic is in T: float32, or float64 where an operand is.
+
+A program handles a tile of BR rows and BC columns of the walk that `_layout` describes: a row is an inner axis of C
+neighbours in memory, R = outer * M of them (SPLIT: the outer axis is larger than 1). Offsets are 64-bit. What the
+kernels write is dense: its offset is row * C + column.
+"""
+
+import triton
+import triton.language as tl
+
+NONE, RELU, SILU = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # ACT; 3 is GELU
+
+
+@triton.jit
+def _rows(tile, M, R, SPLIT: tl.constexpr, BR: tl.constexpr):
+    """The rows of a tile, their positions on the outer and the middle axis, and which of them exist."""
+    row = tl.cast(tile, tl.int64) * BR + tl.arange(0, BR)
+    if SPLIT:
+        outer = row // M
+        middle = row - outer * M
+    else:
+        outer = tl.zeros_like(row)
+        middle = row
+    return row, outer, middle, row < R
+
+
+@triton.jit
+def _columns(block, C, BC: tl.constexpr):
+    column = tl.cast(block, tl.int64) * BC + tl.arange(0, BC)
+    return column, column < C
+
+
+@triton.jit
+def _load(p, mask, T: tl.constexpr):
+    x = tl.load(p, mask=mask, other=0)
+    if x.dtype == tl.bfloat16:
+        x = x.to(tl.float32)  # from which the interpreter gets to float64
+    return x.to(T)
+
+
+@triton.jit
+def _store(p, x, mask):
+    if p.dtype.element_ty != tl.float64:
+        x = x.to(tl.float32)
+    tl.store(p, x.to(p.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _operand(p, outer, middle, column, outer_stride, middle_stride, inside, T: tl.constexpr):
+    return _load(p + (outer * outer_stride + middle * middle_stride)[:, None] + column[None, :], inside, T)
+
+
+@triton.jit
+def _small(p, AXIS: tl.constexpr, outer, middle, column, rows, columns, T: tl.constexpr):
+    """A small operand, spread over a tile; 1 where it is absent."""
+    if AXIS == -1:
+        return tl.full([1, 1], 1, T)
+    elif AXIS == -2:
+        return tl.load(p).to(T)
+    elif AXIS == 2:
+        return _load(p + column, columns, T)[None, :]
+    elif AXIS == 1:
+        return _load(p + middle, rows, T)[:, None]
+    else:
+        return _load(p + outer, rows, T)[:, None]
+
+
+@triton.jit
+def _activation(z, ACT: tl.constexpr):
+    if ACT == NONE:
+        return z
+    elif ACT == RELU:
+        return tl.where(z <= 0, 0, z)  # a NaN stays one
+    elif ACT == SILU:
+        return z / (1 + tl.exp(-z))
+    else:
+        return z * 0.5 * (1 + tl.erf(z * 0.7071067811865476))
+
+
+@triton.jit
+def _slope(z, ACT: tl.constexpr):
+    """The derivative of a smooth activation."""
+    if ACT == SILU:
+        s = 1 / (1 + tl.exp(-z))
+        return s * (1 + z * (1 - s))
+    else:
+        return 0.5 * (1 + tl.erf(z * 0.7071067811865476)) + z * tl.exp(z * z * -0.5) * 0.3989422804014327
+
+
+@triton.jit
+def step_forward(
+    skip, branch, scale, mask, out, alpha, M, C, R, skip_outer, skip_middle, branch_outer, branch_middle,
+    SCALE: tl.constexpr, MASK: tl.constexpr, ACT: tl.constexpr, SPLIT: tl.constexpr, T: tl.constexpr,
+    BR: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """out = act(skip + alpha * scale * mask * branch)"""
+    pid, blocks = tl.program_id(0), tl.cdiv(C, BC)
+    row, outer, middle, rows = _rows(pid // blocks, M, R, SPLIT, BR)
+    column, columns = _columns(pid % blocks, C, BC)
+    inside = rows[:, None] & columns[None, :]
+    s = _operand(skip, outer, middle, column, skip_outer, skip_middle, inside, T)
+    b = _operand(branch, outer, middle, column, branch_outer, branch_middle, inside, T)
+    factor = alpha * _small(scale, SCALE, outer, middle, column, rows, columns, T)
+    factor = factor * _small(mask, MASK, outer, middle, column, rows, columns, T)
+    _store(out + (row * C)[:, None] + column[None, :], _activation(s + factor * b, ACT), inside)
+
+
+@triton.jit
+def step_backward(
+    grad, skip, branch, out, scale, mask, skip_grad, branch_grad, scale_parts, alpha,
+    M, C, R, skip_outer, skip_middle, branch_outer, branch_middle, tiles,
+    SCALE: tl.constexpr, MASK: tl.constexpr, ACT: tl.constexpr, SPLIT: tl.constexpr, T: tl.constexpr,
+    BR: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """The gradients that are asked for (not None); that of scale in parts, which are yet to be summed.
+
+    A program goes over `tiles` tiles of the same columns. The parts are one for each program and column where scale
+    varies along the columns, one for each row and block of columns where it varies along rows, else one a program.
+    """
+    pid, blocks = tl.program_id(0), tl.cdiv(C, BC)
+    block, lane, lanes = pid % blocks, pid // blocks, tl.num_programs(0) // blocks
+    column, columns = _columns(block, C, BC)
+    total = tl.zeros([BR, BC], T)
+    for tile in range(0, tiles):
+        row, outer, middle, rows = _rows(lane + tile * lanes, M, R, SPLIT, BR)
+        inside = rows[:, None] & columns[None, :]
+        here = (row * C)[:, None] + column[None, :]
+        g = _load(grad + here, inside, T)
+        unscaled = alpha * _small(mask, MASK, outer, middle, column, rows, columns, T)
+        factor = unscaled * _small(scale, SCALE, outer, middle, column, rows, columns, T)
+        if branch is not None:
+            b = _operand(branch, outer, middle, column, branch_outer, branch_middle, inside, T)
+        if ACT == RELU:
+            g = tl.where(_load(out + here, inside, T) <= 0, 0, g)
+        elif ACT != NONE:
+            s = _operand(skip, outer, middle, column, skip_outer, skip_middle, inside, T)
+            g = g * _slope(s + factor * b, ACT)
+        if skip_grad is not None:
+            _store(skip_grad + here, g, inside)
+        if branch_grad is not None:
+            _store(branch_grad + here, factor * g, inside)
+        if scale_parts is not None:
+            part = unscaled * g * b
+            if SCALE == 0 or SCALE == 1:
+                tl.store(scale_parts + row * blocks + block, tl.sum(part, 1), mask=rows)
+            else:
+                total += part
+    if scale_parts is not None:
+        if SCALE == 2:
+            tl.store(scale_parts + tl.cast(lane, tl.int64) * C + column, tl.sum(total, 0), mask=columns)
+        elif SCALE == -2:
+            tl.store(scale_parts + pid, tl.sum(total))
+
+
+@triton.jit
+def norm_forward(
+    skip, branch, scale, weight, bias, stream, normed, mean, rstd, alpha, M, C, R,
+    skip_outer, skip_middle, branch_outer, branch_middle,
+    SCALE: tl.constexpr, EPS: tl.constexpr, SPLIT: tl.constexpr, T: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """stream = skip + alpha * scale * branch, and its norm over the columns, which fit into one tile.
+
+    Without `mean` the norm is that of the root mean square.
+    """
+    row, outer, middle, rows = _rows(tl.program_id(0), M, R, SPLIT, BR)
+    column, columns = _columns(0, C, BC)
+    inside = rows[:, None] & columns[None, :]
+    here = (row * C)[:, None] + column[None, :]
+    s = _operand(skip, outer, middle, column, skip_outer, skip_middle, inside, T)
+    b = _operand(branch, outer, middle, column, branch_outer, branch_middle, inside, T)
+    z = s + alpha * _small(scale, SCALE, outer, middle, column, rows, columns, T) * b
+    _store(stream + here, z, inside)
+    if stream.dtype.element_ty != tl.float64:  # the norm sees the state as it is kept
+        z = z.to(stream.dtype.element_ty).to(tl.float32)
+    if mean is not None:
+        average = tl.sum(z, 1) / C
+        tl.store(mean + row, average, mask=rows)
+        z = tl.where(inside, z - average[:, None], 0)
+    r = 1 / tl.sqrt(tl.sum(z * z, 1) / C + EPS)
+    tl.store(rstd + row, r, mask=rows)
+    y = z * r[:, None]
+    if weight is not None:
+        y = y * _load(weight + column, columns, T)[None, :]
+    if bias is not None:
+        y = y + _load(bias + column, columns, T)[None, :]
+    _store(normed + here, y, inside)
+
+
+@triton.jit
+def norm_backward(
+    stream_grad, normed_grad, stream, branch, scale, weight, mean, rstd,
+    skip_grad, branch_grad, scale_parts, weight_parts, bias_parts, alpha, M, C, R, branch_outer, branch_middle, tiles,
+    SCALE: tl.constexpr, SPLIT: tl.constexpr, T: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """The gradients that are asked for; those of scale, weight and bias in parts, one for each program and column."""
+    pid = tl.program_id(0)
+    column, columns = _columns(0, C, BC)
+    scale_total = tl.zeros([BR, BC], T)
+    weight_total = tl.zeros([BR, BC], T)
+    bias_total = tl.zeros([BR, BC], T)
+    for tile in range(0, tiles):
+        row, outer, middle, rows = _rows(pid + tile * tl.num_programs(0), M, R, SPLIT, BR)
+        inside = rows[:, None] & columns[None, :]
+        here = (row * C)[:, None] + column[None, :]
+        g = _load(normed_grad + here, inside, T)
+        z = _load(stream + here, inside, T)
+        r = _load(rstd + row, rows, T)[:, None]
+        if mean is not None:
+            z = tl.where(inside, z - _load(mean + row, rows, T)[:, None], 0)
+        z = z * r
+        if weight_parts is not None:
+            weight_total += g * z
+        if bias_parts is not None:
+            bias_total += g
+        if weight is not None:
+            g = g * _load(weight + column, columns, T)[None, :]
+        d = g - z * (tl.sum(g * z, 1) / C)[:, None]
+        if mean is not None:
+            d = d - (tl.sum(g, 1) / C)[:, None]
+        d = d * r + _load(stream_grad + here, inside, T)
+        if skip_grad is not None:
+            _store(skip_grad + here, d, inside)
+        if branch_grad is not None:
+            factor = alpha * _small(scale, SCALE, outer, middle, column, rows, columns, T)
+            _store(branch_grad + here, factor * d, inside)
+        if scale_parts is not None:
+            b = _operand(branch, outer, middle, column, branch_outer, branch_middle, inside, T)
+            scale_total += alpha * d * b
+    part = tl.cast(pid, tl.int64) * C + column
+    if scale_parts is not None:
+        tl.store(scale_parts + part, tl.sum(scale_total, 0), mask=columns)
+    if weight_parts is not None:
+        tl.store(weight_parts + part, tl.sum(weight_total, 0), mask=columns)
+    if bias_parts is not None:
+        tl.store(bias_parts + part, tl.sum(bias_total, 0), mask=columns)
+
+
+@triton.jit
+def bn_forward(
+    skip, branch, mean, var, weight, bias, out, alpha, M, C, R, skip_outer, skip_middle, branch_outer, branch_middle,
+    CHANNEL: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, EPS: tl.constexpr, ACT: tl.constexpr,
+    SPLIT: tl.constexpr, T: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """out = act(skip + alpha * ((branch - mean) / sqrt(var + EPS) * weight + bias)), these four along CHANNEL"""
+    pid, blocks = tl.program_id(0), tl.cdiv(C, BC)
+    row, outer, middle, rows = _rows(pid // blocks, M, R, SPLIT, BR)
+    column, columns = _columns(pid % blocks, C, BC)
+    inside = rows[:, None] & columns[None, :]
+    z = _operand(skip, outer, middle, column, skip_outer, skip_middle, inside, T)
+    b = _operand(branch, outer, middle, column, branch_outer, branch_middle, inside, T)
+    b = b - _small(mean, CHANNEL, outer, middle, column, rows, columns, T)
+    factor = alpha * _small(weight, WEIGHT, outer, middle, column, rows, columns, T)
+    z += factor / tl.sqrt(_small(var, CHANNEL, outer, middle, column, rows, columns, T) + EPS) * b
+    if BIAS != -1:
+        z += alpha * _small(bias, BIAS, outer, middle, column, rows, columns, T)
+    _store(out + (row * C)[:, None] + column[None, :], _activation(z, ACT), inside)
