@@ -81,8 +81,10 @@ class _Graph:
             self.constant.append(node.op != "input" and all(self.constant[i] for i in node.inputs))
 
     def state_inputs(self, node: int) -> tuple[int, ...]:
+        """What the state enters by. Embedded token ids look constant: of such inputs it is those that were computed."""
         inputs = self.nodes[node].inputs
-        return tuple(i for i in inputs if not self.constant[i]) or inputs
+        computed = tuple(i for i in inputs if self.nodes[i].op != "parameter")
+        return tuple(i for i in inputs if not self.constant[i]) or computed or inputs
 
     def is_map(self, node: int) -> bool:
         return bool(_MAPS.search(self.nodes[node].op))
