@@ -145,7 +145,7 @@ def spectral_norm(
     x = torch.randn(1, *shape, generator=generator).to(weight.device)
     y = x
     for _ in range(iterations):
-        y = nn.functional.conv2d(x / x.norm(), weight, padding=1)
+        y = nn.functional.conv2d(x / x.norm().clamp_min(1e-30), weight, padding=1)
         x = nn.functional.conv_transpose2d(y, weight, padding=1)
     return float(y.norm())
 
