@@ -27,6 +27,7 @@ from eulernet import EulernetError
 from reproductions.claims import Row
 from reproductions.data import DataError
 from reproductions.records import FILE, Record, write_records
+from reproductions.trial import Trial
 
 app = typer.Typer(
     name="python -m reproductions",
@@ -126,6 +127,10 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, ...; default: cuda where t
 Seeds = Annotated[int, typer.Option(min=0, max=10, help="Trainings of each cell; 0: as many as the preset has.")]
 AtOnce = Annotated[int, typer.Option(min=1, help="Trials side by side on a GPU.")]
 Download = Annotated[bool, typer.Option("--download", help="Fetch the data if they are missing.")]
+Only = Annotated[
+    list[str] | None,
+    typer.Option(help="Only the trials with FIELD=VALUE, such as depth=110; can be given several times."),
+]
 Ray = Annotated[str, typer.Option(help="Spread the trials over Ray: auto, local, or the address of a cluster.")]
 TrialsOut = Annotated[Path, typer.Option("--out", help="Folder for records and figures; studies may share one.")]
 TRIALS = Path("runs/trials")
@@ -137,6 +142,7 @@ def dynamics(
     preset: Preset = "smoke",
     device: Device = "",
     seeds: Seeds = 0,
+    only: Only = None,
     at_once: AtOnce = 1,
     download: Download = False,
     ray: Ray = "",
@@ -145,7 +151,7 @@ def dynamics(
 ) -> None:
     """Fig. 2: weights and gradients of layer 2 over the iterations, h = 1 against h = 0.1."""
     if not init:
-        return _grid("dynamics", data_root, preset, device, seeds, at_once, download, ray, out)
+        return _grid("dynamics", data_root, preset, device, seeds, only or [], at_once, download, ray, out)
     from reproductions import dynamics as study
     from reproductions import report
 
@@ -178,12 +184,13 @@ def _grid_command(name: str, about: str) -> None:
         preset: Preset = "smoke",
         device: Device = "",
         seeds: Seeds = 0,
+        only: Only = None,
         at_once: AtOnce = 1,
         download: Download = False,
         ray: Ray = "",
         out: TrialsOut = TRIALS,
     ) -> None:
-        _grid(name, data_root, preset, device, seeds, at_once, download, ray, out)
+        _grid(name, data_root, preset, device, seeds, only or [], at_once, download, ray, out)
 
     app.command(name, help=about)(command)
 
@@ -201,6 +208,7 @@ def _grid(
     preset: str,
     device: str,
     seeds: int,
+    only: list[str],
     at_once: int,
     download: bool,
     ray: str,
@@ -216,7 +224,7 @@ def _grid(
 
     _known(preset)
     study = GRIDS[name]
-    trials = study.trials(preset, seeds or SEEDS[preset])
+    trials = _chosen(study.trials(preset, seeds or SEEDS[preset]), only)
     place = grid.Place(out, data_root, _device(device), at_once, download)
     done = len(grid.recorded(place, trials))
     if done:
@@ -288,6 +296,27 @@ def report(
 
     figures(results)
     console.print(f"Wrote {write(results)}", soft_wrap=True, highlight=False)
+
+
+def _chosen(trials: list[Trial], only: list[str]) -> list[Trial]:
+    """The trials that have one of the values named for each of the fields named."""
+    wanted: dict[str, set[str]] = {}
+    for choice in only:
+        field, _, value = choice.partition("=")
+        if not hasattr(trials[0], field):
+            raise typer.BadParameter(
+                f"a trial has no {field!r}; it has {', '.join(vars(trials[0]))}", param_hint="--only"
+            )
+        wanted.setdefault(field, set()).add(value)
+    chosen = [t for t in trials if all(_shown(getattr(t, field)) in values for field, values in wanted.items())]
+    if not chosen:
+        there = "; ".join(f"{f} is {', '.join(sorted({_shown(getattr(t, f)) for t in trials}))}" for f in wanted)
+        raise typer.BadParameter(f"no trial has {' and '.join(only)}: {there}", param_hint="--only")
+    return chosen
+
+
+def _shown(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _known(preset: str) -> None:

@@ -12,14 +12,14 @@ from torch import nn
 
 from reproductions.claims import Results, Row, compare
 from reproductions.records import Record, environment
-from reproductions.scales import EULER, IMAGES, PLAIN, TEXTS, Part
+from reproductions.scales import AUTO, EULER, IMAGES, PLAIN, RATE, START, TEXTS, Part
 from reproductions.sources import load
 from reproductions.train import feature_steps
 from reproductions.trial import Trial, build, layers
 
 RESNETS = {"smoke": (20,), "cpu": (56, 110), "small": (110,), "paper": (110, 218)}
 VDCNNS: dict[str, tuple[int, ...]] = {"smoke": (9,), "cpu": (), "small": (17,), "paper": (17, 49)}
-EPOCHS = {"small": 3, "paper": 1}  # of the texts: the first thousand iterations
+EARLY = {"smoke": (), "cpu": (), "small": (), "paper": (20, 56, 110, 218)}  # the first thousand iterations alone
 PAPER = "51.12 and 105.63 for h = 1, 4.54 and 4.10 for h = 0.1"
 
 
@@ -27,22 +27,29 @@ def cell(preset: str, depth: int, arm: Part) -> Trial:
     return Trial(**{**IMAGES[preset], **arm, "depth": depth, "log": True})
 
 
+def early(preset: str, depth: int, arm: Part) -> Trial:
+    return Trial(**{**vars(cell(preset, depth, arm)), "epochs": 3, "milestones": ()})
+
+
 def trials(preset: str, seeds: int) -> list[Trial]:
-    """The grid; its images are those of the depth study."""
+    """The grid: the first thousand iterations, with all controls; and trainings in full, those of the depth study."""
     grid = [
-        Trial(**{**IMAGES[preset], **arm, "depth": depth, "seed": seed, "log": True})
-        for seed, depth, arm in product(range(seeds), RESNETS[preset], (PLAIN, EULER))
+        Trial(**{**vars(early(preset, depth, arm)), "seed": seed})
+        for depth, arm, seed in product(EARLY[preset], (PLAIN, EULER, AUTO, START, RATE), range(seeds))
     ]
+    for seed, depth, arm in product(range(seeds), RESNETS[preset], (PLAIN, EULER)):
+        grid.append(Trial(**{**vars(cell(preset, depth, arm)), "seed": seed}))
     for seed, depth, arm, norm in product(range(seeds), VDCNNS[preset], (PLAIN, {"h": 0.3}, EULER), (True, False)):
-        scale = {**TEXTS[preset], "epochs": EPOCHS.get(preset, 1)}
+        scale = {**TEXTS[preset], "epochs": 1}  # some thousand iterations
         grid.append(Trial(**{**scale, **arm, "depth": depth, "norm": norm, "seed": seed, "log": True}))
     return grid
 
 
 def claims(results: Results, preset: str) -> list[Row]:
     rows = []
-    for depth in RESNETS[preset]:
-        pair = [(cell(preset, depth, PLAIN), cell(preset, depth, EULER))]
+    pairs = [(depth, (cell(preset, depth, PLAIN), cell(preset, depth, EULER))) for depth in RESNETS[preset]]
+    pairs += [(depth, (early(preset, depth, PLAIN), early(preset, depth, EULER))) for depth in EARLY[preset]]
+    for depth, pair in pairs:
         for claim, name in (
             (f"the averaged weight norm of layer 2 is smaller (the paper at 218: {PAPER})", "log/layer 2/mean_weight"),
             ("the gradients of layer 2 do not explode (largest norm)", "log/layer 2/largest_gradient"),
@@ -53,7 +60,7 @@ def claims(results: Results, preset: str) -> list[Row]:
             ("features move less from block to block", "feature_steps"),
         ):
             claim = f"resnet {depth}: with h = 0.1 {claim}"
-            rows.append(compare(results, claim, pair, name, higher=False, form="{:+.3g}"))
+            rows.append(compare(results, claim, [pair], name, higher=False, form="{:+.3g}"))
     return rows
 
 

@@ -123,8 +123,8 @@ def _dynamics(results: Results, preset: str) -> Figure | None:
         grid[0, column].set_title(f"ResNet-{n}: weights of layer 2, norm", loc="left")
         grid[1, column].set_title("gradients of layer 2, norm", loc="left")
         grid[1, column].set_xlabel("iteration")
-        for axes in grid[:, column]:
-            axes.set(xscale="log", yscale="log")
+        grid[0, column].set(xscale="log", ylim=(0, None))
+        grid[1, column].set(xscale="log", yscale="log")
     return _finish(figure, list(grid.flat))
 
 
