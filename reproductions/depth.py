@@ -73,7 +73,7 @@ def claims(results: Results, preset: str) -> list[Row]:
             ("of h = 0.1 the initial value alone (last BN x 0.1, h = 1) trains better than h = 1", (plain, start)),
             ("of h = 0.1 the learning rate alone (last BN, x 0.01) trains better than h = 1", (plain, rate)),
             ("h = 0.1 trains better than its initial value alone", (start, euler)),
-            ("h = 1/sqrt(D) trains better than h = 0.1", (euler, auto)),
+            ("h = auto trains better than h = 0.1", (euler, auto)),
         ):
             rows.append(compare(results, f"resnet {depth}: {claim} (control)", [pair], "train_loss", higher=False))
     return rows

@@ -142,7 +142,8 @@ def name(trials: Sequence[Trial]) -> str:
     trial = trials[0]
     more = f" and {len(trials) - 1} more" if len(trials) > 1 else ""
     h = f"{trial.h:g}" if isinstance(trial.h, float) else trial.h
-    return f"{trial.model}-{trial.depth}, h = {h}, seed {trial.seed}{more}"
+    halves = "".join(f", {part} x {x:g}" for part in ("initial", "rate") if (x := getattr(trial, part)) != 1)
+    return f"{trial.model}-{trial.depth}, h = {h}{halves}, seed {trial.seed}{more}"
 
 
 def _begun(place: Place, trial: Trial) -> Training:

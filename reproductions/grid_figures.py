@@ -22,7 +22,7 @@ Look = tuple[str, str, str]  # colour, marker, line
 LOOKS: dict[str, tuple[Part, Look]] = {
     "h = 1": (PLAIN, (VERMILLION, "o", "-")),
     "h = 0.1": (EULER, (BLUE, "s", "-")),
-    "h = 1/sqrt(D)": (AUTO, (ORANGE, "D", "-")),
+    "h = auto, 1/sqrt(D)": (AUTO, (ORANGE, "D", "-")),
     "h = 1, last maps start x 0.1": (START, (GREY, "^", ":")),
     "h = 1, last maps learn x 0.01": (RATE, (GREEN, "v", ":")),
 }

@@ -33,7 +33,6 @@ TEXTS: dict[str, Part] = {
 # learning rate of these maps of h^2 times its own: the controls have one of these each.
 PLAIN: Part = {"h": 1.0}
 EULER: Part = {"h": 0.1}
-AUTO: Part = {"h": "1/sqrt(D)"}
+AUTO: Part = {"h": "auto"}  # 1/sqrt(D)
 START: Part = {"h": 1.0, "initial": 0.1}
 RATE: Part = {"h": 1.0, "rate": 0.01}
-NAMES = {"h = 1": PLAIN, "h = 0.1": EULER, "h = 1/sqrt(D)": AUTO, "start x 0.1": START, "rate x 0.01": RATE}

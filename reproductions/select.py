@@ -12,7 +12,7 @@ import numpy as np
 from reproductions.claims import NOT_RUN, REFUTED, SUPPORTED, UNDECIDED, Results, Row, compare, describe, failures
 from reproductions.records import mean_interval
 from reproductions.scales import IMAGES, TEXTS, Part
-from reproductions.trial import RULES, Trial
+from reproductions.trial import CALIBRATE, RULES, Trial
 
 IMAGE_H = (0.001, 0.01, 0.03, 0.1, 0.3, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0)
 TEXT_H = (0.001, 0.01, 0.1, 0.3, 0.5, 0.8, 1.0)
@@ -23,6 +23,7 @@ NETWORKS: dict[str, tuple[tuple[str, int], ...]] = {
     "paper": (("resnet", 110), ("resnet", 20), ("vdcnn", 49), ("vdcnn", 17), ("resnet", 218)),
 }
 HELD_OUT = {"smoke": 64, "cpu": 500, "small": 5000, "paper": 5000}
+CHOICES = (*RULES, CALIBRATE)  # what chooses h without any training
 FAILURE_SEEDS, FAILURE_EPOCHS = 10, 3
 # The paper's best h, as ranges; "near" is read as within a factor of 2.
 CLAIMED = {
@@ -36,7 +37,7 @@ CLAIMED = {
 
 def grid_of(preset: str, model: str) -> tuple[float | str, ...]:
     values = TEXT_H if model == "vdcnn" else IMAGE_H
-    return (0.01, 0.1, 1.0) if preset == "smoke" else (*values, *RULES)
+    return ((0.01, 0.1, 1.0) if preset == "smoke" else values) + CHOICES
 
 
 def cell(preset: str, model: str, depth: int, h: float | str) -> Trial:
@@ -91,7 +92,7 @@ def claims(results: Results, preset: str) -> list[Row]:
             rows.append(compare(results, claim, pair, "test_accuracy"))
             low = [(cell(preset, model, depth, 0.001), cell(preset, model, depth, chosen))]
             rows.append(compare(results, f"{model} {depth}: h = 0.001 tests worse than that", low, "test_accuracy"))
-            for rule in RULES:
+            for rule in CHOICES:
                 pair = [(cell(preset, model, depth, chosen), cell(preset, model, depth, rule))]
                 row = compare(
                     results, f"{model} {depth}: h = {rule} tests worse than that", pair, "test_accuracy", False

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import eulernet
 from reproductions.models import ConvBlock1d, ConvBlock2d
 from reproductions.sources import Source
-from reproductions.trial import Network, Trial, build, layers, learning_rate, make_optimizer
+from reproductions.trial import CALIBRATE, Network, Trial, build, layers, learning_rate, make_optimizer
 
 WARM_UP = 3  # iterations before a CUDA graph is captured: they set up libraries and the optimiser's state
 EVALUATED = 1000  # samples at once
@@ -41,6 +41,10 @@ class Training:
     def __init__(self, trial: Trial, source: Source, device: torch.device, start: dict[str, Tensor] | None = None):
         self.trial, self.source, self.device = trial, source, device
         self.network: Network = build(trial, start).to(device)
+        self.drawn = source.draw(trial.seed, 0).to(device)
+        if trial.h == CALIBRATE:
+            batch = source.batch(self.drawn[: trial.batch_size])
+            eulernet.set_h(self.network, eulernet.calibrate(self.network, batch, nn.functional.cross_entropy))
         if trial.precision == "bf16":
             keep_stream_in_fp32(self.network)
         self.optimizer = make_optimizer(trial, self.network, device)
@@ -52,7 +56,6 @@ class Training:
         self.logged = {n: numbered[n - 1].weight for n in (2, len(numbered) // 2, len(numbered))} if trial.log else {}
         self.sizes = [trial.batch_size] * (len(source) // trial.batch_size)
         self.sizes += [rest] if (rest := len(source) % trial.batch_size) else []
-        self.drawn = source.draw(trial.seed, 0).to(device)
         self.rows = torch.empty(len(self.sizes), 2 + 2 * len(self.logged), device=device)
         self.position = torch.zeros(1, dtype=torch.int64, device=device)  # samples that the epoch has seen
         self.iteration = torch.zeros(1, dtype=torch.int64, device=device)

@@ -16,7 +16,8 @@ from reproductions.models import VDCNN, CifarResNet, ConvBlock1d, ConvBlock2d
 
 Network = CifarResNet | VDCNN
 CLASSES = {"cifar10": 10, "ag-news": 4}
-RULES = {"1/sqrt(D)": lambda step: step.depth**-0.5, "1/D": lambda step: 1 / step.depth}
+RULES = {"auto": lambda step: step.depth**-0.5, "1/D": lambda step: 1 / step.depth}
+CALIBRATE = "calibrate"
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class Trial:
         model: `resnet`, `vdcnn` (the authors' variant) or `vdcnn-original`.
         depth: of the network.
         norm: whether it has batch normalisation.
-        h: the step factor that `eulernet.patch` gives it: a number, or the name of a rule.
+        h: the step factor that `eulernet.patch` gives it: a number, `auto`, `1/D`, or `calibrate` for what
+            `eulernet.calibrate` makes of the first batch.
         initial: factor on the initial values of the last affine map of each branch.
         rate: factor on the learning rate of these maps.
         optimizer: `sgd` with momentum 0.9, `adam`, `rmsprop` or `adagrad`.
@@ -127,7 +129,7 @@ def build(trial: Trial, start: dict[str, Tensor] | None = None) -> Network:
     with torch.no_grad():
         for parameter in last_parameters(network):
             parameter.mul_(trial.initial)
-    h: Any = RULES.get(trial.h, trial.h) if isinstance(trial.h, str) else trial.h
+    h: Any = RULES.get(trial.h, 1.0) if isinstance(trial.h, str) else trial.h
     options: dict[str, Any] = {"preserve": True} if start is not None else {}
     eulernet.patch(network, h=h, example_inputs=example, **options)
     return network
