@@ -18,6 +18,13 @@ from reproductions.trial import Trial
 SEEDS = range(10)
 SUPPORTED, REFUTED, UNDECIDED, NOT_RUN = "supported", "refuted", "undecided", "not run"
 
+# What stands beside the test accuracy after the last epoch.
+BESIDE = {
+    "best_test_accuracy": "best epoch",
+    "test_accuracy_reestimated": "BN re-estimated",
+    "train_accuracy": "train",
+}
+
 
 @dataclass(frozen=True)
 class Row:
@@ -90,6 +97,8 @@ def compare(
     mean, low, high = mean_interval(finite)
     lost = f"; {len(found) - len(finite)} seeds not finite" if len(finite) < len(found) else ""
     outcome = f"{levels(results, pairs, name)}; {form.format(mean)} ({form.format(low)} to {form.format(high)}){lost}"
+    if name == "test_accuracy":
+        outcome += "".join(f"; {word} {levels(results, pairs, other)}" for other, word in BESIDE.items())
     return Row(claim, run, outcome, verdict(low, high, higher))
 
 
@@ -108,6 +117,8 @@ def verdict(low: float, high: float, higher: bool = True) -> str:
 def levels(results: Results, pairs: Sequence[Pair], name: str) -> str:
     """The medians of both, over seeds and pairs."""
     sides = [[v for cell in side for v in results.column(cell, name)] for side in zip(*pairs, strict=True)]
+    if any(np.isnan(side).all() for side in sides):  # without BN there is nothing to estimate anew
+        return "none"
     return " -> ".join(f"{np.median(side):.3g}" for side in sides)
 
 
@@ -144,5 +155,5 @@ def describe(cells: Sequence[Trial], seeds: int) -> str:
         data = f"{cell.train or 50_000:,} images of {cell.size or 32} x {cell.size or 32}"
     else:
         data = f"{cell.train:,} texts of {cell.size} letters" if cell.train else "all training texts at hand"
-    more = f", {seeds} seeds" if seeds else ""
+    more = f", {seeds} seed{'s' if seeds > 1 else ''}" if seeds else ""
     return f"{shown}; {data}; {cell.epochs} epochs{more}"

@@ -15,7 +15,7 @@ from torch import Tensor
 from reproductions.data import DataError
 from reproductions.records import FILE, Record, append_record, environment, read_records
 from reproductions.sources import load
-from reproductions.train import SideBySide, Training, prepare
+from reproductions.train import SideBySide, Training, settings
 from reproductions.trial import Trial
 
 Show = Callable[
@@ -114,7 +114,11 @@ def train(
         keep: keys of trials whose networks are to be kept.
         show: called with what is trained, the share of it that is done, and the work done since the last call.
     """
-    prepare(trials[0].precision)
+    with settings(trials[0].precision):
+        return _train(place, trials, keep, show)
+
+
+def _train(place: Place, trials: Sequence[Trial], keep: frozenset[str], show: Show) -> list[Record]:
     trainings = [_begun(place, trial) for trial in trials]
     label = name(trials)
     total, seen = sum(map(work, trials)), 0.0

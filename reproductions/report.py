@@ -38,15 +38,22 @@ BN have a bias; those of shortcuts have none. On AG-NEWS 371 of the 7,600 test t
 training texts at hand: the accuracy without them is in the records as `distinct_accuracy`.
 """
 SCALES = {
-    "smoke": "smoke: a slice of the data, to see that all of it runs",
-    "cpu": "reduced to a CPU: 5,000 images of 16 x 16 pixels, 4,000 texts of 256 letters, two epochs",
-    "small": "reduced to 20 minutes on a GPU",
-    "paper": "the paper's protocol",
+    "smoke": "Smoke: a slice of the data, to see that all of it runs",
+    "cpu": "Reduced to a CPU: 5,000 images of 16 x 16 pixels, 4,000 texts of 256 letters, two epochs",
+    "small": "Reduced to 20 minutes on a GPU",
+    "paper": "The paper's protocol",
 }
 
 
 def write(results: Path) -> Path:
     """Write `results/REPORT.md` from the records in the folders below."""
+    path = results / "REPORT.md"
+    path.write_text(text(results))
+    return path
+
+
+def text(results: Path) -> str:
+    """What REPORT.md says of the records in the folders below."""
     stored = {path.parent.name: read_records(path.parent) for path in sorted(results.rglob(FILE))}
     trials = Results(record for records in stored.values() for record in records)
     parts = [HEAD, "## Fig. 1 and Fig. 4\n", table([*_euler(stored.get("euler")), *_two_moon(stored.get("two-moon"))])]
@@ -66,9 +73,7 @@ def write(results: Path) -> Path:
     measured = stored.get("bounds", [])
     presets = [preset for preset in PRESETS if any(r["config"]["preset"] == preset for r in measured)]
     parts += [table(bounds.claims(measured, preset)) for preset in presets or ["paper"]]
-    path = results / "REPORT.md"
-    path.write_text("\n".join(parts))
-    return path
+    return "\n".join(parts)
 
 
 def _scales(claims: Callable[[Results, str], list[Row]], trials: Results, picture: str, folder: Path) -> list[str]:
@@ -78,11 +83,12 @@ def _scales(claims: Callable[[Results, str], list[Row]], trials: Results, pictur
         rows = claims(trials, preset)
         run = [row for row in rows if row.verdict != NOT_RUN]
         if run:
-            parts += [f"{SCALES[preset]}:\n".capitalize(), table(rows)]
+            parts += [f"{SCALES[preset]}:\n", table(rows)]
             found = sorted(folder.rglob(picture.format(preset))) if picture else []
             parts += [f"![{path.stem}]({path.relative_to(folder)})\n" for path in found]
         elif preset == "paper":
-            parts.append(f"The paper's protocol: *not run* ({len(rows)} claims).\n")
+            parts += [f"<details><summary>{SCALES[preset]}: not run, {len(rows)} claims</summary>\n", table(rows)]
+            parts.append("</details>\n")
     return parts
 
 

@@ -13,7 +13,7 @@ from rich.table import Table
 from reproductions.records import Record, environment
 from reproductions.scales import IMAGES, TEXTS
 from reproductions.sources import load
-from reproductions.train import WARM_UP, SideBySide, Training, prepare
+from reproductions.train import WARM_UP, SideBySide, Training, settings
 from reproductions.trial import Trial
 
 AT_ONCE = (1, 4, 8, 16)
@@ -35,7 +35,8 @@ def run(
     records = []
     for number, (at_once, precision) in enumerate(cases):
         trials = [Trial(**{**scale, "depth": depth, "precision": precision, "seed": seed}) for seed in range(at_once)]
-        seconds = measure(trials, data_root, device, iterations)
+        with settings(precision):
+            seconds = measure(trials, data_root, device, iterations)
         records.append(
             {
                 "study": "throughput",
@@ -51,7 +52,6 @@ def run(
 
 def measure(trials: Sequence[Trial], data_root: Path, device: torch.device, iterations: int) -> float:
     """Seconds that `iterations` iterations of all trials together take, once the graph is captured."""
-    prepare(trials[0].precision)
     source = load(trials[0], data_root, device)
     together = SideBySide([Training(trial, source, device) for trial in trials])
     size = together.sizes[0]

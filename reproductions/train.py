@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,11 +22,22 @@ REESTIMATED = 100  # batches of which BN statistics are estimated anew
 POINTS = 150  # iterations of a log that a record keeps
 
 
-def prepare(precision: str) -> None:
-    """Settings of the process: deterministic, and TF32 convolutions where the trial allows them."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.backends.cudnn.benchmark = False
-    torch.backends.cudnn.conv.fp32_precision = "ieee" if precision == "fp32" else "tf32"  # type: ignore[attr-defined]
+@contextlib.contextmanager
+def settings(precision: str) -> Iterator[None]:
+    """Deterministic, and with TF32 convolutions where the trial allows them; afterwards all is as it was."""
+    convolutions: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    memory: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill, tf32 = memory.fill_uninitialized_memory, convolutions.fp32_precision
+    try:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        memory.fill_uninitialized_memory = False  # a kernel for each new tensor
+        convolutions.fp32_precision = "ieee" if precision == "fp32" else "tf32"
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        memory.fill_uninitialized_memory = fill
+        convolutions.fp32_precision = tf32
 
 
 class Training:
