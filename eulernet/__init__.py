@@ -2,6 +2,7 @@
 
 from eulernet import functional
 from eulernet._errors import EulernetError, EulernetWarning
+from eulernet._fold import fold, param_groups
 from eulernet._patch import find_steps, is_patched, patch, set_h, steps, unpatch
 from eulernet._report import Place, Step, Steps
 
@@ -12,8 +13,10 @@ __all__ = [
     "Step",
     "Steps",
     "find_steps",
+    "fold",
     "functional",
     "is_patched",
+    "param_groups",
     "patch",
     "set_h",
     "steps",

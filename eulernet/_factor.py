@@ -21,16 +21,16 @@ class StepFactor:
         self.move(like)
 
     def move(self, like: Tensor | None) -> None:
-        """Put the tensor where the parameters are; float64 models have a float64 factor."""
+        """Put the tensor where the parameters are, in float64: a tensor without dimensions widens no other's dtype."""
         device = torch.device("cpu") if like is None or like.device.type == "meta" else like.device
-        dtype = torch.float64 if like is not None and like.dtype == torch.float64 else torch.float32
+        dtype = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
         with torch.inference_mode(False):  # else the tensor could not be written into later
             self.tensor = torch.tensor(self.value, device=device, dtype=dtype)
 
     def follow(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Go where `fn` puts the module's tensors, without being rounded to their dtype."""
         like = fn(torch.empty(0, dtype=self.tensor.dtype, device=self.tensor.device))
-        if (like.device, like.dtype) != (self.tensor.device, self.tensor.dtype):
+        if like.device != self.tensor.device:
             self.move(like)
 
     def set(self, value: float) -> None:

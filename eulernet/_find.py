@@ -51,11 +51,13 @@ class Found:
 
 @dataclass
 class Search:
-    """All that was found, and the runs in which it was, to try a patch in."""
+    """All that was found, and the runs in which it was, to try a patch in and to look at once more."""
 
     found: list[Found]
     steps: Steps
     runs: list[Run]
+    records: list[Record]  # one a run
+    events: dict[int, list[tuple[int, Event]]]  # the index of a step -> the runs it was seen in, and as what
 
 
 @contextlib.contextmanager
@@ -68,7 +70,8 @@ def search(model: nn.Module, example_inputs: Any) -> Iterator[Search]:
         try:
             yield result
         finally:
-            result.runs.clear()
+            for kept in (result.runs, result.records, result.events):
+                kept.clear()
 
 
 def _search(model: nn.Module, example_inputs: Any, sandboxes: list[Sandbox]) -> Search:
@@ -200,7 +203,12 @@ def _collect(model: nn.Module, runs: list[Run], records: list[Record], notes: li
         unreached=_unreached(runs, records, names),
         notes=notes,
     )
-    return Search(found, steps, runs)
+    run_of = {run.training: number for number, run in enumerate(runs)}
+    seen = {
+        numbers[id(g)]: [(run_of[mode], event) for spot in g for mode in spot.events for event in spot.events[mode]]
+        for g in groups
+    }
+    return Search(found, steps, runs, records, seen)
 
 
 def _origin(addition: Addition) -> Any:

@@ -11,17 +11,18 @@ import types
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from eulernet import _factor
+from eulernet import _doubts, _factor
 from eulernet._errors import EulernetError, EulernetWarning
 from eulernet._find import Found, Search, search
+from eulernet._maps import absorbing, check_scalable, refusal, scale_parameters
 from eulernet._report import ROOT, Step, Steps
 from eulernet._rewrite import (
     FUNCTION,
@@ -106,14 +107,16 @@ def _restore(original: type[nn.Module], plan: Plan, *args: Any) -> Any:
 
 # ---- the class
 
-_classes: dict[tuple[type[nn.Module], Plan], type[nn.Module]] = {}
+# Weak, so that a class that was made in a function goes when its last patched model does.
+_classes: weakref.WeakValueDictionary[tuple[type[nn.Module], Plan], type[nn.Module]] = weakref.WeakValueDictionary()
 
 
 def patched_class(original: type[nn.Module], plan: Plan) -> type[nn.Module]:
     """The subclass of a block's class in which the planned additions are steps."""
-    if (original, plan) not in _classes:
-        _classes[original, plan] = _build(original, plan)
-    return _classes[original, plan]
+    cls = _classes.get((original, plan))
+    if cls is None:
+        cls = _classes[original, plan] = _build(original, plan)
+    return cls
 
 
 def _build(original: type[nn.Module], plan: Plan) -> type[nn.Module]:
@@ -233,6 +236,46 @@ def restore_class(module: nn.Module) -> None:
         del module.__dict__[_FACTORS], module.__dict__[_STEPS]
 
 
+def slots(model: nn.Module) -> Iterator[tuple[str, Patched, int]]:
+    """The steps of a patched model: each one's name, its module, and its number there."""
+    for name, module in model.named_modules():
+        if isinstance(module, Patched):
+            for slot, step in enumerate(module._euler_steps):
+                yield (name or ROOT) + "".join(step.name.partition(":")[1:]), module, slot
+
+
+def factors_now(model: nn.Module, result: Search) -> dict[int, float]:
+    """The h of each patched step, by its index among those that were found in the original."""
+    if not is_patched(model):
+        return {}
+    found = {f.step.name: f for f in result.found}
+    for name, module, slot in slots(model):
+        patched = {targets for targets, number, *_ in module._euler_plan if number == slot}
+        if name not in found or patched != {spot.site.targets for spot in found[name].spots}:
+            raise EulernetError(
+                f"{name} ({type(module).__name__}) is patched, but these example inputs do not lead to the same "
+                "additions; pass the example_inputs with which the model was patched"
+            )
+    return {found[step.name].step.index: step.h for step in steps(model) if step.h is not None}
+
+
+def release(model: nn.Module, folded: set[tuple[int, int]]) -> None:
+    """Take steps, each a module's id and a number there, out of a patched model; the others stay as they are."""
+    for module in reversed(list(model.modules())):
+        if isinstance(module, Patched):
+            kept = [slot for slot in range(len(module._euler)) if (id(module), slot) not in folded]
+            around = not module._euler and any(isinstance(m, Patched) for m in module.modules() if m is not module)
+            if not kept and not around:
+                restore_class(module)
+            elif len(kept) < len(module._euler):
+                plan = tuple(
+                    (t, kept.index(slot), left, sub) for t, slot, left, sub in module._euler_plan if slot in kept
+                )
+                module.__dict__[_FACTORS] = [module._euler[slot] for slot in kept]
+                module.__dict__[_STEPS] = [module._euler_steps[slot] for slot in kept]
+                module.__class__ = patched_class(module._euler_original, plan)  # type: ignore[assignment]
+
+
 def _changes(found: Sequence[Found], hs: dict[int, float], model: nn.Module) -> list[_Change]:
     changes = []
     for module in {id(f.module): f.module for f in found}.values():
@@ -315,7 +358,7 @@ def find_steps(model: nn.Module, *, example_inputs: Any = None) -> Steps:
         >>> [step.kind for step in eulernet.find_steps(layer, example_inputs=torch.zeros(2, 5, 8))]
         ['identity', 'identity']
     """
-    _check(model, "find_steps")
+    check_model(model, "find_steps")
     with search(model, example_inputs) as result:
         return result.steps
 
@@ -327,6 +370,7 @@ def patch(
     example_inputs: Any = None,
     include: Selector = None,
     exclude: Selector = None,
+    preserve: bool | Literal["where possible"] = False,
 ) -> Model:
     """Make each residual addition `s + F(s)` of a model a step `s + h * F(s)`, in place.
 
@@ -342,13 +386,21 @@ def patch(
         example_inputs: as for `find_steps`.
         include, exclude: which steps: a pattern on names (`"layer1"`, `"blocks.*.attn"`), a module class, a function
             `(step) -> bool`, or a list of these. Long steps are scaled only where `include` names them.
+        preserve: for a network that is trained already: divide the last affine maps of each branch by h (batch norm,
+            convolution, linear map, LayerScale), in place, so that the model computes what it computed, to rounding,
+            until it is trained on. A branch that has no such map, or shares it, is an error; with "where possible" its
+            h stays what it was, 1. What undoes this is `fold`; after `unpatch` the maps are too large by 1 / h.
 
     Returns:
         The same model.
 
     Raises:
-        EulernetError: no step was found, a value or pattern is wrong, or a source cannot be rewritten. The model is
-            then as it was.
+        EulernetError: no step was found, a value or pattern is wrong, a source cannot be rewritten, or the function
+            cannot be preserved. The model is then as it was.
+
+    Warns:
+        EulernetWarning: something was seen that is not scaled; the model seems to be trained, and its function is not
+            preserved; h is lost to rounding in half precision.
 
     Example:
         >>> import torch, eulernet
@@ -357,7 +409,9 @@ def patch(
         >>> [step.h for step in eulernet.steps(layer)]
         [0.1, 0.1]
     """
-    _check(model, "patch")
+    check_model(model, "patch")
+    if preserve not in (True, False, "where possible"):
+        raise EulernetError(f'preserve={preserve!r} must be True, False or "where possible"')
     with search(model, example_inputs) as result:
         by_index = {f.step.index: f for f in result.found}
         if not by_index:
@@ -377,19 +431,47 @@ def patch(
                     f"eulernet.patch(model, ..., exclude={step.name!r})"
                 )
         hs = dict(zip([s.index for s in chosen], values(h, chosen), strict=True))
+        scales = _preserving(model, result, hs, preserve) if preserve else {}
         try:
             changes = _changes([by_index[s.index] for s in chosen], hs, model)
         except Unsupported as reason:
             raise EulernetError(f"{type(model).__name__} cannot be patched: {reason}; exclude= that step") from reason
         _prove(result, changes)
+    check_scalable(model, scales)
+    scale_parameters(scales)
     for module in model.modules():
         restore_class(module)
     for change in changes:
         change.apply(change.module)
     doubts = [*(f"not scaled, because not supported: {line}" for line in result.steps.unsupported), *result.steps.notes]
+    if not preserve:
+        if not isinstance(h, Steps) and any(value != 1 for value in hs.values()):  # Steps restore what was there
+            doubts += _doubts.trained(model)
+        doubts += _doubts.rounded_away((change.module, value) for change in changes for value in change.hs)
     if doubts:
         warnings.warn("\n".join(doubts), EulernetWarning, stacklevel=2)
     return model
+
+
+def _preserving(
+    model: nn.Module, result: Search, hs: dict[int, float], preserve: bool | Literal["where possible"]
+) -> dict[nn.Parameter, float]:
+    """What the parameters are multiplied by, so that the model with these h computes what it does now.
+
+    Where a step has none, its h in `hs` is set to what it is now, if that is asked.
+    """
+    now = factors_now(model, result)
+    factors = {index: now.get(index, 1.0) / hs.get(index, 1.0) for index in (*now, *hs)}
+    scales, refused = absorbing(model, result, factors)
+    if refused and (preserve is True or not refused.keys() <= hs.keys()):
+        raise refusal(
+            result,
+            refused,
+            "Leave these steps as they are, and preserve the function with the others: eulernet.patch(model, h, "
+            'preserve="where possible"). Or leave them out, with exclude=.',
+        )
+    hs.update({index: now.get(index, 1.0) for index in refused})
+    return scales
 
 
 def steps(model: nn.Module) -> Steps:
@@ -492,16 +574,18 @@ def _sharding(module: nn.Module) -> bool:
     return any(cls.__name__ in ("FSDPModule", "FullyShardedDataParallel") for cls in type(module).__mro__)
 
 
-def _check(model: nn.Module, caller: str) -> None:
+def check_model(model: nn.Module, caller: str) -> None:
     if not isinstance(model, nn.Module):
         raise EulernetError(f"eulernet.{caller} takes a torch.nn.Module, not {type(model).__name__}")
     name = type(model).__name__
     if _unwrapped(model) is not model:
         inner, again = ("_orig_mod", "torch.compile") if name == "OptimizedModule" else ("module", name)
-        raise EulernetError(
-            f"{name} wraps the model. Patch the model itself, then wrap it: "
-            f"model = {again}(eulernet.{caller}(wrapped.{inner}{', h=0.1' if caller == 'patch' else ''}))"
+        advice = (
+            f"Patch the model itself, then wrap it: model = {again}(eulernet.patch(wrapped.{inner}, h=0.1))"
+            if caller == "patch"
+            else f"Look at the model itself: eulernet.{caller}(wrapped.{inner})"
         )
+        raise EulernetError(f"{name} wraps the model. {advice}")
     for path, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise EulernetError(

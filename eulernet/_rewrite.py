@@ -18,11 +18,12 @@ import linecache
 import sys
 import tokenize
 import types
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, wraps
 from types import CodeType, FunctionType
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -30,6 +31,7 @@ from eulernet._errors import EulernetError
 from eulernet._trace import Addition, Frame
 
 STEP, STEP_IN_PLACE, SCALE, FUNCTION = "_euler_step", "_euler_step_", "_euler_scale", "_euler_function_"
+T = TypeVar("T")
 _RECEIVER = "_euler_self"  # the first parameter that a free function gets
 _FLAGS = sum(getattr(__future__, name).compiler_flag for name in __future__.all_feature_names)
 
@@ -123,7 +125,9 @@ def locate(addition: Addition) -> tuple[nn.Module, Site]:
             f"it is made by {frames[-1].code.co_qualname}, which is no method of the class "
             f"{type(frames[-1].module).__name__}: a forward set on the instance"
         )
-    raise Unsupported("it is not made by a method of a module")
+    raise Unsupported(
+        "it is not made by a method of a module, but by another function or a forward set on the instance"
+    )
 
 
 def nowhere(addition: Addition) -> tuple[nn.Module, Site]:
@@ -259,6 +263,19 @@ def _operands(node: ast.AST, where: str) -> tuple[ast.expr, ast.expr, list[ast.k
 # ---- the source
 
 
+def _once_a_function(compute: Callable[[FunctionType], T]) -> Callable[[FunctionType], T]:
+    """Keeps what was computed for a function, and does not keep the function alive."""
+    kept: weakref.WeakKeyDictionary[FunctionType, T] = weakref.WeakKeyDictionary()
+
+    @wraps(compute)
+    def look_up(function: FunctionType) -> T:
+        if function not in kept:
+            kept[function] = compute(function)
+        return kept[function]
+
+    return look_up
+
+
 @lru_cache(maxsize=64)
 def _parse(filename: str, text: str) -> ast.Module:
     try:
@@ -280,7 +297,7 @@ def _text(function: FunctionType) -> str:
     return text
 
 
-@lru_cache(maxsize=4096)
+@_once_a_function
 def digest(function: FunctionType) -> str:
     """Identifies the text of a function, so that a pickle notices another version of it."""
     lines = _text(function).splitlines()
@@ -292,7 +309,7 @@ def digest(function: FunctionType) -> str:
     return hashlib.sha256("".join(block).encode()).hexdigest()[:16]
 
 
-@lru_cache(maxsize=4096)
+@_once_a_function
 def _statement(function: FunctionType) -> tuple[ast.Module, ast.stmt, ast.FunctionDef]:
     """The file, the statement and the definition of a function, proven to be the source of the code that runs."""
     code = function.__code__

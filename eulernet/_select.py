@@ -125,13 +125,17 @@ def _from_mapping(h: Mapping[Any, Any], steps: Sequence[Step]) -> list[float]:
 
 
 def _checked(value: Any, name: str | None) -> float:
-    where = "h" if name is None else f"h of {name}"
+    return positive(value, "h" if name is None else f"h of {name}", "h=0.1")
+
+
+def positive(value: Any, what: str, example: str) -> float:
+    """A positive, finite number, or an error that says what must be one."""
     try:
         number = float(value) if not isinstance(value, (str, bytes, bool)) else math.nan
     except (TypeError, ValueError, RuntimeError):
         number = math.nan
     if not (math.isfinite(number) and number > 0):
-        raise EulernetError(f"{where} must be a positive, finite number, not {value!r}; for example h=0.1")
+        raise EulernetError(f"{what} must be a positive, finite number, not {value!r}; for example {example}")
     return number
 
 

@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 
 from eulernet._trace import ADDITIONS, SLICES, Addition, Record
 
-_VIEWS = frozenset(
+VIEWS = frozenset(
     "view reshape flatten unflatten permute transpose t T mT H mH swapaxes swapdims movedim moveaxis squeeze unsqueeze "
     "ravel contiguous view_as reshape_as unsafe_view as_strided alias data atleast_1d atleast_2d atleast_3d "
     "getitem chunk split tensor_split unbind narrow select slice unsafe_chunk unsafe_split".split()
 )
-_CASTS = frozenset(
+CASTS = frozenset(
     "to to_copy type type_as float half bfloat16 double clone cpu cuda requires_grad lift_fresh copy positive".split()
 )
 _DROPOUTS = frozenset(
@@ -43,7 +43,7 @@ _MAPS = re.compile(
 _POOLS = re.compile(r"pool")
 _REDUCTIONS = frozenset("max amax mean".split())  # pooling by hand, over a reshaped axis
 _UPSAMPLES = re.compile(r"interpolate|upsample|conv_transpose|pixel_shuffle")
-_SAME = _VIEWS | _CASTS | _DROPOUTS | _ACTIVATIONS
+_SAME = VIEWS | CASTS | _DROPOUTS | _ACTIVATIONS
 _MATCHING = _SAME | _NORMS | _PADS | _SCALES | _REDUCTIONS
 
 

@@ -23,7 +23,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import CodeType, ModuleType
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -55,13 +55,20 @@ class Frame:
     module: nn.Module | None
 
 
+class Ref(int):
+    """A tensor among the arguments of an operation: the node that made it."""
+
+
 @dataclass(slots=True)
 class Node:
-    """One operation: its name, the nodes it read, and the shape of its result."""
+    """One operation: its name, the nodes it read, the shape of its result, and how it was called."""
 
     op: str
     inputs: tuple[int, ...]
     shape: tuple[int, ...] = ()
+    args: Any = ()  # with a `Ref` for each tensor whose values are read
+    kwargs: Any = field(default_factory=dict)
+    output: int = 0  # which of the results it is; -1 where it is a tensor that the operation wrote into besides
 
 
 @dataclass(slots=True)
@@ -94,7 +101,11 @@ class Record:
     nodes: list[Node] = field(default_factory=list)
     additions: list[Addition] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
-    used: set[int] = field(default_factory=set)  # ids of the parameters that were read
+    used: dict[int, int] = field(default_factory=dict)  # ids of the parameters and buffers that were read -> nodes
+    outputs: list[int] = field(default_factory=list)  # what the model returned
+
+
+_Called: TypeAlias = tuple[Any, Any, int]  # the last three entries of a node
 
 
 class _Recorder(TorchFunctionMode):
@@ -112,8 +123,8 @@ class _Recorder(TorchFunctionMode):
         self.parameters = {id(t) for module in all_modules(model) for t in _own(module)}
 
     # ---- nodes
-    def new(self, op: str, inputs: tuple[int, ...], shape: tuple[int, ...] = ()) -> int:
-        self.record.nodes.append(Node(op, inputs, shape))
+    def new(self, op: str, inputs: tuple[int, ...], shape: tuple[int, ...] = (), called: _Called = ((), {}, 0)) -> int:
+        self.record.nodes.append(Node(op, inputs, shape, *called))
         return len(self.record.nodes) - 1
 
     def set(self, tensor: Tensor, node: int) -> None:
@@ -126,13 +137,13 @@ class _Recorder(TorchFunctionMode):
         node = self._of.get(id(tensor))
         if node is None:
             is_parameter = id(tensor) in self.parameters
-            if is_parameter:
-                self.record.used.add(id(tensor))
             node = self.new("parameter" if is_parameter else "input", (), tuple(tensor.shape))
+            if is_parameter:
+                self.record.used[id(tensor)] = node
             self.set(tensor, node)
         write = self._writes.get(_storage(tensor), -1)
         if write > node:
-            node = self.new("overwritten", (node, write), tuple(tensor.shape))
+            node = self.new("overwritten", (node, write), tuple(tensor.shape), ((Ref(node), Ref(write)), {}, 0))
             self.set(tensor, node)
         return node
 
@@ -160,38 +171,43 @@ class _Recorder(TorchFunctionMode):
         if not results and not any(_version(t) != v for t, _, v in before):
             return out
 
+        nodes = {id(t): n for t, n, _ in before}
         if name in _SHAPE_ONLY:
             inputs: tuple[int, ...] = ()
+            read = nodes if name == "detach" else {}
         elif name in _SHAPE_FROM_SECOND:
             inputs = tuple(n for _, n, _ in before[:1])
+            read = {id(t): n for t, n, _ in before[:1]}
         else:
             inputs = tuple(dict.fromkeys(n for t, n, _ in before if _is_float(t)))
+            read = nodes
+        called = _referring(args, read), _referring(kwargs, read)
 
         written = [t for t, _, v in before if _version(t) != v]
-        seen = {id(t) for t, _, _ in before}
+        seen = set(nodes)
         for i, result in enumerate(results):
             if id(result) not in seen:
                 seen.add(id(result))
-                self.set(result, self.result(name, inputs, (args, kwargs, i), result))
+                self.set(result, self.result(name, inputs, (args, kwargs, i), result, (*called, i)))
         for target in written:
-            node = self.new(name, inputs, tuple(target.shape))
+            output = next((i for i, result in enumerate(results) if result is target), -1)
+            node = self.new(name, inputs, tuple(target.shape), (*called, output))
             self.set(target, node)
             self._writes[_storage(target)] = node
         if results and (name in ADDITIONS or name in FUSED_ADDITIONS):
-            nodes = {id(t): n for t, n, _ in before}
             self.addition(name, args, kwargs, nodes, results[0], bool(written), frame)
         return out
 
-    def result(self, name: str, inputs: tuple[int, ...], arguments: Any, result: Tensor) -> int:
+    def result(self, name: str, inputs: tuple[int, ...], arguments: Any, result: Tensor, called: _Called) -> int:
         shape = tuple(result.shape)
         if not _is_float(result):
-            return self.new(name, (), shape)  # what went through integers is no longer a function to be trained
+            return self.new(name, (), shape, called)  # what went through integers is no longer a function to be trained
         if len(inputs) == 1 and name in SLICES:
             key = (name, inputs, repr(_plain(arguments)), shape)
             if key not in self._views:
-                self._views[key] = self.new(name, inputs, shape)
+                self._views[key] = self.new(name, inputs, shape, called)
             return self._views[key]
-        return self.new(name, inputs, shape)
+        return self.new(name, inputs, shape, called)
 
     def addition(
         self, op: str, args: Any, kwargs: Any, nodes: dict[int, int], result: Tensor, in_place: bool, frame: Any
@@ -282,7 +298,9 @@ class Sandbox:
                 args, kwargs = self._inputs(args), self._inputs(kwargs)
                 stack.enter_context(_Dispatched(recorder))
                 stack.enter_context(recorder)
-                self.copy(*args, **kwargs)
+                output = self.copy(*args, **kwargs)
+                recorder.inside = True
+                recorder.record.outputs = [recorder.node(t) for t in _tensors(output)]
         finally:
             for handle in handles:
                 handle.remove()
@@ -429,6 +447,17 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, dict):
         for item in value.values():
             yield from _tensors(item)
+
+
+def _referring(value: Any, nodes: dict[int, int]) -> Any:
+    """Arguments with a `Ref` for each tensor in `nodes`, and without the others."""
+    if isinstance(value, Tensor):
+        return Ref(nodes[id(value)]) if id(value) in nodes else None
+    if isinstance(value, (tuple, list)):
+        return [_referring(item, nodes) for item in value]
+    if isinstance(value, dict):
+        return {key: _referring(item, nodes) for key, item in value.items()}
+    return value
 
 
 def _plain(value: Any) -> Any:

@@ -19,6 +19,8 @@ from eulernet._inputs import Call
 # Between (s + h * f) rounded twice and rounded once, in float64. What a model computes in float32 whatever it is given
 # (norms, rotary tables) rounds its input, and so may fall to the next float32: 6e-8, a few times over the depth.
 TOLERANCE = 1e-6
+# Between h * (W x) and (h W) x, in float64.
+TOLERANCE_FOLDED = 1e-9
 
 
 def factor(step: Step) -> float:
@@ -26,11 +28,11 @@ def factor(step: Step) -> float:
     return 0.3 + 0.01 * (step.index % 7)
 
 
-def check(specimen: Specimen) -> Steps:
-    """Asserts all that patching promises of a model, and returns its steps.
+def check(specimen: Specimen) -> tuple[Steps, int]:
+    """Asserts all that patching promises of a model, and returns its steps, and how many of them can be folded.
 
-    With h the patched model equals the reference; with h = 1 it is bit-identical to the original: in eval mode, in
-    channels_last, in train mode with its gradients, under autocast; once unpatched, nothing is left.
+    With h the patched model equals the reference, folded or not; with h = 1 it is bit-identical to the original: in
+    eval mode, in channels_last, in train mode with its gradients, under autocast; once unpatched, nothing is left.
     """
     original = specimen.model
     with quiet():
@@ -42,13 +44,14 @@ def check(specimen: Specimen) -> Steps:
         assert len(steps) > 0
         assert list(model.state_dict()) == list(original.state_dict())
         check_scaled(original, model, steps, specimen.inputs, expected)
+        folded = check_folded(original, model, specimen)
         eulernet.set_h(model, 1)
         assert_identical(run(model, specimen.inputs), expected)
         check_identical(original, model, specimen)
         eulernet.unpatch(model)
         assert snapshot(model) == before
         assert_identical(run(model, specimen.inputs), expected)
-    return steps
+    return steps, folded
 
 
 def check_scaled(original: nn.Module, patched: nn.Module, steps: Steps, inputs: Call, unscaled: list[Tensor]) -> None:
@@ -67,6 +70,67 @@ def check_scaled(original: nn.Module, patched: nn.Module, steps: Steps, inputs: 
         a.shape != b.shape or not torch.allclose(a.double(), b.double(), rtol=0.01)
         for a, b in zip(result, unscaled, strict=True)
     )
+
+
+def check_folded(original: nn.Module, patched: nn.Module, specimen: Specimen) -> int:
+    """Folding, and its inverse, patching with `preserve`, leave the function as it was; the number of folded steps."""
+    model, example = copy.deepcopy(patched).double(), in_dtype(specimen.example, torch.float64)
+    nudged = eulernet.set_h(copy.deepcopy(model), lambda step: factor(step) * (1 + 2**-52))
+    steps, expected = len(eulernet.steps(model)), in_both_modes(model, specimen)
+
+    def check_same() -> None:
+        result = in_both_modes(model, specimen)
+        try:
+            assert_close(result, expected, [TOLERANCE_FOLDED] * len(expected))
+        except AssertionError:  # Batch norm over two samples may amplify rounding: so much, and no more, is allowed.
+            amplified = [deviation(a, b) for a, b in zip(in_both_modes(nudged, specimen), expected, strict=True)]
+            assert_close(result, expected, [max(TOLERANCE_FOLDED, 100 * a) for a in amplified])
+
+    eulernet.fold(model, where_possible=True, example_inputs=example)
+    check_same()
+    left = eulernet.steps(model) if eulernet.is_patched(model) else ()
+    assert all(step.h == factor(step) for step in left)
+    if not left:
+        assert [type(m) for m in model.modules()] == [type(m) for m in original.modules()]
+        fresh = copy.deepcopy(original).double()
+        fresh.load_state_dict(model.state_dict(), strict=True)
+        assert_identical(
+            run(fresh, in_dtype(specimen.inputs, torch.float64)), run(model, in_dtype(specimen.inputs, torch.float64))
+        )
+    if len(left) < steps:
+        eulernet.patch(model, factor, example_inputs=example, preserve="where possible")
+        check_same()
+        assert [step.h for step in eulernet.steps(model)] == [factor(step) for step in eulernet.steps(patched)]
+        for ours, theirs in zip(model.parameters(), original.parameters(), strict=True):
+            torch.testing.assert_close(ours, theirs.to(ours), rtol=1e-14, atol=0, equal_nan=True)
+    return steps - len(left)
+
+
+def in_both_modes(model: nn.Module, specimen: Specimen) -> list[Tensor]:
+    """What a copy of the model returns in eval and in train mode, in float64."""
+    output = run(copy.deepcopy(model), in_dtype(specimen.inputs, torch.float64))
+    seed()
+    args, kwargs = copy.deepcopy(in_dtype(specimen.training, torch.float64))
+    with torch.no_grad():
+        return output + tensors(copy.deepcopy(model).train()(*args, **kwargs))
+
+
+def assert_close(ours: list[Tensor], theirs: list[Tensor], tolerances: list[float]) -> None:
+    assert len(ours) == len(theirs) > 0
+    for a, b, tolerance in zip(ours, theirs, tolerances, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=tolerance * size(b), equal_nan=True)
+
+
+def deviation(a: Tensor, b: Tensor) -> float:
+    """The largest difference of two tensors, in units of the second one's size."""
+    both = a.isfinite() & b.isfinite()
+    return ((a - b)[both].abs().max().item() if both.any() and b.is_floating_point() else 0.0) / size(b)
+
+
+def size(t: Tensor) -> float:
+    """The largest finite value of a tensor, or a thousandth."""
+    finite = t[t.isfinite()] if t.is_floating_point() else t.new_empty(0)
+    return max(finite.abs().max().item() if finite.numel() else 0.0, 1e-3)
 
 
 def check_identical(original: nn.Module, patched: nn.Module, specimen: Specimen) -> None:
@@ -138,7 +202,7 @@ def seed() -> None:
     numpy.random.seed(0)
 
 
-def in_dtype(inputs: Call, dtype: torch.dtype) -> Call:
+def in_dtype(inputs: Any, dtype: torch.dtype) -> Any:
     """The arguments with their floating-point tensors in another dtype."""
     return tree_map(lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, inputs)
 

@@ -32,6 +32,7 @@ class Covered(NamedTuple):
     steps: int
     long: int
     unsupported: int
+    folded: int
 
 
 COMMAND = "python -m pytest -n 2 -m sweep --write-coverage docs/coverage.md"
@@ -56,9 +57,11 @@ HEAD = f"""# What was found and verified
 
 Written by `{COMMAND}`.
 A model is listed when its test passed: at random weights, patched at h = 0.3, it equals a reference that scales the
-branches at run time; at h = 1 it is bit-identical to the original; after `unpatch` it is what it was. The number of
-its steps stands behind its name. *Long* steps are left alone unless `include=` names them; *unsupported* additions are
-named by `find_steps` and never scaled.
+branches at run time; at h = 1 it is bit-identical to the original; after `unpatch` it is what it was; folded, and
+patched with `preserve=True`, it computes what it computed. The number of its steps stands behind its name. *Long*
+steps are left alone unless `include=` names them; *unsupported* additions are named by `find_steps` and never scaled;
+*folded* is the share of the steps whose h the weights can absorb, and so `preserve` can make up for. The others end in
+something that is not homogeneous, such as a gate on what it multiplies, and are named.
 """
 
 
@@ -72,11 +75,14 @@ def page(rows: list[Covered]) -> str:
         groups = libraries[library]
         lines += [
             f"## {library}: {sum(map(len, groups.values()))} models ({package} {version(package)})\n",
-            "| | models and their steps | long | unsupported |",
-            "| --- | --- | --: | --: |",
+            "| | models and their steps | long | unsupported | folded |",
+            "| --- | --- | --: | --: | --: |",
         ]
         for name, group in groups.items():
             models = ", ".join(f"{row.model} {row.steps}" if row.model != name else str(row.steps) for row in group)
-            lines.append(f"| {name} | {models} | {sum(r.long for r in group)} | {sum(r.unsupported for r in group)} |")
+            long, unsupported, folded, steps = (
+                sum(column) for column in zip(*((r.long, r.unsupported, r.folded, r.steps) for r in group), strict=True)
+            )
+            lines.append(f"| {name} | {models} | {long} | {unsupported} | {folded / steps:.0%} |")
         lines.append("")
     return "\n".join(lines)

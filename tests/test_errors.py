@@ -511,33 +511,16 @@ def test_code_that_looks_at_values_is_refused_on_meta() -> None:
 # ------------------------------------------------------------------------------------------------------------- wrappers
 
 
-def test_a_compiled_wrapper_is_refused_or_looked_through() -> None:
-    """Either way no patch is lost: the message has the call to make instead, or the inner model is patched."""
+@pytest.mark.parametrize("wrap", ["torch.compile", "DataParallel"])
+def test_a_wrapper_is_refused_with_the_call_to_make_instead(wrap: str) -> None:
     model = Net()
-    wrapper = torch.compile(model, backend="eager")
-    try:
+    wrapper = torch.compile(model, backend="eager") if wrap == "torch.compile" else nn.DataParallel(model)
+    with pytest.raises(EulernetError, match=re.escape(f"model = {wrap}(eulernet.patch(wrapped.")):
         eulernet.patch(wrapper, 0.5, example_inputs=X)
-    except EulernetError as error:
-        assert re.search(r"torch\.compile\(eulernet\.patch\(", str(error).replace("\n", ""))
-        assert not eulernet.is_patched(model)
-    else:
-        assert [step.name for step in eulernet.steps(model)] == ["layer.0", "layer.1", "layer.10"]
-        expected = X
-        for block in model.layer.values():
-            expected = expected + 0.5 * block.a(expected)
-        torch.testing.assert_close(wrapper(X), expected)
-
-
-def test_a_parallel_wrapper_is_refused_or_looked_through() -> None:
-    model = Net()
-    wrapper = nn.DataParallel(model)
-    try:
-        eulernet.patch(wrapper, 0.5, example_inputs=X)
-    except EulernetError as error:
-        assert "DataParallel(eulernet.patch(" in str(error) or "wrapper.module" in str(error) or ".module" in str(error)
-        assert not eulernet.is_patched(model)
-    else:
-        assert eulernet.is_patched(model)
+    assert not eulernet.is_patched(model)
+    eulernet.patch(model, 0.5, example_inputs=X)
+    assert [step.h for step in eulernet.steps(eulernet.set_h(wrapper, 0.25))] == [0.25] * 3
+    torch.testing.assert_close(wrapper(X), model(X))
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning", "ignore:.*torch.jit.*:DeprecationWarning")

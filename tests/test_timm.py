@@ -26,11 +26,10 @@ def test_timm(name: str, record_property: Callable[[str, object], None]) -> None
         with pytest.raises(eulernet.EulernetError, match="no residual step"):
             eulernet.patch(specimen.model, example_inputs=specimen.example)
         return
-    steps = check(specimen)
+    steps, folded = check(specimen)
     module = type(specimen.model).__module__.removeprefix("timm.models.")
-    record_property(
-        "coverage", tuple(Covered("timm", module, name, len(steps), len(steps.long), len(steps.unsupported)))
-    )  # xdist sends builtin types only
+    covered = Covered("timm", module, name, len(steps), len(steps.long), len(steps.unsupported), folded)
+    record_property("coverage", tuple(covered))  # xdist sends builtin types only
 
 
 # Classes that no registered model holds, whatever its size.

@@ -34,11 +34,10 @@ def test_torchvision(name: str, record_property: Callable[[str, object], None]) 
         with pytest.raises(eulernet.EulernetError, match="no residual step"):
             eulernet.patch(specimen.model, example_inputs=specimen.example)
         return
-    steps = check(specimen)
+    steps, folded = check(specimen)
     family = type(specimen.model).__module__.removeprefix("torchvision.models.")
-    record_property(
-        "coverage", tuple(Covered("torchvision", family, name, len(steps), len(steps.long), len(steps.unsupported)))
-    )  # xdist sends builtin types only
+    covered = Covered("torchvision", family, name, len(steps), len(steps.long), len(steps.unsupported), folded)
+    record_property("coverage", tuple(covered))  # xdist sends builtin types only
 
 
 @pytest.mark.sweep

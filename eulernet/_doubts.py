@@ -1,0 +1,54 @@
+"""What `patch` warns of: a trained network, and a step factor that half precision rounds away."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import nn
+
+_HALF = (torch.float16, torch.bfloat16)
+_LEAST = 8  # times the dtype's epsilon: below it a branch as large as the state is rounded to a few bits
+
+
+def trained(model: nn.Module) -> Iterator[str]:
+    """That the model has been trained, which another h would undo; nothing where no sign of it is seen.
+
+    timm and torchvision do not keep whether weights were loaded; there the counters of batch norm tell.
+    """
+    for name, buffer in model.named_buffers():
+        if name.endswith("num_batches_tracked") and buffer.device.type != "meta" and (seen := int(buffer)) > 0:
+            layer = name.rpartition(".")[0] or "its batch norm"
+            yield _trained(model, f"{layer} has seen {seen} batch{'es' if seen > 1 else ''}")
+            return
+    for module in model.modules():
+        source = getattr(module, "name_or_path", None)  # Hugging Face: what from_pretrained was called with
+        if hasattr(module, "config") and isinstance(source, str) and source:
+            yield _trained(model, f"its configuration names {source!r} as where it was loaded from")
+            return
+
+
+def _trained(model: nn.Module, sign: str) -> str:
+    return (
+        f"{type(model).__name__} seems to be trained ({sign}), with h = 1 presumably: with any other h it is not the "
+        "function that was learned, and as good as untrained. Either keep its function, eulernet.patch(model, h, "
+        "preserve=True), or begin where it is, eulernet.patch(model, h=1.0), and move h while it trains on "
+        "(eulernet.set_h)."
+    )
+
+
+def rounded_away(steps: Iterable[tuple[nn.Module, float]]) -> Iterator[str]:
+    """That the increments of some steps, each a module and its h, are lost in a state of half precision."""
+    lost = []
+    for module, h in steps:
+        dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+        if dtype in _HALF and h < _LEAST * torch.finfo(dtype).eps:
+            lost.append((h, dtype))
+    if lost:
+        h, dtype = min(lost, key=lambda pair: pair[0])
+        least = _LEAST * torch.finfo(dtype).eps
+        yield (
+            f"{len(lost)} step{'s have' if len(lost) > 1 else ' has'} an h down to {h:.2g} in "
+            f"{str(dtype).removeprefix('torch.')}, whose rounding loses much of so small an increment when it is "
+            f"added to the state. Keep h above {least:.2g}, or the model in float32, under torch.autocast for speed."
+        )

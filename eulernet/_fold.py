@@ -1,0 +1,162 @@
+"""h and the last affine map of a branch are one number twice: fold the one into the other, or train alike.
+
+`s + h * F(s)`, where F ends in an affine map W, b, is `s + F'(s)` with the map hW, hb. Which parameters these are is
+found in `_maps.py`. The inverse, `patch(..., preserve=True)`, is in `_patch.py`.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from torch import nn
+
+from eulernet._errors import EulernetError
+from eulernet._find import search
+from eulernet._maps import absorbing, check_scalable, refusal, scale_parameters
+from eulernet._patch import Model, Patched, check_model, factors_now, is_patched, release, slots, steps
+from eulernet._select import HLike, positive, values
+
+
+def fold(model: Model, *, where_possible: bool = False, example_inputs: Any = None) -> Model:
+    """Absorb h into the weights, in place: the model is its library's own again and computes what it computed.
+
+    The last affine maps of each branch (batch norm, convolution, linear map, LayerScale, a norm with weights) are
+    multiplied by h: W <- hW, b <- hb. A factor moves through dropout, stochastic depth, views, ReLU, pooling, and
+    whatever else is homogeneous, so the equality, to rounding, holds in eval and in train mode. Nothing of eulernet is
+    left: the `state_dict` loads into the model that was never patched, and inference costs what it did there. Training
+    on is another matter: see `param_groups`. The parameters stay the same objects.
+
+    Args:
+        model: a patched model, on a real device.
+        where_possible: leave the steps patched that have no such map, or share it. By default they are an error. A
+            squeeze-and-excitation gate at the end of a branch is the usual reason: it feeds on what it multiplies.
+        example_inputs: as for `find_steps`; the model is traced once more.
+
+    Returns:
+        The same model.
+
+    Raises:
+        EulernetError: the model is not patched, is wrapped or sharded; a step cannot be folded; weights are quantised,
+            on the meta device, or would leave the range of their dtype. The model is then as it was.
+
+    Example:
+        >>> import torch, eulernet
+        >>> layer = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        >>> weight = layer.linear2.weight.detach().clone()
+        >>> layer = eulernet.patch(layer, h=0.5, example_inputs=torch.zeros(2, 5, 8))
+        >>> layer = eulernet.fold(layer, example_inputs=torch.zeros(2, 5, 8))
+        >>> torch.equal(layer.linear2.weight, 0.5 * weight), eulernet.is_patched(layer)
+        (True, False)
+    """
+    check_model(model, "fold")
+    if not is_patched(model):
+        raise EulernetError(f"{type(model).__name__} is not patched: there is no h to fold")
+    with search(model, example_inputs) as result:
+        now = factors_now(model, result)
+        scales, refused = absorbing(model, result, now)
+        if refused and not where_possible:
+            raise refusal(
+                result,
+                refused,
+                "Fold the others and leave these patched: eulernet.fold(model, where_possible=True). Or set their h to "
+                "1 first, with eulernet.set_h.",
+            )
+        left = {f.step.name for f in result.found if f.step.index in refused}
+    check_scalable(model, scales)
+    scale_parameters(scales)
+    release(model, {(id(module), slot) for name, module, slot in slots(model) if name not in left})
+    return model
+
+
+# What the learning rate and the weight decay of a map are multiplied by, so that it learns as one behind h does.
+_RATES = {
+    "sgd": lambda h: (h**2, h**-2),
+    "adam": lambda h: (h, h**-2),
+    "adamw": lambda h: (h, h**-1),
+}
+
+
+def param_groups(
+    model: nn.Module,
+    lr: float,
+    *,
+    h: HLike,
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd",
+    weight_decay: float = 0.0,
+    example_inputs: Any = None,
+) -> list[dict[str, Any]]:
+    """Groups for an optimiser in which the last affine maps of the branches learn as they would behind a step factor h.
+
+    A step factor does two things: the branch starts h times as large, and it learns more slowly. For a network with
+    h = 1 the groups do the second alone: the learning rate of these maps is lr * h**2 for SGD (with momentum too) and
+    lr * h for Adam and AdamW, and their weight decay is divided by h**2, or by h for AdamW. The equivalence is exact:
+    a network patched with h trains as one with h = 1 whose maps start at h times their value (what `fold` makes of it)
+    and which has these groups, but for rounding and Adam's epsilon.
+
+    On a patched model the groups come on top of what its h does, and `h=lambda step: 1 / step.h` undoes what it does
+    to the learning rate, leaving the first effect alone. A learned step factor is a group of its own without decay.
+
+    Patch before or after the optimiser is built, both work, with `preserve=True` and `fold` as well: parameters stay
+    the same objects. A fixed h adds none; a learned one does, so there patch first.
+
+    Args:
+        model: any model: unpatched, patched or folded.
+        lr: the learning rate of all other parameters.
+        h: as for `patch`, for the steps that `patch` would change, or those that are patched. Steps with h = 1 need no
+            last affine map.
+        optimizer: the rule that the optimiser follows: "sgd", "adam" or "adamw".
+        weight_decay: that of all other parameters.
+        example_inputs: as for `find_steps`.
+
+    Returns:
+        The other parameters first, then a group for each learning rate, in the form that `torch.optim` takes. Each
+        parameter of the model is in one of them.
+
+    Raises:
+        EulernetError: a step with h other than 1 has no last affine map of its own, or a value is wrong.
+
+    Example:
+        >>> import torch, eulernet
+        >>> layer = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        >>> groups = eulernet.param_groups(layer, lr=0.1, h=0.5, example_inputs=torch.zeros(2, 5, 8))
+        >>> [(len(group["params"]), group["lr"]) for group in groups]
+        [(8, 0.1), (4, 0.025)]
+        >>> optimizer = torch.optim.SGD(groups, momentum=0.9)
+    """
+    check_model(model, "param_groups")
+    lr = positive(lr, "lr", "lr=0.1")
+    if optimizer not in _RATES:
+        raise EulernetError(f"optimizer={optimizer!r} must be one of {', '.join(map(repr, _RATES))}")
+    if weight_decay != 0:
+        weight_decay = positive(weight_decay, "weight_decay", "weight_decay=1e-4")
+    with search(model, example_inputs) as result:
+        found = {f.step.name: f.step for f in result.found}
+        if is_patched(model):
+            factors_now(model, result)
+            chosen = list(steps(model))
+        else:
+            chosen = [s for s in found.values() if s.kind != "long"]
+        factors = {found[s.name].index: value for s, value in zip(chosen, values(h, chosen), strict=True)}
+        scales, refused = absorbing(model, result, factors)
+        if refused:
+            raise refusal(result, refused, f"Give {'these steps' if len(refused) > 1 else 'it'} h = 1.")
+    own = set(_step_parameters(model))
+    groups: dict[float, list[nn.Parameter]] = defaultdict(list, {1.0: []})
+    for parameter in model.parameters():
+        if parameter not in own:
+            groups[scales.get(parameter, 1.0)].append(parameter)
+    rates = {scale: _RATES[optimizer](scale) for scale in groups}
+    return [
+        {"params": groups[scale], "lr": lr * rate, "weight_decay": weight_decay * decay}
+        for scale, (rate, decay) in rates.items()
+        if groups[scale]
+    ] + ([{"params": list(_step_parameters(model)), "lr": lr, "weight_decay": 0.0}] if own else [])
+
+
+def _step_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """The step factors that are learned."""
+    for module in model.modules():
+        if isinstance(module, Patched):
+            yield from (p for name, p in module._parameters.items() if name.startswith("log_h") and p is not None)

@@ -1,0 +1,94 @@
+"""FSDP2 and DDP, in a process group of one process on the CPU."""
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from test_compile import Block
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import eulernet
+
+# Of torch's own code: a deprecated backend's name, a hook on an input that needs no gradient.
+pytestmark = [
+    pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch was built without gloo"),
+    pytest.mark.filterwarnings("ignore::UserWarning:torch", "ignore::FutureWarning:torch"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _one_process(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def network() -> tuple[nn.Sequential, Tensor]:
+    return nn.Sequential(*(Block() for _ in range(3))), torch.randn(2, 5, 8)
+
+
+def sharded(model: nn.Sequential) -> nn.Sequential:
+    mesh = init_device_mesh("cpu", (1,))
+    for block in model:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+def test_a_sharded_model_computes_and_trains_as_the_patched_one() -> None:
+    model, x = network()
+    eulernet.patch(model, [0.1, 0.2, 0.3], example_inputs=x)
+    shards = sharded(copy.deepcopy(model))
+    assert all(isinstance(block, Block) for block in shards)
+    for h in (None, 0.5):
+        for net in (model, shards):
+            if h is not None:
+                eulernet.set_h(net, h)
+            net.zero_grad()
+            net(x).square().sum().backward()
+        assert torch.equal(shards(x), model(x))
+        for ours, theirs in zip(shards.parameters(), model.parameters(), strict=True):
+            assert torch.equal(ours.grad.full_tensor(), theirs.grad)
+    assert [step.h for step in eulernet.steps(shards)] == [0.5] * 3
+
+
+def test_a_sharded_model_is_neither_patched_nor_unpatched() -> None:
+    model, x = network()
+    with pytest.raises(eulernet.EulernetError, match=r"Patch before sharding: eulernet\.patch\(model\)"):
+        eulernet.patch(sharded(copy.deepcopy(model)), 0.1, example_inputs=x)
+    shards = sharded(eulernet.patch(model, 0.1, example_inputs=x))
+    with pytest.raises(eulernet.EulernetError, match=r"sharded by FSDP.*eulernet\.set_h\(model, 1\.0\)"):
+        eulernet.unpatch(shards)
+    assert eulernet.is_patched(shards)
+
+
+def test_ddp_trains_a_patched_model_and_is_looked_through() -> None:
+    model, x = network()
+    eulernet.patch(model, 0.3, example_inputs=x)
+    twin = copy.deepcopy(model)
+    wrapped = DistributedDataParallel(model)
+    assert eulernet.is_patched(wrapped)
+    eulernet.set_h(wrapped, 0.4)
+    assert [step.name for step in eulernet.steps(wrapped)] == ["0", "1", "2"]
+    wrapped(x).square().sum().backward()
+    eulernet.set_h(twin, 0.4)(x).square().sum().backward()
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad)
+
+
+def test_ddp_is_refused_with_the_call_to_make_instead() -> None:
+    model, x = network()
+    wrapped = DistributedDataParallel(model)
+    with pytest.raises(
+        eulernet.EulernetError, match=r"DistributedDataParallel\(eulernet\.patch\(wrapped\.module, h=0\.1"
+    ):
+        eulernet.patch(wrapped, 0.1, example_inputs=x)
+    with pytest.raises(eulernet.EulernetError, match=r"itself: eulernet\.find_steps\(wrapped\.module\)"):
+        eulernet.find_steps(wrapped, example_inputs=x)
+    assert not eulernet.is_patched(model)

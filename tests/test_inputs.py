@@ -1,0 +1,83 @@
+"""The example input that a model itself asks for, and those that its owner gives."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import eulernet
+from eulernet._inputs import as_call, guess_inputs
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        return x + scale * self.a(x)
+
+
+@pytest.mark.parametrize("example", [torch.zeros(3, 4), (torch.zeros(3, 4),), {"x": torch.zeros(3, 4), "scale": 2.0}])
+def test_lightning_says_what_it_takes(example: Any) -> None:
+    """A LightningModule's `example_input_array` is a tensor, a tuple or a dict."""
+    model = Residual()
+    assert guess_inputs(model) is None
+    model.example_input_array = example
+    assert guess_inputs(model) is not None
+    assert [step.name for step in eulernet.find_steps(model)] == ["<root>"]
+    assert eulernet.is_patched(eulernet.patch(model, 0.5))
+
+
+@pytest.mark.parametrize("example", [torch.zeros(3, 4), (torch.zeros(3, 4), 2.0), [torch.zeros(3, 4)]])
+def test_tensor_tuple_and_list_are_positional(example: Any) -> None:
+    args, kwargs = as_call(example)
+    assert torch.equal(args[0], torch.zeros(3, 4)) and kwargs == {}
+    assert len(eulernet.find_steps(Residual(), example_inputs=example)) == 1
+
+
+def test_a_dict_is_arguments_by_name() -> None:
+    assert len(eulernet.find_steps(Residual(), example_inputs={"scale": 2.0, "x": torch.zeros(3, 4)})) == 1
+
+
+def test_timm_in_channels_and_size() -> None:
+    timm = pytest.importorskip("timm")
+    args, _ = guess_inputs(timm.create_model("test_vit", img_size=96, in_chans=1))
+    assert args[0].shape == (2, 1, 96, 96)
+    args, _ = guess_inputs(timm.create_model("test_resnet", in_chans=4))
+    assert args[0].shape[:2] == (2, 4)
+
+
+def test_torchvision_families() -> None:
+    torchvision = pytest.importorskip("torchvision")
+    shapes = {
+        "resnet18": (2, 3, 224, 224),
+        "inception_v3": (2, 3, 299, 299),
+        "r3d_18": (2, 3, 16, 112, 112),
+    }
+    for name, shape in shapes.items():
+        model = torchvision.models.get_model(name, weights=None, **({"init_weights": False} if "inc" in name else {}))
+        args, _ = guess_inputs(model)
+        assert args[0].shape == shape, name
+
+
+def test_hugging_face_main_input() -> None:
+    transformers = pytest.importorskip("transformers")
+    small = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, "num_hidden_layers": 1}
+    bert = transformers.BertModel(transformers.BertConfig(**small, vocab_size=50))
+    _, kwargs = guess_inputs(bert)
+    assert kwargs["input_ids"].dtype is torch.int64 and kwargs["input_ids"].max() < 50
+    vit = transformers.ViTModel(transformers.ViTConfig(**small, image_size=32, patch_size=8, num_channels=1))
+    _, kwargs = guess_inputs(vit)
+    assert kwargs["pixel_values"].shape == (2, 1, 32, 32)
+
+
+def test_guesses_follow_the_models_device_and_dtype() -> None:
+    timm = pytest.importorskip("timm")
+    args, _ = guess_inputs(timm.create_model("test_resnet").bfloat16())
+    assert args[0].dtype is torch.bfloat16
+    with torch.device("meta"):
+        model = timm.create_model("test_resnet")
+    args, _ = guess_inputs(model)
+    assert args[0].device.type == "meta"
