@@ -119,11 +119,9 @@ def build(trial: Trial, start: dict[str, Tensor] | None = None) -> Network:
     torch.manual_seed(trial.seed)
     network: Network
     if trial.model == "resnet":
-        network, example = CifarResNet(trial.depth, trial.norm, trial.class_count), torch.zeros(2, 3, 16, 16)
+        network = CifarResNet(trial.depth, trial.norm, trial.class_count)
     else:
-        original = trial.model == "vdcnn-original"
-        network = VDCNN(trial.depth, trial.norm, trial.class_count, original)
-        example = torch.zeros(2, 128, dtype=torch.int64)
+        network = VDCNN(trial.depth, trial.norm, trial.class_count, original=trial.model == "vdcnn-original")
     if start is not None:
         network.load_state_dict(start)
     with torch.no_grad():
@@ -131,8 +129,14 @@ def build(trial: Trial, start: dict[str, Tensor] | None = None) -> Network:
             parameter.mul_(trial.initial)
     h: Any = RULES.get(trial.h, 1.0) if isinstance(trial.h, str) else trial.h
     options: dict[str, Any] = {"preserve": True} if start is not None else {}
-    eulernet.patch(network, h=h, example_inputs=example, **options)
+    eulernet.patch(network, h=h, example_inputs=example(network), **options)
     return network
+
+
+def example(network: Network) -> Tensor:
+    """An input, small, to trace the network with."""
+    images = isinstance(network, CifarResNet)
+    return torch.zeros(2, 3, 16, 16) if images else torch.zeros(2, 128, dtype=torch.int64)
 
 
 def last_parameters(network: Network) -> Iterator[nn.Parameter]:
@@ -153,21 +157,15 @@ def make_optimizer(trial: Trial, network: Network, device: torch.device) -> torc
 
     Adagrad has no such form: it cannot be captured.
     """
-    last = {id(p) for p in last_parameters(network)} if trial.rate != 1 else set()
-    parts = [([p for p in network.parameters() if id(p) not in last], 1.0)]
-    if last:
-        parts.append(([p for p in network.parameters() if id(p) in last], trial.rate))
+    parts: list[dict[str, Any]] = [{"params": list(network.parameters()), "lr": 1.0}]
+    if trial.rate != 1:
+        parts = eulernet.param_groups(network, lr=1.0, h=trial.rate**0.5, example_inputs=example(network))
     tensors = device.type == "cuda" and trial.optimizer != "adagrad"
-    groups = [
-        {
-            "params": part,
-            "lr": torch.tensor(trial.learning_rate * factor, device=device)
-            if tensors
-            else trial.learning_rate * factor,
-            "rate": factor,
-        }
-        for part, factor in parts
-    ]
+    groups = []
+    for part in parts:
+        rate = trial.learning_rate * part["lr"]
+        lr = torch.tensor(rate, device=device) if tensors else rate
+        groups.append({"params": part["params"], "lr": lr, "rate": part["lr"]})
     if trial.optimizer == "sgd":
         return torch.optim.SGD(groups, momentum=0.9, weight_decay=trial.weight_decay, fused=tensors or None)
     if trial.optimizer == "adam":
