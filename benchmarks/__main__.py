@@ -50,6 +50,12 @@ def show(data: dict[str, Any]) -> None:
     speed = Table(title="CPU time, patched / original (median, quartiles); noise: a copy of the original / original")
     for title in ("model", "what", "ratio", "quartiles", "noise", "quartiles"):
         speed.add_column(title, justify="left" if title in ("model", "what") else "right")
+    moving = Table(
+        title="CPU time of a training step, h learned / h fixed (median, quartiles); noise: a copy / the same; "
+        "one HScheduler.step / the training step"
+    )
+    for title in ("model", "what", "steps", "learned", "quartiles", "noise", "quartiles", "HScheduler"):
+        moving.add_column(title, justify="left" if title in ("model", "what") else "right")
     patch = Table(
         title="patch: CPU seconds in a fresh process, again, and of one forward; peak memory beyond the model"
     )
@@ -59,11 +65,15 @@ def show(data: dict[str, Any]) -> None:
         if row["table"] == "speed":
             cells = [f"{q['median']:.3f}|{q['low']:.3f}-{q['high']:.3f}" for q in (row["ratio"], row["noise"])]
             speed.add_row(row["model"], row["what"], *"|".join(cells).split("|"))
+        elif row["table"] == "moving":
+            cells = [f"{q['median']:.3f}|{q['low']:.3f}-{q['high']:.3f}" for q in (row["learned"], row["noise"])]
+            schedule = f"{row['schedule']['median']:.1e}"
+            moving.add_row(row["model"], row["backend"], str(row["steps"]), *"|".join(cells).split("|"), schedule)
         else:
             seconds = [f"{row[key]:.2f}" if key in row else "" for key in ("first", "again", "forward")]
             memory = [f"{row[key] / 1e6:.0f}" for key in ("peak_memory", "block_memory", "model_memory")]
             patch.add_row(row["model"], str(row["steps"]), *seconds, *memory)
-    for table in (speed, patch):
+    for table in (speed, moving, patch):
         if table.row_count:
             console.print(table)
 

@@ -1,14 +1,17 @@
 """A step factor for the residual networks that people use: `x + F(x)` becomes `x + h * F(x)`, in one line, in place."""
 
-from eulernet import functional
+from eulernet import functional, schedules
 from eulernet._errors import EulernetError, EulernetWarning
 from eulernet._fold import fold, param_groups
 from eulernet._patch import find_steps, is_patched, patch, set_h, steps, unpatch
 from eulernet._report import Place, Step, Steps
+from eulernet._suggest import suggest_h
+from eulernet.schedules import HScheduler
 
 __all__ = [
     "EulernetError",
     "EulernetWarning",
+    "HScheduler",
     "Place",
     "Step",
     "Steps",
@@ -18,7 +21,9 @@ __all__ = [
     "is_patched",
     "param_groups",
     "patch",
+    "schedules",
     "set_h",
     "steps",
+    "suggest_h",
     "unpatch",
 ]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from eulernet._errors import EulernetError
 
 
 class StepFactor:
@@ -37,14 +40,85 @@ class StepFactor:
         self.value = value
         self.tensor.fill_(value)
 
+    def of(self, module: Any) -> float | Tensor:
+        """What the additions of a forward use: the tensor where a graph is compiled, else the number."""
+        # Compiled, the number is not even read: a graph that saw it would be compiled again for another one.
+        return self.tensor if torch.compiler.is_compiling() else self.value
 
-def step(left: Any, right: Any, factor: StepFactor, skip_is_left: bool, alpha: float) -> Any:
+    def at(self, module: Any) -> StepFactor:
+        return self
+
+    def leave(self, module: Any) -> None:
+        """Nothing of it is in the module itself."""
+
+    def __str__(self) -> str:
+        return f"{self.value:.4g}"
+
+
+class LearnedFactor:
+    """The h of one patched step as a parameter of its module, h = exp(log_h), which is positive whatever is learned.
+
+    It keeps the parameter's name and not the parameter: whoever exchanges the parameters of a module
+    (`functional_call`, the replicas of `DataParallel`, FSDP) exchanges this one too. `at` a module it has a `value`
+    to read and to `set`.
+    """
+
+    def __init__(self, name: str, module: Any = None) -> None:
+        self.name = name
+        self.module = module
+
+    def of(self, module: Any) -> Tensor:
+        h: Tensor = getattr(module, self.name).exp()
+        return h.squeeze(0)  # without dimensions it takes part in no broadcast, and promotes no dtype
+
+    def at(self, module: Any) -> LearnedFactor:
+        return LearnedFactor(self.name, module)
+
+    def leave(self, module: Any) -> None:
+        """Take the parameter out of the module."""
+        delattr(module, self.name)
+
+    def follow(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """The module has moved the parameter with all others."""
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        parameter: nn.Parameter = getattr(self.module, self.name)
+        return parameter
+
+    @property
+    def value(self) -> float:
+        whole = getattr(self.parameter, "full_tensor", lambda: self.parameter)()  # FSDP2 keeps a part of it
+        if whole.device.type == "meta":
+            raise EulernetError(
+                f"the step factor is learned, and its parameter {self.name} is on the meta device: it has no value"
+            )
+        return float(torch.tensor(whole.item(), dtype=torch.float64).exp())  # infinite, not an error, where it diverged
+
+    def set(self, value: float) -> None:
+        with torch.no_grad():
+            self.parameter.fill_(math.log(value))
+
+    def __str__(self) -> str:
+        plain = type(self.parameter) is nn.Parameter and self.parameter.device.type != "meta"
+        return f"{self.value:.4g}" if plain else f"exp({self.name})"  # others cannot be read, or not by one process
+
+
+def step_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters log_h of a model patched with `trainable=`, each once; they are to have no weight decay."""
+    seen: set[int] = set()
+    for module in model.modules():
+        for factor in module.__dict__.get("_euler", ()):
+            if isinstance(factor, LearnedFactor):
+                parameter = factor.at(module).parameter
+                if id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    yield parameter
+
+
+def step(left: Any, right: Any, h: float | Tensor, skip_is_left: bool, alpha: float) -> Any:
     """`left + alpha * right` with the branch scaled; the result has the original's dtype and strides."""
-    h: Any
-    if torch.compiler.is_compiling():
-        h = factor.tensor  # the number is not even read: a graph that saw it would be compiled again for another one
-    else:
-        h = factor.value
+    if isinstance(h, float):
         if h == 1.0:
             return _add(left, right, alpha)
         if isinstance(left, Tensor) and isinstance(right, Tensor):
@@ -68,15 +142,14 @@ def _add(left: Any, right: Any, alpha: float) -> Any:
     return left - right if alpha == -1 else torch.add(left, right, alpha=alpha)
 
 
-def step_in_place(left: Any, right: Any, factor: StepFactor, skip_is_left: bool, alpha: float) -> Any:
+def step_in_place(left: Any, right: Any, h: float | Tensor, skip_is_left: bool, alpha: float) -> Any:
     """`left += alpha * right` with the branch scaled, written into `left`."""
-    if torch.compiler.is_compiling():
-        if skip_is_left:
-            return left.add_(_scaled(right, left, factor.tensor), alpha=alpha)
-        return left.mul_(factor.tensor).add_(right, alpha=alpha)
-    h = factor.value
     if not isinstance(left, Tensor):
-        return step(left, right, factor, skip_is_left, alpha)
+        return step(left, right, h, skip_is_left, alpha)
+    if not isinstance(h, float):
+        if skip_is_left:
+            return left.add_(_scaled(right, left, h), alpha=alpha)
+        return left.mul_(h).add_(right, alpha=alpha)  # for a learned h autograd keeps a copy of the branch
     if skip_is_left:
         return left.add_(right, alpha=alpha * h)
     if h == 1.0:
@@ -86,8 +159,6 @@ def step_in_place(left: Any, right: Any, factor: StepFactor, skip_is_left: bool,
     return left.mul_(h).add_(right, alpha=alpha)
 
 
-def scale(branch: Any, factor: StepFactor) -> Any:
+def scale(branch: Any, h: float | Tensor) -> Any:
     """The branch alone, scaled, for an augmented assignment to a slice or an attribute."""
-    if torch.compiler.is_compiling():
-        return branch * factor.tensor
-    return branch if factor.value == 1.0 else branch * factor.value
+    return branch if isinstance(h, float) and h == 1.0 else branch * h

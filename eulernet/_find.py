@@ -296,6 +296,7 @@ def _step(index: int, group: list[_Spot], groups: list[list[_Spot]], names: dict
         calls=sum(e.first is None for e in events) or len(events),
         stream=events[0].stream,
         depth=max(e.depth for e in events),
+        position=min(e.position for e in events),
         parent=names[around[0][0].module] if around else None,
     )
 

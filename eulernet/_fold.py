@@ -7,15 +7,15 @@ found in `_maps.py`. The inverse, `patch(..., preserve=True)`, is in `_patch.py`
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
 from typing import Any, Literal
 
 from torch import nn
 
 from eulernet._errors import EulernetError
+from eulernet._factor import step_parameters
 from eulernet._find import search
 from eulernet._maps import absorbing, check_scalable, refusal, scale_parameters
-from eulernet._patch import Model, Patched, check_model, factors_now, is_patched, release, slots, steps
+from eulernet._patch import Model, check_model, factors_now, is_patched, release, slots, steps
 from eulernet._select import HLike, positive, values
 
 
@@ -66,7 +66,7 @@ def fold(model: Model, *, where_possible: bool = False, example_inputs: Any = No
         left = {f.step.name for f in result.found if f.step.index in refused}
     check_scalable(model, scales)
     scale_parameters(scales)
-    release(model, {(id(module), slot) for name, module, slot in slots(model) if name not in left})
+    release(model, {(id(module), slot) for module, slot, step in slots(model) if step.name not in left})
     return model
 
 
@@ -134,7 +134,7 @@ def param_groups(
     with search(model, example_inputs) as result:
         found = {f.step.name: f.step for f in result.found}
         if is_patched(model):
-            factors_now(model, result)
+            factors_now(model, result)  # refuses what was patched at other additions
             chosen = list(steps(model))
         else:
             chosen = [s for s in found.values() if s.kind != "long"]
@@ -142,7 +142,7 @@ def param_groups(
         scales, refused = absorbing(model, result, factors)
         if refused:
             raise refusal(result, refused, f"Give {'these steps' if len(refused) > 1 else 'it'} h = 1.")
-    own = set(_step_parameters(model))
+    own = set(step_parameters(model))
     groups: dict[float, list[nn.Parameter]] = defaultdict(list, {1.0: []})
     for parameter in model.parameters():
         if parameter not in own:
@@ -152,11 +152,4 @@ def param_groups(
         {"params": groups[scale], "lr": lr * rate, "weight_decay": weight_decay * decay}
         for scale, (rate, decay) in rates.items()
         if groups[scale]
-    ] + ([{"params": list(_step_parameters(model)), "lr": lr, "weight_decay": 0.0}] if own else [])
-
-
-def _step_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The step factors that are learned."""
-    for module in model.modules():
-        if isinstance(module, Patched):
-            yield from (p for name, p in module._parameters.items() if name.startswith("log_h") and p is not None)
+    ] + ([{"params": list(step_parameters(model)), "lr": lr, "weight_decay": 0.0}] if own else [])

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from eulernet import _doubts, _factor
 from eulernet._errors import EulernetError, EulernetWarning
 from eulernet._find import Found, Search, search
+from eulernet._learn import Trainable, check_shared, checked, plan_learned
 from eulernet._maps import absorbing, check_scalable, refusal, scale_parameters
 from eulernet._report import ROOT, Step, Steps
 from eulernet._rewrite import (
@@ -54,7 +55,7 @@ class Patched:
     _euler_original: ClassVar[type[nn.Module]]
     _euler_plan: ClassVar[Plan]
     _euler_places: ClassVar[tuple[tuple[int, bool, int], ...]]  # the step's number, skip is left, sign
-    _euler: list[_factor.StepFactor]
+    _euler: list[_factor.StepFactor | _factor.LearnedFactor]
     _euler_steps: list[Step]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -62,17 +63,17 @@ class Patched:
 
     def _euler_step(self, left: Any, right: Any, place: int, alpha: float = 1) -> Any:
         slot, skip_is_left, sign = self._euler_places[place]
-        return _factor.step(left, right, self._euler[slot], skip_is_left, sign * alpha)
+        return _factor.step(left, right, self._euler[slot].of(self), skip_is_left, sign * alpha)
 
     def _euler_step_(self, left: Any, right: Any, place: int, alpha: float = 1) -> Any:
         slot, skip_is_left, sign = self._euler_places[place]
-        return _factor.step_in_place(left, right, self._euler[slot], skip_is_left, sign * alpha)
+        return _factor.step_in_place(left, right, self._euler[slot].of(self), skip_is_left, sign * alpha)
 
     def _euler_scale(self, branch: Any, place: int) -> Any:
-        return _factor.scale(branch, self._euler[self._euler_places[place][0]])
+        return _factor.scale(branch, self._euler[self._euler_places[place][0]].of(self))
 
     def extra_repr(self) -> str:
-        shown = ", ".join(f"{factor.value:.4g}" for factor in self._euler)
+        shown = ", ".join(str(factor.at(self)) for factor in self._euler)
         h = f"h=({shown})" if len(self._euler) > 1 else f"h={shown}" if shown else ""
         return ", ".join(part for part in (super().extra_repr(), h) if part)  # type: ignore[misc]
 
@@ -232,31 +233,35 @@ class _Change:
 def restore_class(module: nn.Module) -> None:
     """Make a patched module what it was."""
     if isinstance(module, Patched):
+        for factor in module._euler:
+            factor.leave(module)
         module.__class__ = module._euler_original  # type: ignore[assignment]
         del module.__dict__[_FACTORS], module.__dict__[_STEPS]
 
 
-def slots(model: nn.Module) -> Iterator[tuple[str, Patched, int]]:
-    """The steps of a patched model: each one's name, its module, and its number there."""
-    for name, module in model.named_modules():
+def slots(model: nn.Module) -> Iterator[tuple[Patched, int, Step]]:
+    """The steps of a patched model, as they are named now and with their h: each with its module and number there."""
+    for name, module in _unwrapped(model).named_modules():
         if isinstance(module, Patched):
-            for slot, step in enumerate(module._euler_steps):
-                yield (name or ROOT) + "".join(step.name.partition(":")[1:]), module, slot
+            for slot, (step, factor) in enumerate(zip(module._euler_steps, module._euler, strict=True)):
+                suffix = "".join(step.name.partition(":")[1:])
+                yield module, slot, replace(step, name=(name or ROOT) + suffix, h=factor.at(module).value)
 
 
 def factors_now(model: nn.Module, result: Search) -> dict[int, float]:
     """The h of each patched step, by its index among those that were found in the original."""
-    if not is_patched(model):
-        return {}
     found = {f.step.name: f for f in result.found}
-    for name, module, slot in slots(model):
+    factors = {}
+    for module, slot, step in slots(model):
         patched = {targets for targets, number, *_ in module._euler_plan if number == slot}
-        if name not in found or patched != {spot.site.targets for spot in found[name].spots}:
+        if step.name not in found or patched != {spot.site.targets for spot in found[step.name].spots}:
             raise EulernetError(
-                f"{name} ({type(module).__name__}) is patched, but these example inputs do not lead to the same "
+                f"{step.name} ({type(module).__name__}) is patched, but these example inputs do not lead to the same "
                 "additions; pass the example_inputs with which the model was patched"
             )
-    return {found[step.name].step.index: step.h for step in steps(model) if step.h is not None}
+        assert step.h is not None
+        factors[found[step.name].step.index] = step.h
+    return factors
 
 
 def release(model: nn.Module, folded: set[tuple[int, int]]) -> None:
@@ -271,6 +276,9 @@ def release(model: nn.Module, folded: set[tuple[int, int]]) -> None:
                 plan = tuple(
                     (t, kept.index(slot), left, sub) for t, slot, left, sub in module._euler_plan if slot in kept
                 )
+                for slot, factor in enumerate(module._euler):
+                    if slot not in kept:
+                        factor.leave(module)
                 module.__dict__[_FACTORS] = [module._euler[slot] for slot in kept]
                 module.__dict__[_STEPS] = [module._euler_steps[slot] for slot in kept]
                 module.__class__ = patched_class(module._euler_original, plan)  # type: ignore[assignment]
@@ -371,6 +379,7 @@ def patch(
     include: Selector = None,
     exclude: Selector = None,
     preserve: bool | Literal["where possible"] = False,
+    trainable: Trainable = False,
 ) -> Model:
     """Make each residual addition `s + F(s)` of a model a step `s + h * F(s)`, in place.
 
@@ -381,8 +390,9 @@ def patch(
     Args:
         model: any `torch.nn.Module`.
         h: the step factor: a positive number for all steps; a sequence with one number a step; a mapping from patterns
-            on step names to numbers (the first match wins, the rest get 1); a function of a `Step`; or `Steps`, for
-            example those that `Steps.from_json` read.
+            on step names to numbers (the first match wins, the rest get 1); a function of a `Step`, such as the rules
+            in `eulernet.schedules`; "auto", which is `inverse_sqrt()` of them, 1 / sqrt(D); or `Steps`, for example
+            those that `Steps.from_json` read.
         example_inputs: as for `find_steps`.
         include, exclude: which steps: a pattern on names (`"layer1"`, `"blocks.*.attn"`), a module class, a function
             `(step) -> bool`, or a list of these. Long steps are scaled only where `include` names them.
@@ -390,6 +400,15 @@ def patch(
             convolution, linear map, LayerScale), in place, so that the model computes what it computed, to rounding,
             until it is trained on. A branch that has no such map, or shares it, is an error; with "where possible" its
             h stays what it was, 1. What undoes this is `fold`; after `unpatch` the maps are too large by 1 / h.
+        trainable: learn h, beginning at the `h` that is given. True or "step": one h a step; "stage": one for the steps
+            whose names are equal up to their last number, such as all of `layer1` in a ResNet or all `blocks` of a ViT;
+            "model": one for all. Each is h = exp(log_h), so positive, and log_h a parameter of the block, of shape (1,)
+            (FSDP2 takes no scalars) and of the block's dtype: `layer1.0.log_h`, or `blocks.0.log_h_0` and
+            `blocks.0.log_h_1` where a block has several steps. Blocks that share an h hold the same parameter, as tied
+            weights do (and as with these, FSDP2 refuses to shard them apart, and Hugging Face's `save_pretrained` to
+            write them). log_h must have no weight decay, which would pull h to 1. In float16 and bfloat16 it is rounded
+            like any parameter. The branch is kept for the gradient of h, and copied where it is the left operand of an
+            addition in place. To fix what was learned: `eulernet.patch(model, h=eulernet.steps(model))`.
 
     Returns:
         The same model.
@@ -408,10 +427,14 @@ def patch(
         >>> layer = eulernet.patch(layer, h=0.1, example_inputs=torch.zeros(2, 5, 8))
         >>> [step.h for step in eulernet.steps(layer)]
         [0.1, 0.1]
+        >>> layer = eulernet.patch(layer, h="auto", trainable=True, example_inputs=torch.zeros(2, 5, 8))
+        >>> [name for name in layer.state_dict() if "log_h" in name]
+        ['log_h_0', 'log_h_1']
     """
     check_model(model, "patch")
     if preserve not in (True, False, "where possible"):
         raise EulernetError(f'preserve={preserve!r} must be True, False or "where possible"')
+    sharing = checked(trainable)
     with search(model, example_inputs) as result:
         by_index = {f.step.index: f for f in result.found}
         if not by_index:
@@ -436,6 +459,8 @@ def patch(
             changes = _changes([by_index[s.index] for s in chosen], hs, model)
         except Unsupported as reason:
             raise EulernetError(f"{type(model).__name__} cannot be patched: {reason}; exclude= that step") from reason
+        blocks = [(change.module, change.steps, change.hs) for change in changes]
+        learned = [] if sharing is None else plan_learned(model, blocks, sharing)
         _prove(result, changes)
     check_scalable(model, scales)
     scale_parameters(scales)
@@ -443,6 +468,8 @@ def patch(
         restore_class(module)
     for change in changes:
         change.apply(change.module)
+    for slot in learned:
+        slot.apply()
     doubts = [*(f"not scaled, because not supported: {line}" for line in result.steps.unsupported), *result.steps.notes]
     if not preserve:
         if not isinstance(h, Steps) and any(value != 1 for value in hs.values()):  # Steps restore what was there
@@ -487,7 +514,7 @@ def steps(model: nn.Module) -> Steps:
         >>> [(step.name, step.depth, step.h) for step in eulernet.steps(layer)]
         [('<root>:0', 2, 0.1), ('<root>:1', 2, 0.2)]
     """
-    return Steps([step for step, _ in _bound(model, "steps")])
+    return Steps([step for step, _ in bound(model, "steps")])
 
 
 def set_h(model: Model, h: HLike) -> Model:
@@ -503,8 +530,10 @@ def set_h(model: Model, h: HLike) -> Model:
         >>> [step.h for step in eulernet.steps(eulernet.set_h(layer, {"<root>:0": 0.5, "*": 0.25}))]
         [0.5, 0.25]
     """
-    bound = _bound(model, "set_h")
-    for (_, factor), value in zip(bound, values(h, [step for step, _ in bound]), strict=True):
+    pairs = bound(model, "set_h")
+    hs = values(h, [step for step, _ in pairs])
+    check_shared([(step, factor, value) for (step, factor), value in zip(pairs, hs, strict=True)])
+    for (_, factor), value in zip(pairs, hs, strict=True):
         factor.set(value)
     return model
 
@@ -546,21 +575,17 @@ def is_patched(model: nn.Module) -> bool:
     return any(isinstance(module, Patched) for module in model.modules())
 
 
-def _bound(model: nn.Module, caller: str) -> list[tuple[Step, _factor.StepFactor]]:
+def bound(model: nn.Module, caller: str) -> list[tuple[Step, _factor.StepFactor | _factor.LearnedFactor]]:
+    """The steps of a patched model, each with its factor, in the order of execution."""
     if not isinstance(model, nn.Module):
         raise EulernetError(f"eulernet.{caller} takes a torch.nn.Module, not {type(model).__name__}")
-    found = []
-    for name, module in _unwrapped(model).named_modules():
-        if isinstance(module, Patched):
-            for step, factor in zip(module._euler_steps, module._euler, strict=True):
-                suffix = step.name.rpartition(":")[1:] if ":" in step.name else ("", "")
-                found.append((replace(step, name=(name or ROOT) + "".join(suffix), h=factor.value), factor))
-    if not found:
+    pairs = [(step, module._euler[slot].at(module)) for module, slot, step in slots(model)]
+    if not pairs:
         raise EulernetError(
             f"{type(model).__name__} is not patched; call eulernet.patch(model, h=0.1) first "
             "(eulernet.find_steps(model) shows what that would change)"
         )
-    return sorted(found, key=lambda pair: pair[0].index)
+    return sorted(pairs, key=lambda pair: pair[0].index)
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

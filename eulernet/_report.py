@@ -47,6 +47,7 @@ class Step:
         calls: how often it runs in one forward pass.
         stream: the number of its residual stream, the chain from skip to result.
         depth: D, the number of calls in that stream.
+        position: l, the place of its first call in that stream, from 1.
         parent: the name of the long step in whose branch it lies, if any.
         h: the step factor; None where the step is not patched.
     """
@@ -59,6 +60,7 @@ class Step:
     calls: int
     stream: int
     depth: int
+    position: int = 1
     parent: str | None = None
     h: float | None = None
 
@@ -117,12 +119,7 @@ class Steps(Sequence[Step]):
         return f"<Steps: {len(self)} steps>"
 
     def __str__(self) -> str:
-        # the one place that needs rich, which then also draws the command line's tables
-        from rich.console import Console
-
-        text = io.StringIO()
-        Console(file=text, width=140, color_system=None, soft_wrap=False).print(self.__rich__())
-        return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+        return as_text(self)
 
     def __rich__(self) -> Any:
         from rich.console import Group
@@ -176,6 +173,15 @@ class Steps(Sequence[Step]):
             return cls(read["steps"], long=read["long"], **{k: data[k] for k in ("unsupported", "unreached", "notes")})
         except (ValueError, KeyError, TypeError) as error:
             raise EulernetError(f"this is not what Steps.to_json() writes: {type(error).__name__}: {error}") from error
+
+
+def as_text(table: Any) -> str:
+    """What rich draws, without colours, 140 columns wide."""
+    from rich.console import Console  # imported where something is shown, so not with eulernet
+
+    text = io.StringIO()
+    Console(file=text, width=140, color_system=None, soft_wrap=False).print(table)
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
 
 def _line(step: Step) -> str:

@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -15,7 +15,7 @@ from eulernet._report import ROOT, Step, Steps
 
 Pattern = str
 Selector = Pattern | type | Callable[[Step], bool] | Iterable["Selector"] | None
-HLike = float | Sequence[float] | Mapping[str, float] | Callable[[Step], float] | Steps
+HLike = float | Literal["auto"] | Sequence[float] | Mapping[str, float] | Callable[[Step], float] | Steps
 
 
 def matches(pattern: str, name: str) -> bool:
@@ -77,6 +77,15 @@ def _is_meant(selector: Any, step: Step, module: nn.Module, argument: str) -> bo
 
 def values(h: Any, steps: Sequence[Step]) -> list[float]:
     """The step factor of each of the selected steps, checked."""
+    if isinstance(h, str):
+        from eulernet.schedules import inverse_sqrt  # which needs the patched steps, and they need this
+
+        if h != "auto":
+            raise EulernetError(
+                f'h={h!r}: the one word that h may be is "auto", 1 / sqrt(D). Else it is a positive number, a '
+                "sequence, a mapping, or a rule such as eulernet.schedules.inverse(); for example h=0.1"
+            )
+        h = inverse_sqrt()
     if isinstance(h, Steps):
         known = {s.name: s.h for s in h}
         missing = [s.name for s in steps if known.get(s.name) is None]
