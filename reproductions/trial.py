@@ -16,7 +16,7 @@ from reproductions.models import VDCNN, CifarResNet, ConvBlock1d, ConvBlock2d
 
 Network = CifarResNet | VDCNN
 CLASSES = {"cifar10": 10, "ag-news": 4}
-RULES = {"auto": lambda step: step.depth**-0.5, "1/D": lambda step: 1 / step.depth}
+RULES: dict[str, Any] = {"auto": "auto", "1/D": eulernet.schedules.inverse()}
 CALIBRATE = "calibrate"
 
 

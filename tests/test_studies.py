@@ -304,15 +304,15 @@ def test_h_is_a_scaled_start_and_a_squared_learning_rate_of_the_last_maps(root: 
 def test_a_patched_trained_network_learns_as_one_with_the_matching_learning_rates(root: Path, tmp_path: Path) -> None:
     """`preserve=True` changes neither the function nor, with these learning rates, what becomes of it."""
     base = replace(TINY, classes=(0, 5), train=120)
-    further = replace(base, classes=(5, 10), start=base)
+    further = replace(base, classes=(5, 10), start=base, learning_rate=0.5)
     arms = [replace(further, **change) for change in ({"h": 0.1}, {"rate": 0.01}, {})]
     several = [replace(one, seed=seed) for one in (base, *arms) for seed in (0, 1)]
     place = grid.Place(tmp_path, root, CPU, at_once=2)
     losses = {record["key"]: record["result"]["curve"]["train_loss"] for record in grid.run(place, several)}
     for seed in (0, 1):
         patched, matching, plain = (losses[replace(one, seed=seed).key] for one in arms)
-        assert patched == pytest.approx(matching, rel=1e-3)  # rounding in fp32, records of five digits
-        assert patched != pytest.approx(plain, rel=2e-3)
+        assert patched == pytest.approx(matching, rel=3e-4)  # rounding in fp32, records of five digits
+        assert patched != pytest.approx(plain, rel=6e-4)
     place.network(replace(base, seed=1).key).unlink()
     other = replace(arms[0], seed=1, learning_rate=0.2)
     with pytest.raises(DataError, match=rf"{replace(base, seed=1).key}\.pt is missing, the network that {other.key}"):
@@ -332,7 +332,7 @@ def test_other_optimisers_take_the_learning_rate_as_it_stands(name: Any, root: P
     training = Training(replace(TINY, optimizer=name, rate=0.5), source_of(TINY, root), CPU)
     training.set_rate(0)
     assert type(training.optimizer).__name__.lower() == name
-    assert [group["lr"] for group in training.optimizer.param_groups] == [0.05, 0.025]
+    assert [group["lr"] for group in training.optimizer.param_groups] == pytest.approx([0.05, 0.025])
     assert sum(len(group["params"]) for group in training.optimizer.param_groups) == len(
         [*training.network.parameters()]
     )
