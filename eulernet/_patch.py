@@ -24,12 +24,10 @@ from eulernet._errors import EulernetError, EulernetWarning
 from eulernet._find import Found, Search, search
 from eulernet._learn import Trainable, check_shared, checked, plan_learned
 from eulernet._maps import absorbing, check_scalable, refusal, scale_parameters
+from eulernet._observe import OBSERVED, Seen, observe
 from eulernet._report import ROOT, Step, Steps
 from eulernet._rewrite import (
     FUNCTION,
-    SCALE,
-    STEP,
-    STEP_IN_PLACE,
     Span,
     Target,
     Targets,
@@ -92,6 +90,8 @@ class Patched:
                 "eulernet.unpatch(model) first, keep eulernet.steps(model).to_json() beside it, and patch it "
                 "again with h=Steps"
             )
+        if rest and isinstance(rest[0], dict):  # who observes this module does not observe its copies
+            rest[0] = {name: value for name, value in rest[0].items() if name not in OBSERVED}
         return (_restore, (self._euler_original, self._euler_plan, *args[1:]), *rest)
 
     def __prepare_scriptable__(self) -> Any:
@@ -241,11 +241,19 @@ def restore_class(module: nn.Module) -> None:
 
 def slots(model: nn.Module) -> Iterator[tuple[Patched, int, Step]]:
     """The steps of a patched model, as they are named now and with their h: each with its module and number there."""
-    for name, module in _unwrapped(model).named_modules():
+    for name, module in unwrapped(model).named_modules():
         if isinstance(module, Patched):
             for slot, (step, factor) in enumerate(zip(module._euler_steps, module._euler, strict=True)):
                 suffix = "".join(step.name.partition(":")[1:])
                 yield module, slot, replace(step, name=(name or ROOT) + suffix, h=factor.at(module).value)
+
+
+def by_module(model: nn.Module) -> dict[Patched, list[Step]]:
+    """The modules that hold steps, each with its steps, in the order of their factors."""
+    held: dict[Patched, list[Step]] = {}
+    for module, _, step in slots(model):
+        held.setdefault(module, []).append(step)
+    return held
 
 
 def factors_now(model: nn.Module, result: Search) -> dict[int, float]:
@@ -310,8 +318,7 @@ def _prove(search: Search, changes: Sequence[_Change]) -> None:
         for change in changes:
             twin = twins[id(change.module)]
             change.apply(twin)
-            for name in (STEP, STEP_IN_PLACE, SCALE):
-                twin.__dict__[name] = _counting(getattr(type(twin), name), weakref.ref(twin), id(change.module), counts)
+            observe(twin, partial(_count, counts, id(change.module)))
         for run in search.runs:
             if run.sandbox is not sandbox:
                 continue
@@ -332,14 +339,9 @@ def _prove(search: Search, changes: Sequence[_Change]) -> None:
                         )
 
 
-def _counting(
-    method: Callable[..., Any], twin: weakref.ref[nn.Module], module: int, counts: Counter[tuple[int, int]]
-) -> Callable[..., Any]:
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        counts[module, next(a for a in reversed(args) if isinstance(a, int))] += 1
-        return method(twin(), *args, **kwargs)
-
-    return counted
+def _count(counts: Counter[tuple[int, int]], module: int, seen: Seen, add: Callable[[], Any]) -> Any:
+    counts[module, seen.place] += 1
+    return add()
 
 
 # ---- the public functions
@@ -588,7 +590,7 @@ def bound(model: nn.Module, caller: str) -> list[tuple[Step, _factor.StepFactor 
     return sorted(pairs, key=lambda pair: pair[0].index)
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside wrappers that leave its modules as they are."""
     while type(model).__name__ in ("OptimizedModule", "DistributedDataParallel", "DataParallel"):
         model = getattr(model, "_orig_mod", None) or model.module  # type: ignore[assignment]
@@ -603,7 +605,7 @@ def check_model(model: nn.Module, caller: str) -> None:
     if not isinstance(model, nn.Module):
         raise EulernetError(f"eulernet.{caller} takes a torch.nn.Module, not {type(model).__name__}")
     name = type(model).__name__
-    if _unwrapped(model) is not model:
+    if unwrapped(model) is not model:
         inner, again = ("_orig_mod", "torch.compile") if name == "OptimizedModule" else ("module", name)
         advice = (
             f"Patch the model itself, then wrap it: model = {again}(eulernet.patch(wrapped.{inner}, h=0.1))"

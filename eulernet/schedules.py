@@ -22,7 +22,7 @@ from torch import nn
 
 from eulernet._errors import EulernetError
 from eulernet._factor import LearnedFactor
-from eulernet._patch import bound, slots
+from eulernet._patch import bound, by_module
 from eulernet._report import Step
 from eulernet._select import HLike, positive, values
 
@@ -229,7 +229,7 @@ class HScheduler:
             )
         self._steps = [step for step, _ in pairs]
         self._factors = [factor for _, factor in pairs]
-        self._modules = list(dict.fromkeys(module for module, _, _ in slots(model)))
+        self._modules = list(by_module(model))
         self._held = self._factors_of_modules()
         self.start = self._endpoint(start, "start")
         self.end = self._endpoint(end, "end")

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+import eulernet
 from reproductions.claims import NOT_RUN, REFUTED, SUPPORTED, Row, verdict
 from reproductions.models import CifarResNet, ConvBlock2d
 from reproductions.records import Record, environment, mean_interval
@@ -33,6 +34,7 @@ from reproductions.trial import Trial, build
 
 DEPTHS = {"smoke": (20,), "cpu": (20, 56, 110), "small": (20, 56, 110, 218), "paper": (20, 56, 110, 218)}
 H = (1.0, 0.3, 0.1, 0.01)
+BEST = {20: (0.1, 2.0), 110: (0.05, 0.2), 218: (0.05, 0.2)}  # the paper's best h, "near" read as within a factor of 2
 SAMPLES = 32
 NOISE = 0.01  # relative to the state that it is added to
 ROUNDING = 1e-3  # relative: of fp32 sums, and of norms found by iteration
@@ -54,7 +56,11 @@ def run(
         network = build(trial).to(device)
         assert isinstance(network, CifarResNet)
         inputs, labels = source.batch(source.draw(seed, 0)[:SAMPLES].to(device))
-        result = measure(network, inputs, labels, h, torch.Generator().manual_seed(seed))
+        calibrated = {}
+        if h == H[0]:
+            chosen = eulernet.calibrate(network, (inputs, labels), nn.functional.cross_entropy)
+            calibrated = {"calibrated_h": chosen}
+        result = calibrated | measure(network, inputs, labels, h, torch.Generator().manual_seed(seed))
         records.append(
             {
                 "study": "bounds",
@@ -189,6 +195,17 @@ def claims(records: Sequence[Record], preset: str) -> list[Row]:
             holds(not all(r["noise_holds"] for r in results)),
         ),
     ]
+    chosen = {depth: [r["result"]["calibrated_h"] for r in own if _is(r, depth, H[0])] for depth in depths}
+    inside = [BEST[depth][0] <= h <= BEST[depth][1] for depth in depths if depth in BEST for h in chosen[depth]]
+    rows.append(
+        Row(
+            "`eulernet.calibrate`, before training, lands where the paper's grid found the best h: 0.1 to 2 at depth 20, "
+            "near 0.1 (0.05 to 0.2) at 110 and 218",
+            run,
+            "; ".join(f"depth {depth}: h = {', '.join(f'{h:.3f}' for h in found)}" for depth, found in chosen.items()),
+            holds(not all(inside)),
+        )
+    )
     for quantity, what in (("growth", "The gradient grows less"), ("noise", "Noise is amplified less")):
         for depth in depths:
             pair = [{r["config"]["seed"]: r["result"][quantity] for r in own if _is(r, depth, h)} for h in (1.0, 0.1)]

@@ -1,0 +1,60 @@
+"""A training step of a patched model that `eulernet.watch` looks at, against the same step without it: ratios."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import eulernet
+from benchmarks.models import SPEED, Inputs
+from benchmarks.timing import Interleaved
+
+ITERATIONS, ROUNDS = 10, 5
+# Small ones: a share of a larger training step is smaller.
+INPUTS: dict[str, Inputs] = {
+    "resnet50": {"x": torch.randn(2, 3, 64, 64)},
+    "bert_small": {"input_ids": torch.randint(0, 1000, (2, 32))},
+}
+
+
+def _training(model: nn.Module, inputs: Inputs, every: int | None) -> Callable[[], object]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+
+    def run() -> None:
+        with contextlib.nullcontext() if every is None else eulernet.watch(model, every=every) as log:
+            for _ in range(ITERATIONS):
+                optimizer.zero_grad()
+                out: Any = model(*inputs.values())
+                out = out if isinstance(out, torch.Tensor) else out[0]
+                out.square().mean().backward()
+                if log is not None:
+                    log.step()
+                optimizer.step()
+
+    return run
+
+
+@pytest.mark.parametrize("every", [1, 10])
+@pytest.mark.parametrize("name", INPUTS)
+def test_watch(benchmark: Any, name: str, every: int) -> None:
+    build, _ = SPEED[name]
+    inputs = INPUTS[name]
+    model = eulernet.patch(build().train(), h=0.1, example_inputs=inputs)
+    arms = {"plain": None, "copy": None, "watched": every}
+    race = Interleaved({arm: _training(copy.deepcopy(model), inputs, k) for arm, k in arms.items()})
+    race.round()
+    race.seconds.clear()
+    benchmark.pedantic(race.round, rounds=ROUNDS)
+    benchmark.extra_info.update(
+        table="speed",
+        model=name,
+        what=f"training step, watched every {every} / not watched",
+        ratio=race.ratio("watched", "plain"),
+        noise=race.ratio("copy", "plain"),
+    )

@@ -1,0 +1,79 @@
+"""The examples run, and do what they say."""
+
+import importlib.util
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+optuna = pytest.importorskip("optuna")
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def trials(file: Path) -> list[tuple[dict[str, float], float | None]]:
+    """Parameters and values of the trials that have ended."""
+    try:
+        study = optuna.load_study(study_name="h", storage=f"sqlite:///{file}")
+    except Exception:  # the file is not there, or not complete yet
+        return []
+    ended = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
+    return [(trial.params, trial.value) for trial in study.get_trials(states=ended)]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
+def test_a_study_that_was_killed_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A killed process leaves its finished trials; the next one adds what is missing, with other parameters."""
+    file = tmp_path / "study.db"
+    start = "import sys; sys.path.insert(0, sys.argv.pop(1)); import optuna_h; optuna_h.EPOCHS = 1; optuna_h.main()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", start, EXAMPLES, file, "--trials", "1000"], stderr=subprocess.DEVNULL
+    )
+    try:
+        while len(trials(file)) < 2:
+            assert process.poll() is None
+            time.sleep(0.2)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    before = trials(file)
+    assert 2 <= len(before) < 1000
+
+    example = load("optuna_h")
+    monkeypatch.setattr(example, "EPOCHS", 1)
+    total = len(before) + 2
+    monkeypatch.setattr(sys, "argv", ["optuna_h.py", str(file), "--trials", str(total)])
+    study = example.main()
+    after = trials(file)
+    assert after[: len(before)] == before
+    assert len(after) == total == len({parameters["h"] for parameters, _ in after})
+    assert all(0.01 <= parameters["h"] <= 1 for parameters, _ in after)
+    assert study.best_value == max(value for _, value in after if value is not None) > 0.5
+    assert f"accuracy {study.best_value:.3f}" in capsys.readouterr().out
+
+    example.main()  # all trials are there: none is added
+    assert trials(file) == after
+
+
+def test_poor_trials_are_pruned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a learning rate that makes training fail the median of the others is not reached."""
+    example = load("optuna_h")
+    monkeypatch.setattr(example, "EPOCHS", 4)
+    study = optuna.create_study(direction="maximize", pruner=optuna.pruners.MedianPruner(2, n_warmup_steps=2))
+    for lr, h in ((0.05, 0.1), (0.06, 0.1), (1.0, 1.0)):
+        study.enqueue_trial({"lr": lr, "h": h})
+    study.optimize(example.objective, n_trials=3)
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "COMPLETE", "PRUNED"]
