@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -23,8 +24,10 @@ from rich.progress import (
 from rich.table import Table
 
 from eulernet import EulernetError
+from reproductions.claims import Row
 from reproductions.data import DataError
 from reproductions.records import FILE, Record, write_records
+from reproductions.trial import Trial
 
 app = typer.Typer(
     name="python -m reproductions",
@@ -63,14 +66,7 @@ def two_moon(
     torch.set_num_threads(1)  # the tensors are too small to be worth sharing
     started = time.perf_counter()
     with _progress() as progress:
-        tasks: dict[str, TaskID] = {}
-
-        def show(label: str, share: float) -> None:
-            if label not in tasks:
-                tasks[label] = progress.add_task(label, total=1.0)
-            progress.update(tasks[label], completed=share)
-
-        records, networks = study.run(study.PRESETS[preset], seeds, show)
+        records, networks = study.run(study.PRESETS[preset], seeds, _bar(progress))
     seconds = time.perf_counter() - started
     folder = out or Path("runs/two-moon")
     folder.mkdir(parents=True, exist_ok=True)
@@ -105,10 +101,7 @@ def cifar10(
 
     if not timm.is_model(model):
         raise typer.BadParameter(f"timm has no model {model!r}", param_hint="--model")
-    try:
-        where = torch.empty(0, device=device or ("cuda" if torch.cuda.is_available() else "cpu")).device
-    except (AssertionError, RuntimeError) as error:  # torch raises either for a device that is not there
-        raise typer.BadParameter(str(error), param_hint="--device") from None
+    where = _device(device)
     config = study.Config(model, h, steps, batch_size, learning_rate, seed=seed)
     train, test = load_cifar10(data_root, download)
     with _progress() as progress:
@@ -127,6 +120,156 @@ def cifar10(
         console.print(f"Wrote {write_records(out, [record])}", soft_wrap=True, highlight=False)
 
 
+# ---- grids of trials
+Preset = Annotated[str, typer.Option(help="smoke, cpu, small or paper: from minutes on a CPU to the paper's protocol.")]
+DataRoot = Annotated[Path, typer.Option(help="The folder that holds cifar-10-batches-bin (or -py) and ag_news.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, ...; default: cuda where there is one.")]
+Seeds = Annotated[int, typer.Option(min=0, max=10, help="Trainings of each cell; 0: as many as the preset has.")]
+AtOnce = Annotated[int, typer.Option(min=1, help="Trials side by side on a GPU.")]
+Download = Annotated[bool, typer.Option("--download", help="Fetch the data if they are missing.")]
+Only = Annotated[
+    list[str] | None,
+    typer.Option(help="Only the trials with FIELD=VALUE, such as depth=110; can be given several times."),
+]
+Ray = Annotated[str, typer.Option(help="Spread the trials over Ray: auto, local, or the address of a cluster.")]
+TrialsOut = Annotated[Path, typer.Option("--out", help="Folder for records and figures; studies may share one.")]
+TRIALS = Path("runs/trials")
+
+
+@app.command()
+def dynamics(
+    data_root: DataRoot,
+    preset: Preset = "smoke",
+    device: Device = "",
+    seeds: Seeds = 0,
+    only: Only = None,
+    at_once: AtOnce = 1,
+    download: Download = False,
+    ray: Ray = "",
+    out: TrialsOut = TRIALS,
+    init: Annotated[bool, typer.Option("--init", help="Only before training, at real depths; a minute.")] = False,
+) -> None:
+    """Fig. 2: weights and gradients of layer 2 over the iterations, h = 1 against h = 0.1."""
+    if not init:
+        return _grid("dynamics", data_root, preset, device, seeds, only or [], at_once, download, ray, out)
+    from reproductions import dynamics as study
+    from reproductions import report
+
+    with _progress() as progress:
+        records = study.at_start(data_root, _device(device), seeds or 3, _bar(progress))
+    _finish(records, Path("runs/dynamics-init") if out == TRIALS else out, [_rows(report.start(records))])
+
+
+@app.command()
+def bounds(
+    data_root: DataRoot,
+    preset: Preset = "smoke",
+    device: Device = "",
+    seeds: Seeds = 0,
+    out: Out = None,
+) -> None:
+    """Eq. 6, Propositions 1 and 2: gains, gradient growth and noise beside their bounds, over depth and h."""
+    from reproductions import bounds as study
+    from reproductions.scales import SEEDS
+
+    _known(preset)
+    with _progress() as progress:
+        records = study.run(preset, seeds or SEEDS[preset], data_root, _device(device), _bar(progress))
+    _finish(records, out or Path("runs/bounds"), [_rows(study.claims(records, preset))])
+
+
+def _grid_command(name: str, about: str) -> None:
+    def command(
+        data_root: DataRoot,
+        preset: Preset = "smoke",
+        device: Device = "",
+        seeds: Seeds = 0,
+        only: Only = None,
+        at_once: AtOnce = 1,
+        download: Download = False,
+        ray: Ray = "",
+        out: TrialsOut = TRIALS,
+    ) -> None:
+        _grid(name, data_root, preset, device, seeds, only or [], at_once, download, ray, out)
+
+    app.command(name, help=about)(command)
+
+
+_grid_command("depth", "Fig. 3: accuracy over depth, h = 1 against h = 0.1, and what h is made of.")
+_grid_command("noise", "Fig. 5: training on noisy inputs, tested on clean ones; noisy labels and noisy tests as well.")
+_grid_command("select", "Fig. 6: accuracy and failed trainings over h, and where rules for h land.")
+_grid_command("robust", "Learning rates, optimisers, no BN; warm-up, clipping and weight decay beside h.")
+_grid_command("finetune", "A trained network, patched without changing its function, trained further on noisy images.")
+
+
+def _grid(
+    name: str,
+    data_root: Path,
+    preset: str,
+    device: str,
+    seeds: int,
+    only: list[str],
+    at_once: int,
+    download: bool,
+    ray: str,
+    out: Path,
+) -> None:
+    """Run a study's trials, say what came out, draw the figures."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else matrix products on several streams vary
+    from reproductions import grid
+    from reproductions.claims import Results
+    from reproductions.figures import draw
+    from reproductions.report import GRIDS
+    from reproductions.scales import SEEDS
+
+    _known(preset)
+    study = GRIDS[name]
+    trials = _chosen(study.trials(preset, seeds or SEEDS[preset]), only)
+    place = grid.Place(out, data_root, _device(device), at_once, download)
+    done = len(grid.recorded(place, trials))
+    if done:
+        console.print(f"{done} of {len(trials)} trials have a record in {out / FILE}.", highlight=False, soft_wrap=True)
+    with _progress() as progress:
+        whole = progress.add_task(f"{name}: all trials", total=sum(map(grid.work, trials)))
+        progress.advance(whole, sum(grid.work(trial) for trial in trials if trial.key in grid.keys_done(place, trials)))
+        flight = progress.add_task("in flight", total=1.0)
+
+        def show(label: str, share: float, work: float) -> None:
+            progress.update(flight, description=label, completed=share)
+            progress.advance(whole, work)
+
+        if ray:
+            from reproductions.on_ray import run
+
+            records = run(ray, place, trials, show)
+        else:
+            records = grid.run(place, trials, show)
+    console.print(_rows(study.claims(Results(records), preset)))
+    failed = sum(record["result"]["failed"] for record in records)
+    console.print(f"{len(records)} trials, {failed} of them failed trainings.", highlight=False)
+    for path in (out / FILE, *draw(out)):
+        console.print(f"Wrote {path}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def throughput(
+    data_root: DataRoot,
+    device: Device = "",
+    data: Annotated[str, typer.Option(help="cifar10 or ag-news.")] = "cifar10",
+    depth: Annotated[int, typer.Option(help="Of the network; 0: 20 for images, 9 for texts.")] = 0,
+    iterations: Annotated[int, typer.Option(min=1, help="That are timed, after the graph is captured.")] = 100,
+    out: Annotated[Path | None, typer.Option(help="Folder for the records; none are written without it.")] = None,
+) -> None:
+    """Samples a second of 1, 4, 8 and 16 trials side by side, in fp32, TF32 and bf16."""
+    from reproductions import throughput as study
+
+    with _progress() as progress:
+        records = study.run(data_root, _device(device), data, depth, iterations, _bar(progress))
+    console.print(study.table(records))
+    if out is not None:
+        console.print(f"Wrote {write_records(out, records)}", soft_wrap=True, highlight=False)
+
+
 @app.command()
 def figures(
     results: Annotated[Path, typer.Option(help="Folder with records, or of such folders.")] = RESULTS,
@@ -142,6 +285,73 @@ def figures(
     for folder in folders:
         for path in draw(folder):
             console.print(f"Wrote {path}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def report(
+    results: Annotated[Path, typer.Option(help="Folder with records, or of such folders.")] = RESULTS,
+) -> None:
+    """Draw all figures anew, and write REPORT.md: what came of each claim of the paper."""
+    from reproductions.report import write
+
+    figures(results)
+    console.print(f"Wrote {write(results)}", soft_wrap=True, highlight=False)
+
+
+def _chosen(trials: list[Trial], only: list[str]) -> list[Trial]:
+    """The trials that have one of the values named for each of the fields named."""
+    wanted: dict[str, set[str]] = {}
+    for choice in only:
+        field, _, value = choice.partition("=")
+        if not hasattr(trials[0], field):
+            raise typer.BadParameter(
+                f"a trial has no {field!r}; it has {', '.join(vars(trials[0]))}", param_hint="--only"
+            )
+        wanted.setdefault(field, set()).add(value)
+    chosen = [t for t in trials if all(_shown(getattr(t, field)) in values for field, values in wanted.items())]
+    if not chosen:
+        there = "; ".join(f"{f} is {', '.join(sorted({_shown(getattr(t, f)) for t in trials}))}" for f in wanted)
+        raise typer.BadParameter(f"no trial has {' and '.join(only)}: {there}", param_hint="--only")
+    return chosen
+
+
+def _shown(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _known(preset: str) -> None:
+    from reproductions.scales import PRESETS
+
+    if preset not in PRESETS:
+        raise typer.BadParameter(f"{preset!r} is none of {', '.join(PRESETS)}", param_hint="--preset")
+
+
+def _device(name: str) -> torch.device:
+    try:
+        return torch.empty(0, device=name or ("cuda" if torch.cuda.is_available() else "cpu")).device
+    except (AssertionError, RuntimeError) as error:  # torch raises either for a device that is not there
+        raise typer.BadParameter(str(error), param_hint="--device") from None
+
+
+def _bar(progress: Progress) -> Callable[[str, float], None]:
+    """A bar for each label, told the share that is done."""
+    tasks: dict[str, TaskID] = {}
+
+    def show(label: str, share: float) -> None:
+        if label not in tasks:
+            tasks[label] = progress.add_task(label, total=1.0)
+        progress.update(tasks[label], completed=share)
+
+    return show
+
+
+def _rows(rows: Sequence[Row]) -> Table:
+    table = Table(box=None, pad_edge=False, show_lines=False)
+    for title in ("claim", "what came out", "verdict"):
+        table.add_column(title, overflow="fold")
+    for row in rows:
+        table.add_row(row.claim, row.outcome, row.verdict)
+    return table
 
 
 def _finish(records: list[Record], folder: Path, statements: Sequence[str | Table]) -> None:

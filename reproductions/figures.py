@@ -50,16 +50,24 @@ def draw(folder: Path) -> list[Path]:
     study = records[0]["study"]
     with plt.rc_context(STYLE):
         if study == "euler":
-            return [_save(_euler(records), folder / "euler.png")]
+            return [save(_euler(records), folder / "euler.png")]
         if study == "two-moon":
             return [
-                _save(_features(two_moon.load_networks(folder)), folder / "features.png"),
-                _save(_learning_rates(records), folder / "learning_rates.png"),
+                save(_features(two_moon.load_networks(folder)), folder / "features.png"),
+                save(_learning_rates(records), folder / "learning_rates.png"),
             ]
+        if study == "dynamics-init":
+            return [save(_start(records), folder / "start.png")]
+        if study == "bounds":
+            return [save(_bounds(records), folder / "bounds.png")]
+    if study == "trials":
+        from reproductions import grid_figures
+
+        return grid_figures.draw(records, folder)
     return []
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save(figure: Figure, path: Path) -> Path:
     figure.savefig(path, bbox_inches="tight", metadata={"Software": None})
     plt.close(figure)
     return path
@@ -164,4 +172,48 @@ def _learning_rates(records: Sequence[Record]) -> Figure:
     grid[1, 1].set_ylim(bottom=0)
     figure.legend(*grid[0, 0].get_legend_handles_labels(), ncols=4, loc="upper center", bbox_to_anchor=(0.5, 0.02))
     figure.tight_layout(h_pad=1.5, w_pad=2.0)
+    return figure
+
+
+# ---- Fig. 2 at the first iteration, and the bounds
+def _start(records: Sequence[Record]) -> Figure:
+    """The gradient of layer 2 before training, over depth."""
+    figure, axes = plt.subplots(figsize=(5.4, 3.6))
+    for h, color, marker in ((1.0, VERMILLION, "o"), (0.1, BLUE, "s")):
+        own = [record for record in records if record["config"]["h"] == h]
+        depths = sorted({record["config"]["depth"] for record in own})
+        values = [[r["result"]["gradients"]["2"] for r in own if r["config"]["depth"] == depth] for depth in depths]
+        axes.plot(depths, [np.median(v) for v in values], color=color, marker=marker, label=f"h = {h:g}")
+        for depth, some in zip(depths, values, strict=True):
+            axes.scatter([depth] * len(some), some, s=10, color=color, alpha=0.4, linewidths=0)
+    axes.set(xscale="log", yscale="log", xlabel="depth")
+    axes.set_xticks(depths, [str(depth) for depth in depths])
+    axes.minorticks_off()
+    axes.set_title("Norm of layer 2's gradient before training", loc="left")
+    axes.legend()
+    return figure
+
+
+def _bounds(records: Sequence[Record]) -> Figure:
+    """Measured growth of gradients and of noise over the first stage (lines), and the bounds (dotted)."""
+    figure, panels = plt.subplots(1, 2, figsize=(9.6, 3.8))
+    for h, color in zip((1.0, 0.3, 0.1, 0.01), (VERMILLION, ORANGE, BLUE, GREEN), strict=True):
+        own = [record for record in records if record["config"]["h"] == h]
+        blocks = sorted({record["result"]["blocks"] for record in own})
+
+        def medians(name: str, own: Sequence[Record] = own, blocks: Sequence[int] = blocks) -> list[float]:
+            return [float(np.median([r["result"][name] for r in own if r["result"]["blocks"] == n])) for n in blocks]
+
+        growth_bounds = [10**exponent for exponent in medians("log10_growth_bound")]
+        pairs = ((medians("growth"), growth_bounds), (medians("noise"), medians("noise_bound")))
+        for axes, (measured, bound) in zip(panels, pairs, strict=True):
+            axes.plot(blocks, measured, color=color, marker="o", label=f"h = {h:g}")
+            axes.plot(blocks, bound, color=color, linestyle=":")
+            axes.set(xscale="log", yscale="log", xlabel="blocks")
+            axes.set_xticks(blocks, [str(n) for n in blocks])
+            axes.minorticks_off()
+    panels[0].set_title("Growth of the gradient, and Proposition 1 (dotted)", loc="left")
+    panels[1].set_title("Growth of noise, and Proposition 2 (dotted)", loc="left")
+    panels[0].legend()
+    figure.tight_layout(w_pad=2.0)
     return figure

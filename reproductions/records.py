@@ -45,15 +45,36 @@ def write_records(folder: Path, records: Iterable[Record]) -> Path:
     unfinished = path.with_suffix(".unfinished")
     with unfinished.open("w") as file:
         for record in records:
-            short = {key: value if key == "config" else _compact(value) for key, value in record.items()}
-            file.write(json.dumps(short, allow_nan=False, separators=(",", ":")) + "\n")
+            file.write(_line(record))
     os.replace(unfinished, path)
     return path
 
 
+def append_record(folder: Path, record: Record) -> Path:
+    """Add one record to `folder/records.jsonl`, on the disk when this returns.
+
+    What an earlier process had begun to write when it was killed is no line, and is cut off.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / FILE
+    with path.open("ab+") as file:
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(_line(record).encode())
+        file.flush()
+        os.fsync(file.fileno())
+    return path
+
+
 def read_records(folder: Path) -> list[Record]:
-    """The records of a folder, in the order in which they were written."""
-    return [json.loads(line) for line in (folder / FILE).read_text().splitlines()]
+    """The records of a folder, in the order in which they were written; a line that has no end is none."""
+    whole, _, _ = (folder / FILE).read_text().rpartition("\n")
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def _line(record: Record) -> str:
+    short = {key: value if key == "config" else _compact(value) for key, value in record.items()}
+    return json.dumps(short, allow_nan=False, separators=(",", ":")) + "\n"
 
 
 def _compact(value: Any) -> Any:
@@ -69,7 +90,7 @@ def _compact(value: Any) -> Any:
 
 # ---- statistics
 def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """The mean of independent values, and the ends of its 95 % interval by Student's t.
+    """The mean of independent values, and the ends of its 95 % interval by Student's t; of one value it is infinite.
 
     Example:
         >>> mean, low, high = mean_interval([1.0, 2.0, 3.0])
@@ -77,6 +98,8 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
         (2.0, -0.484, 4.484)
     """
     mean = float(np.mean(values))
+    if len(values) < 2:
+        return mean, -math.inf, math.inf
     half = t_quantile(len(values) - 1) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
     return mean, mean - half, mean + half
 

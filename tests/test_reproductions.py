@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import eulernet
-from reproductions import cifar10, data, euler, models, records, two_moon
+from reproductions import cifar10, data, euler, records, two_moon
 from reproductions.cli import RESULTS, app, main
 from reproductions.data import DataError, load_cifar10, two_moons
 from reproductions.records import mean_interval, read_records, t_quantile, write_records
@@ -36,7 +36,7 @@ def run_cli(*arguments: object) -> str:
 
 
 # ---- the package
-@pytest.mark.parametrize("module", [data, euler, models, records, two_moon], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [data, euler, records, two_moon], ids=lambda module: module.__name__)
 def test_examples_in_docstrings_run(module: ModuleType) -> None:
     assert doctest.testmod(module).failed == 0
 

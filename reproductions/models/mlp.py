@@ -1,4 +1,4 @@
-"""The networks, ordinary modules with h = 1; `eulernet.patch` gives them their step factor."""
+"""The vanilla residual network for TWO-MOON."""
 
 from __future__ import annotations
 

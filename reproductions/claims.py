@@ -1,0 +1,159 @@
+"""What is said about records: a claim, what was run, what came out with its interval, a verdict.
+
+Fixed before anything was run: a difference of means counts when its 95 % interval excludes 0; spreads are compared
+over pooled cells alone; a training has failed when its loss is not finite or above 0.95 ln(classes) at the end.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from reproductions.records import Record, mean_interval
+from reproductions.trial import Trial
+
+SEEDS = range(10)
+SUPPORTED, REFUTED, UNDECIDED, NOT_RUN = "supported", "refuted", "undecided", "not run"
+
+# What stands beside the test accuracy after the last epoch.
+BESIDE = {
+    "best_test_accuracy": "best epoch",
+    "test_accuracy_reestimated": "BN re-estimated",
+    "train_accuracy": "train",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the report."""
+
+    claim: str
+    run: str
+    outcome: str
+    verdict: str
+
+
+class Results:
+    """Records of trials, by key."""
+
+    def __init__(self, records: Iterable[Record]) -> None:
+        self.records = {record["key"]: record for record in records if "key" in record}
+
+    def values(self, cell: Trial, name: str) -> dict[int, float]:
+        """By seed, one number of the trials that differ from `cell` in the seed alone; what is null is not a number."""
+        found = {}
+        for seed in SEEDS:
+            record = self.records.get(replace(cell, seed=seed).key)
+            if record is not None:
+                value = _look_up(record, name)
+                found[seed] = math.nan if value is None else float(value)
+        return found
+
+    def column(self, cell: Trial, name: str) -> list[float]:
+        return list(self.values(cell, name).values())
+
+    def has(self, cells: Iterable[Trial]) -> bool:
+        return any(self.values(cell, "failed") for cell in cells)
+
+
+def _look_up(record: Record, name: str) -> float | None:
+    """`a/b` is the entry b of the entry a; a list counts with its mean."""
+    value = record["result"]
+    for part in name.split("/"):
+        value = value.get(part) if value is not None else None
+    return float(np.mean(value)) if isinstance(value, list) else value
+
+
+Pair = tuple[Trial, Trial]
+
+
+def differences(results: Results, pairs: Iterable[Pair], name: str) -> list[float]:
+    """Second minus first of each pair of cells, by seed; over several pairs, the mean of a seed."""
+    by_seed: dict[int, list[float]] = {}
+    for first, second in pairs:
+        a, b = results.values(first, name), results.values(second, name)
+        for seed in a.keys() & b.keys():
+            by_seed.setdefault(seed, []).append(b[seed] - a[seed])
+    return [float(np.mean(values)) for _, values in sorted(by_seed.items())]
+
+
+def compare(
+    results: Results, claim: str, pairs: Sequence[Pair], name: str, higher: bool = True, form: str = "{:+.3f}"
+) -> Row:
+    """Whether the second of each pair is higher, or lower: means over seeds, paired by seed.
+
+    A number that is not finite is worse than any that is, and makes the comparison undecided if it does not go without.
+    """
+    found = differences(results, pairs, name)
+    finite = [value for value in found if math.isfinite(value)]
+    run = describe([cell for pair in pairs for cell in pair], len(found))
+    if not found:
+        return Row(claim, describe([cell for pair in pairs for cell in pair], 0), "", NOT_RUN)
+    if len(finite) < 2:
+        return Row(claim, run, f"{len(finite)} of {len(found)} seeds can be compared", UNDECIDED)
+    mean, low, high = mean_interval(finite)
+    lost = f"; {len(found) - len(finite)} seeds not finite" if len(finite) < len(found) else ""
+    outcome = f"{levels(results, pairs, name)}; {form.format(mean)} ({form.format(low)} to {form.format(high)}){lost}"
+    if name == "test_accuracy":
+        outcome += "".join(f"; {word} {levels(results, pairs, other)}" for other, word in BESIDE.items())
+    return Row(claim, run, outcome, verdict(low, high, higher))
+
+
+def verdict(low: float, high: float, higher: bool = True) -> str:
+    """What an interval of a difference says of a claim about its sign.
+
+    Example:
+        >>> verdict(0.1, 0.2), verdict(0.1, 0.2, higher=False), verdict(-0.1, 0.2)
+        ('supported', 'refuted', 'undecided')
+    """
+    if low > 0 or high < 0:
+        return SUPPORTED if (low > 0) == higher else REFUTED
+    return UNDECIDED
+
+
+def levels(results: Results, pairs: Sequence[Pair], name: str) -> str:
+    """The medians of both, over seeds and pairs."""
+    sides = [[v for cell in side for v in results.column(cell, name)] for side in zip(*pairs, strict=True)]
+    if any(np.isnan(side).all() for side in sides):  # without BN there is nothing to estimate anew
+        return "none"
+    return " -> ".join(f"{np.median(side):.3g}" for side in sides)
+
+
+def compare_spreads(results: Results, claim: str, pairs: Sequence[Pair], name: str) -> Row:
+    """Whether the second of each pair scatters less over seeds: mean distance to the cell's median, cells pooled."""
+    found = []
+    for pair in pairs:
+        values = [results.values(cell, name) for cell in pair]
+        seeds = sorted(values[0].keys() & values[1].keys())
+        if len(seeds) >= 3:
+            a, b = (np.array([side[seed] for seed in seeds]) for side in values)
+            found += list(np.abs(b - np.median(b)) - np.abs(a - np.median(a)))
+    cells = [cell for pair in pairs for cell in pair]
+    if not found:
+        return Row(claim, describe(cells, 0), "", NOT_RUN)
+    mean, low, high = mean_interval(found)
+    outcome = f"mean distance to the median {mean:+.4f} ({low:+.4f} to {high:+.4f}), {len(found)} pairs"
+    return Row(claim, describe(cells, 0), outcome, verdict(low, high, higher=False))
+
+
+def failures(results: Results, cell: Trial) -> tuple[int, int]:
+    """How many trainings of a cell failed, and of how many."""
+    found = results.column(cell, "failed")
+    return int(sum(found)), len(found)
+
+
+def describe(cells: Sequence[Trial], seeds: int) -> str:
+    """What was run, in words: networks, data, epochs, seeds."""
+    names = {"resnet": "ResNet", "vdcnn": "VDCNN", "vdcnn-original": "VDCNN (original)"}
+    networks = sorted({(names[c.model], c.depth, c.norm) for c in cells})
+    shown = ", ".join(f"{name}-{depth}{'' if norm else ' without BN'}" for name, depth, norm in networks)
+    cell = cells[0]
+    if cell.data == "cifar10":
+        data = f"{cell.train or 50_000:,} images of {cell.size or 32} x {cell.size or 32}"
+    else:
+        data = f"{cell.train:,} texts of {cell.size} letters" if cell.train else "all training texts at hand"
+    more = f", {seeds} seed{'s' if seeds > 1 else ''}" if seeds else ""
+    return f"{shown}; {data}; {cell.epochs} epochs{more}"
