@@ -199,8 +199,8 @@ def claims(records: Sequence[Record], preset: str) -> list[Row]:
     inside = [BEST[depth][0] <= h <= BEST[depth][1] for depth in depths if depth in BEST for h in chosen[depth]]
     rows.append(
         Row(
-            "`eulernet.calibrate`, before training, lands where the paper's grid found the best h: 0.1 to 2 at depth 20, "
-            "near 0.1 (0.05 to 0.2) at 110 and 218",
+            "`eulernet.calibrate`, before training, lands where the paper's grid found the best h: 0.1 to 2 at depth "
+            "20, near 0.1 (0.05 to 0.2) at 110 and 218",
             run,
             "; ".join(f"depth {depth}: h = {', '.join(f'{h:.3f}' for h in found)}" for depth, found in chosen.items()),
             holds(not all(inside)),
