@@ -145,6 +145,7 @@ def test_parameters_and_buffers_stay(cls: type[traps.Trap], look: Callable[..., 
 
 @both
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.filterwarnings("ignore:Stage seems to be trained")
 def test_batch_norm_statistics_stay(look: Callable[..., None], training: bool) -> None:
     model, inputs = build(traps.Stage, training=training)
     model(*inputs)
