@@ -1867,7 +1867,7 @@ class WorksInHooks(Trap):
 
 @trap
 class LayersDroppedAtRandom(Trap):
-    """In training each layer is left out with a probability (LayerDrop): others in each run but for the seed."""
+    """In training each layer is left out with a probability (LayerDrop): in the trace and its proof the same ones."""
 
     expected = each("layers.0", "layers.1", "layers.2", "layers.3")
 
