@@ -42,8 +42,8 @@ NOT_BUILT = {
     edgetam_video gemma3n_audio gemma4_vision jev muse_glimmer_assistant omdet-turbo oneformer perceiver pi0
     pix2struct timesfm
     """,
-    # The default configuration lacks a value, its parts fit at no scale, or the inputs need more than a shape (image tokens,
-    # positions of patches, several code books).
+    # The default configuration lacks a value, its parts fit at no scale, or the inputs need more than a shape (image
+    # tokens, positions of patches, several code books).
     "no size fits": """
     apertus1p5 blt chameleon chmv2 clvp cohere_compass cohere_compass_text dbrx deepseek_ocr2 depth_pro dia
     diffusion_gemma edgetam edgetam_vision_model efficientloftr emu3 ernie4_5_moe ernie4_5_vl_moe evolla fast_vlm
