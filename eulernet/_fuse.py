@@ -137,6 +137,8 @@ def _fused(
     name = after(activation)
     if activation is not None and (name is None or not _bare(activation)):
         return None
+    if not isinstance(h, Tensor) and h == 1 and (waiting is not None or name not in (None, "relu")):
+        return None  # with h = 1 the bits are the original's: a kernel rounds once where several operations round each
     scale, drops = (None, False) if waiting is None else (waiting.scale, waiting.drop_path is not None)
     if not kernels.chosen(left, other, worth=name is not None or scale is not None or drops):
         return None

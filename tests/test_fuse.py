@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from checks import assert_identical, train
+from checks import assert_identical, run, train
 from timm.layers import DropPath, LayerScale, LayerScale2d
 from torch import Tensor, nn
 
@@ -187,6 +187,18 @@ def test_on_the_cpu_the_bits_are_the_originals(
     patched = eulernet.patch(copy.deepcopy(model), h=1.0, example_inputs=x)
     assert_identical(train(patched, ((x,), {})), train(model, ((x,), {})))
     assert launches == []
+
+
+@models
+@pytest.mark.filterwarnings("ignore::eulernet.EulernetWarning")
+def test_with_one_the_bits_are_the_originals_whatever_computes(
+    build: Callable[[], nn.Module], inputs: Callable[[], Tensor], steps: int, launches: list[str]
+) -> None:
+    model, x = build().to(DEVICE), inputs()
+    patched = eulernet.patch(copy.deepcopy(model), h=1.0, example_inputs=x)
+    with kernels.mode("triton"):
+        assert_identical(run(patched, ((x,), {})), run(model, ((x,), {})))
+        assert_identical(train(patched, ((x,), {})), train(model, ((x,), {})))
 
 
 @models
