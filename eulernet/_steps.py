@@ -34,7 +34,8 @@ _NORMS = frozenset(
     "batch_norm layer_norm group_norm instance_norm rms_norm local_response_norm normalize native_batch_norm "
     "native_layer_norm native_group_norm".split()
 )
-_PADS = frozenset("pad constant_pad_nd cat concat concatenate zeropad2d".split())
+_JOINS = frozenset("cat concat concatenate".split())
+_PADS = frozenset("pad constant_pad_nd zeropad2d".split()) | _JOINS
 _SCALES = frozenset("mul multiply rmul div divide true_divide imul".split())
 _MAPS = re.compile(
     r"conv|linear|matmul|(^|_)(mm|bmm|mv|dot|inner|outer|addr|ger)$|addb?mm|addmv|baddbmm|einsum|tensordot|multi_dot|"
@@ -118,11 +119,25 @@ class _Graph:
             op = self.nodes[node].op
             inputs = self.state_inputs(node)
             maps += self.is_map(node)
+            if op in _JOINS and len(inputs) > 1:
+                whole = self._whole(inputs, start, most)
+                if whole is None:
+                    return
+                node, more = whole
+                maps += more
+                yield node, maps
+                continue
             simple = op in _MATCHING or _POOLS.search(op)
             if len(inputs) != 1 or maps > most or not (simple or self.is_map(node)):
                 return
             node = inputs[0]
             yield node, maps
+
+    def _whole(self, parts: tuple[int, ...], start: int, most: float) -> tuple[int, int] | None:
+        """What all parts come from by shape-matching maps only, as where the class token is taken apart for pooling."""
+        chains = [dict(self.matched(part, start, most)) for part in parts]
+        common = set(chains[0]).intersection(*chains[1:])
+        return (max(common), max(chain[max(common)] for chain in chains)) if common else None
 
     def ancestors(self, node: int, start: int, floor: int) -> set[int]:
         """The nodes that `node` was computed from, within a call that began at `start`, none older than `floor`."""
