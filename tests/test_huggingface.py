@@ -13,19 +13,20 @@ transformers = pytest.importorskip("transformers")
 
 QUICK = "bert llama t5 clip".split()
 
-# Stacks of convolutions; DeepSeek-V4, whose skip is a mixture of streams by a matrix that depends on the input; I-BERT,
-# which adds in its quantiser, two modules below the one whose caller began the branch.
-WITHOUT_STEPS = "deepseek_v4 glm5_next glm5_next_text ibert mobilenet_v1 pp_lcnet superpoint".split()
+# Stacks of convolutions; hyper-connections (DeepSeek-V4, GLM-5), whose skip is a mixture of streams by a matrix that
+# depends on the input; I-BERT, which adds in its quantiser, two modules below the one whose caller began the branch;
+# ZAYA, whose skip has a learned bias besides its scale.
+WITHOUT_STEPS = "deepseek_v4 glm5_next glm5_next_text ibert mobilenet_v1 pp_lcnet slanet superpoint zaya".split()
 
 # What the original itself cannot do: run in float64, since it computes some of it in float32 whatever it is given; run
 # under autocast on a CPU; train on these inputs.
 CANNOT = {
     "float64": """
     autoformer dab-detr fastspeech2_conformer fastspeech2_conformer_with_hifigan gemma4_audio inkling2 inkling2_loop
-    inkling2_loop_text inkling2_text mimi mra
+    inkling2_loop_text inkling2_text mimi mra slanext xglm
     """.split(),
     "autocast": "deberta".split(),
-    "train": "fastspeech2_conformer fastspeech2_conformer_with_hifigan reformer".split(),
+    "train": "fastspeech2_conformer fastspeech2_conformer_with_hifigan reformer wavtokenizer_encoder".split(),
 }
 
 # No model is built of these: what `hugging_face_model` says, why, and the types.
@@ -41,7 +42,8 @@ NOT_BUILT = {
     # arguments that only its processor makes
     "its inputs cannot be guessed": """
     edgetam_video gemma3n_audio gemma4_vision jev muse_glimmer_assistant omdet-turbo oneformer pi0 sam2_video
-    sam3_tracker_video timesfm
+    sam3_tracker_video sam3_video seggpt siglip2_vision_model timesfm mimi_decoder
+    pocket_tts_audio_tokenizer_decoder
     """,
     # The default configuration lacks a value, its parts fit at no scale, or the inputs need more than a shape (image
     # tokens, positions of patches, several code books).
@@ -54,9 +56,11 @@ NOT_BUILT = {
     moonshine_streaming muse_spark_audio musicgen musicgen_melody nemotron3_5_transcribe_asr_audio
     nemotron3_5_transcribe_audio nemotron3_diarization nemotron3_diarization_audio neucodec omniasr_audio
     omniasr_ctc pe_audio_video pe_audio_video_encoder pe_video pe_video_encoder perception_lm pp_doclayout_v2
-    pp_ocrv5_server_det pp_ocrv6_medium_det pp_ocrv6_small_det prompt_depth_anything qwen3_asr_encoder
-    qwen3_omni_moe qwen4_exp qwen4_exp_text rt_detr step3p7 superglue t5gemma2_encoder timm_backbone tipsv2_dpt tvp
-    univnet upernet uvdoc
+    pp_ocrv5_server_det pp_ocrv6_medium_det pp_ocrv6_small_det qwen3_asr_encoder qwen3_omni_moe qwen4_exp
+    qwen4_exp_text sam3_tracker shieldgemma2 siglip2 speech-encoder-decoder speecht5 step3p7 superglue
+    t5gemma2_encoder timm_backbone tvp univnet uvdoc vibevoice vibevoice_acoustic_tokenizer vibevoice_asr videomt
+    vitmatte voxtral_realtime voxtral_realtime_text xcodec2 xmod vibevoice_acoustic_tokenizer_decoder
+    vibevoice_acoustic_tokenizer_encoder
     """,
 }
 
