@@ -327,6 +327,31 @@ def test_trials_side_by_side_are_those_one_at_a_time(root: Path, tmp_path: Path)
     assert len({json.dumps(r["result"]) for r in one}) == 4
 
 
+def test_a_captured_iteration_is_replayed_for_all_whole_batches_after_the_warm_up(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The order of things on a CUDA device, with a graph that runs what it stands for."""
+    one = replace(TINY, epochs=3)
+    replayed: list[int] = []
+
+    class Graph:
+        def __init__(self, together: SideBySide, size: int) -> None:
+            self.together, self.size = together, size
+
+        def replay(self) -> None:
+            replayed.append(self.size)
+            self.together._each(self.size)
+
+    monkeypatch.setattr(SideBySide, "_capture", Graph)
+    together = SideBySide([Training(one, source_of(one, root), CPU)])
+    assert not together.captures
+    together.captures = True
+    for _ in range(3):
+        together.epoch()
+    assert replayed == [32] * 3  # of six whole batches; those of 8 samples run as they are
+    assert together.trainings[0].curve == trained(one, root).curve
+
+
 @pytest.mark.parametrize("name", ["adam", "rmsprop", "adagrad"])
 def test_other_optimisers_take_the_learning_rate_as_it_stands(name: Any, root: Path) -> None:
     training = Training(replace(TINY, optimizer=name, rate=0.5), source_of(TINY, root), CPU)
