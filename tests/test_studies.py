@@ -342,7 +342,7 @@ def test_a_captured_iteration_is_replayed_for_all_whole_batches_after_the_warm_u
             replayed.append(self.size)
             self.together._each(self.size)
 
-    monkeypatch.setattr(SideBySide, "_capture", Graph)
+    monkeypatch.setattr(SideBySide, "_capture", lambda self, size: Graph(self, size))
     together = SideBySide([Training(one, source_of(one, root), CPU)])
     assert not together.captures
     together.captures = True
