@@ -689,6 +689,13 @@ def test_depth_command_writes_records_figures_and_a_report(
     assert re.search(r"\| resnet 56: h = 0.1 tests better than h = 1 \| ResNet-8; 72 images .* 2 seeds \| .*\*\*", text)
 
 
+def test_missing_texts_are_noticed_before_the_images_are_trained_on(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "cifar-10-batches-bin").symlink_to(root / "cifar-10-batches-bin")
+    with pytest.raises(DataError, match="holds no AG-NEWS"):
+        run_cli("depth", "--data-root", tmp_path, "--device", "cpu", "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_start_bounds_and_throughput_commands(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dynamics, "DEPTHS", (8, 14))
     monkeypatch.setattr(bounds, "DEPTHS", {"smoke": (8, 14)})
