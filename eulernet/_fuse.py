@@ -110,6 +110,8 @@ def step(
     in_place: bool = False,
 ) -> Any:
     """`activation(left + alpha * right)` with the branch scaled, in one operation where that is possible."""
+    if type(right) is Later and not skip_is_left:
+        right = right.run()  # it is the skip
     if not torch.compiler.is_compiling():
         result = _fused(activation, left, right, h, skip_is_left, alpha, in_place)
         if result is not None:
@@ -135,10 +137,12 @@ def _fused(
     name = after(activation)
     if activation is not None and (name is None or not _bare(activation)):
         return None
+    if not isinstance(h, Tensor) and h == 1 and (waiting is not None or name not in (None, "relu")):
+        return None  # with h = 1 the bits are the original's: a kernel rounds once where several operations round each
     scale, drops = (None, False) if waiting is None else (waiting.scale, waiting.drop_path is not None)
     if not kernels.chosen(left, other, worth=name is not None or scale is not None or drops):
         return None
-    if not skip_is_left and (waiting is not None or alpha != 1 or left.stride() != other.stride()):
+    if not skip_is_left and (alpha != 1 or left.stride() != other.stride()):
         return None  # the first operand decides the result's strides
     if in_place and (waiting is not None or left.dtype != other.dtype or isinstance(h, Tensor)):
         return None

@@ -37,7 +37,8 @@ class Covered(NamedTuple):
     folded: int
 
 
-COMMAND = "python -m pytest -n 2 -m sweep --write-coverage docs/coverage.md"
+SWEEPS = "tests/test_timm.py tests/test_torchvision.py tests/test_huggingface.py"
+COMMAND = f"python -m pytest -n 2 {SWEEPS} --write-coverage docs/coverage.md"
 PACKAGES = {"timm": "timm", "torchvision": "torchvision", "Hugging Face": "transformers"}
 
 

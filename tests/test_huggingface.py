@@ -15,16 +15,17 @@ QUICK = "bert llama t5 clip".split()
 
 # Stacks of convolutions; DeepSeek-V4, whose skip is a mixture of streams by a matrix that depends on the input; I-BERT,
 # which adds in its quantiser, two modules below the one whose caller began the branch.
-WITHOUT_STEPS = "deepseek_v4 glm5_next ibert mobilenet_v1 pp_lcnet superpoint".split()
+WITHOUT_STEPS = "deepseek_v4 glm5_next glm5_next_text ibert mobilenet_v1 pp_lcnet superpoint".split()
 
 # What the original itself cannot do: run in float64, since it computes some of it in float32 whatever it is given; run
 # under autocast on a CPU; train on these inputs.
 CANNOT = {
     "float64": """
-    autoformer dab-detr fastspeech2_conformer inkling2 inkling2_loop inkling2_loop_text inkling2_text mimi mra
+    autoformer dab-detr fastspeech2_conformer fastspeech2_conformer_with_hifigan gemma4_audio inkling2 inkling2_loop
+    inkling2_loop_text inkling2_text mimi mra
     """.split(),
     "autocast": "deberta".split(),
-    "train": "fastspeech2_conformer reformer".split(),
+    "train": "fastspeech2_conformer fastspeech2_conformer_with_hifigan reformer".split(),
 }
 
 # No model is built of these: what `hugging_face_model` says, why, and the types.
@@ -39,24 +40,23 @@ NOT_BUILT = {
     """,
     # arguments that only its processor makes
     "its inputs cannot be guessed": """
-    edgetam_video gemma3n_audio gemma4_vision jev muse_glimmer_assistant omdet-turbo oneformer perceiver pi0
-    pix2struct timesfm
+    edgetam_video gemma3n_audio gemma4_vision jev muse_glimmer_assistant omdet-turbo oneformer pi0 sam2_video
+    sam3_tracker_video timesfm
     """,
-    # The default configuration lacks a value, its parts fit at no scale, or the inputs need more than a shape (image tokens,
-    # positions of patches, several code books).
+    # The default configuration lacks a value, its parts fit at no scale, or the inputs need more than a shape (image
+    # tokens, positions of patches, several code books).
     "no size fits": """
     apertus1p5 blt chameleon chmv2 clvp cohere_compass cohere_compass_text dbrx deepseek_ocr2 depth_pro dia
     diffusion_gemma edgetam edgetam_vision_model efficientloftr emu3 ernie4_5_moe ernie4_5_vl_moe evolla fast_vlm
-    fun_asr_nano_encoder funnel gemma4_assistant gemma4_unified_assistant glm46v glm4v glm4v_text glm5_next_text
-    glm_image glm_ocr glmga gpt_neo granite4_vision granitemoehybrid hunyuan_vl hunyuan_vl_text idefics
-    inkling2_vision instructblipvideo kimi_k25_vision kosmos-2 kyutai_speech_to_text lfm2_moe lightglue llama4
-    lw_detr mask2former minicpm_ocr_vision minicpmv4_7_vision ministral molmo2 moonshine_streaming muse_spark_audio
-    musicgen musicgen_melody nemotron nemotron3_5_transcribe_asr_audio nemotron3_5_transcribe_audio
-    nemotron3_diarization nemotron3_diarization_audio neucodec omniasr_audio omniasr_ctc pe_video pe_video_encoder
-    perception_lm pp_doclayout_v2 pp_doclayout_v3 pp_doclayout_v4 pp_ocrv5_mobile_det pp_ocrv5_server_det
-    pp_ocrv6_medium_det pp_ocrv6_small_det prompt_depth_anything qwen3_asr_encoder qwen3_omni_moe qwen4_exp
-    qwen4_exp_text rt_detr rt_detr_v2 step3p7 superglue t5gemma2_encoder timm_backbone tipsv2_dpt tvp univnet
-    upernet uvdoc
+    fun_asr_nano_encoder funnel gemma4_assistant gemma4_unified_assistant granite4_vision granitemoehybrid
+    hunyuan_vl hunyuan_vl_text idefics inkling2_vision instructblipvideo kimi_k25_vision kosmos-2
+    kyutai_speech_to_text lfm2_moe lightglue llama4 lw_detr minicpm_ocr_vision minicpmv4_7_vision molmo2
+    moonshine_streaming muse_spark_audio musicgen musicgen_melody nemotron3_5_transcribe_asr_audio
+    nemotron3_5_transcribe_audio nemotron3_diarization nemotron3_diarization_audio neucodec omniasr_audio
+    omniasr_ctc pe_audio_video pe_audio_video_encoder pe_video pe_video_encoder perception_lm pp_doclayout_v2
+    pp_ocrv5_server_det pp_ocrv6_medium_det pp_ocrv6_small_det prompt_depth_anything qwen3_asr_encoder
+    qwen3_omni_moe qwen4_exp qwen4_exp_text rt_detr step3p7 superglue t5gemma2_encoder timm_backbone tipsv2_dpt tvp
+    univnet upernet uvdoc
     """,
 }
 
