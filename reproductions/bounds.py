@@ -58,8 +58,7 @@ def run(
         inputs, labels = source.batch(source.draw(seed, 0)[:SAMPLES].to(device))
         calibrated = {}
         if h == H[0]:
-            chosen = eulernet.calibrate(network, (inputs, labels), nn.functional.cross_entropy)
-            calibrated = {"calibrated_h": chosen}
+            calibrated = {"calibrated_h": calibrate(network, inputs, labels)}
         result = calibrated | measure(network, inputs, labels, h, torch.Generator().manual_seed(seed))
         records.append(
             {
@@ -72,6 +71,14 @@ def run(
         )
         show("bounds", (number + 1) / len(cases))
     return records
+
+
+def calibrate(network: CifarResNet, inputs: Tensor, labels: Tensor) -> float | None:
+    """The h at which gradients grow twofold over all steps; None where they do at no h."""
+    try:
+        return eulernet.calibrate(network, (inputs, labels), nn.functional.cross_entropy)
+    except eulernet.EulernetError:
+        return None
 
 
 def measure(
@@ -195,7 +202,7 @@ def claims(records: Sequence[Record], preset: str) -> list[Row]:
             holds(not all(r["noise_holds"] for r in results)),
         ),
     ]
-    chosen = {depth: [r["result"]["calibrated_h"] for r in own if _is(r, depth, H[0])] for depth in depths}
+    chosen = {depth: [r["result"]["calibrated_h"] or math.nan for r in own if _is(r, depth, H[0])] for depth in depths}
     inside = [BEST[depth][0] <= h <= BEST[depth][1] for depth in depths if depth in BEST for h in chosen[depth]]
     rows.append(
         Row(

@@ -216,7 +216,7 @@ def _grid(
 ) -> None:
     """Run a study's trials, say what came out, draw the figures."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else matrix products on several streams vary
-    from reproductions import grid
+    from reproductions import grid, sources
     from reproductions.claims import Results
     from reproductions.figures import draw
     from reproductions.report import GRIDS
@@ -226,6 +226,8 @@ def _grid(
     study = GRIDS[name]
     trials = _chosen(study.trials(preset, seeds or SEEDS[preset]), only)
     place = grid.Place(out, data_root, _device(device), at_once, download)
+    left = {trial.data for group in grid.groups(place, trials) for trial in group}
+    sources.check(sorted(left), data_root, download)
     done = len(grid.recorded(place, trials))
     if done:
         console.print(f"{done} of {len(trials)} trials have a record in {out / FILE}.", highlight=False, soft_wrap=True)

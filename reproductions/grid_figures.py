@@ -58,7 +58,7 @@ def points(
     style: dict[str, Any] = {"color": color, "marker": marker, "linestyle": line, "markersize": 5, "capsize": 3}
     axes.errorbar(at, medians, spreads, label=label, **style)
     for x, values in zip(at, found.values(), strict=True):
-        axes.scatter([x] * len(values), values, s=10, color=color, alpha=0.4, linewidths=0, zorder=3)
+        axes.scatter([x] * len(values), values, s=14, color=color, alpha=0.5, linewidths=0, zorder=3)
     return sum(map(len, found.values()))
 
 
@@ -90,7 +90,8 @@ def _depth(results: Results, preset: str) -> Figure | None:
     data = [d for d in data if results.has(depth.cell(preset, d[0], n, EULER) for n in d[2])]
     if not data:
         return None
-    figure, panels = _panels(len(data) * 2)
+    figure, grid = plt.subplots(len(data), 2, figsize=(9.6, 3.6 * len(data)), squeeze=False)
+    panels = list(grid.flat)
     for index, axes in enumerate(panels):
         model, title, depths = data[index // 2]
         name, words = quantities[index % 2]

@@ -36,7 +36,9 @@ def run(
     try:
         ray.init(address=None if address == "local" else address, log_to_driver=False, include_dashboard=False)
     except (ConnectionError, ValueError) as error:
-        raise DataError(f"no Ray cluster at {address!r}: {error}. Start one with: ray start --head") from error
+        raise DataError(
+            f"no Ray cluster at {address!r}: {str(error).rstrip('.')}. Start one with: ray start --head"
+        ) from error
     place = replace(place, folder=place.folder.resolve(), data_root=place.data_root.resolve())
     gpus = 1 if place.device.type == "cuda" else 0
     train = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=-1)(grid.train)

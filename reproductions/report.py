@@ -29,7 +29,8 @@ The paper is *Towards Robust ResNet: A Small Step but a Giant Leap* (Zhang et al
 is one claim and one setting. Numbers are `h = 1 -> h = 0.1` (medians over seeds, after the last epoch unless it says
 otherwise), the mean difference over seeds, and its 95 % interval. A verdict is *supported* or *refuted* when that
 interval excludes 0, else *undecided*; *not run* says that there are no records. It holds for the setting of its row: a
-reduced setting says nothing about the paper's. `python -m reproductions STUDY --preset paper` is the paper's protocol;
+reduced setting says nothing about the paper's. There are many rows, and of those without any effect one in twenty is
+decided by chance. `python -m reproductions STUDY --preset paper` is the paper's protocol;
 [campaign.md](../campaign.md) lists what is still to be run, with its cost.
 
 What the paper does not say and was chosen here: the generator of the mosaics (tiles replaced by their mean) and all

@@ -23,7 +23,9 @@ NETWORKS: dict[str, tuple[tuple[str, int], ...]] = {
     "paper": (("resnet", 110), ("resnet", 20), ("vdcnn", 49), ("vdcnn", 17), ("resnet", 218)),
 }
 HELD_OUT = {"smoke": 64, "cpu": 500, "small": 5000, "paper": 5000}
-CHOICES = (*RULES, CALIBRATE)  # what chooses h without any training
+# What chooses h without any training. In VDCNN gradients grow more than twofold by its pooling, at any h: there is
+# nothing to calibrate by.
+CHOICES: dict[str, tuple[str, ...]] = {"resnet": (*RULES, CALIBRATE), "vdcnn": (*RULES,)}
 FAILURE_SEEDS, FAILURE_EPOCHS = 10, 3
 # The paper's best h, as ranges; "near" is read as within a factor of 2.
 CLAIMED = {
@@ -37,7 +39,7 @@ CLAIMED = {
 
 def grid_of(preset: str, model: str) -> tuple[float | str, ...]:
     values = TEXT_H if model == "vdcnn" else IMAGE_H
-    return ((0.01, 0.1, 1.0) if preset == "smoke" else values) + CHOICES
+    return ((0.01, 0.1, 1.0) if preset == "smoke" else values) + CHOICES[model]
 
 
 def cell(preset: str, model: str, depth: int, h: float | str) -> Trial:
@@ -92,7 +94,7 @@ def claims(results: Results, preset: str) -> list[Row]:
             rows.append(compare(results, claim, pair, "test_accuracy"))
             low = [(cell(preset, model, depth, 0.001), cell(preset, model, depth, chosen))]
             rows.append(compare(results, f"{model} {depth}: h = 0.001 tests worse than that", low, "test_accuracy"))
-            for rule in CHOICES:
+            for rule in CHOICES[model]:
                 pair = [(cell(preset, model, depth, chosen), cell(preset, model, depth, rule))]
                 row = compare(
                     results, f"{model} {depth}: h = {rule} tests worse than that", pair, "test_accuracy", False

@@ -6,7 +6,7 @@ every device, after every restart, and with no random numbers inside a captured 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from pathlib import Path
 
@@ -106,6 +106,16 @@ def load(trial: Trial, root: Path, device: torch.device, download: bool = False)
     """
     same = {name: getattr(trial, name) for name in _DATA_FIELDS}
     return _load(Trial(**same, seed=trial.seed if trial.noise else 0), root, device, download)
+
+
+def check(names: Iterable[str], root: Path, download: bool = False) -> None:
+    """Read the data sets of these names, so that what is wrong with any is said before the first training.
+
+    Raises:
+        DataError: a file is missing or damaged.
+    """
+    for name in names:
+        (_cifar10 if name == "cifar10" else _ag_news)(root, download)
 
 
 _cifar10 = lru_cache(maxsize=1)(load_cifar10)

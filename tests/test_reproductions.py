@@ -203,8 +203,8 @@ def test_best_learning_rate_is_chosen_on_validation_points() -> None:
 
 
 def test_two_moon_command_writes_what_figures_draws_again(tmp_path: Path) -> None:
-    printed = run_cli("two-moon", "--preset", "smoke", "--seeds", 2, "--out", tmp_path)
-    records = read_records(tmp_path)
+    printed = run_cli("two-moon", "--preset", "smoke", "--seeds", 2, "--out", tmp_path / "study")
+    records = read_records(tmp_path / "study")
     assert len(records) == len(two_moon.ARMS) * len(two_moon.LEARNING_RATES) * 2
     assert {record["study"] for record in records} == {"two-moon"}
     trials = [
@@ -224,11 +224,11 @@ def test_two_moon_command_writes_what_figures_draws_again(tmp_path: Path) -> Non
         assert len(record["result"]["train_loss_curve"]) == 8
     assert "Failed trainings of 2" in printed and "paired by seed" in printed
 
-    pictures = {name: (tmp_path / name).read_bytes() for name in ("features.png", "learning_rates.png")}
+    pictures = {name: (tmp_path / "study" / name).read_bytes() for name in ("features.png", "learning_rates.png")}
     for name in pictures:
-        (tmp_path / name).unlink()
-    run_cli("figures", "--results", tmp_path.parent)
-    assert {name: (tmp_path / name).read_bytes() for name in pictures} == pictures
+        (tmp_path / "study" / name).unlink()
+    run_cli("figures", "--results", tmp_path)
+    assert {name: (tmp_path / "study" / name).read_bytes() for name in pictures} == pictures
 
 
 def test_pictured_networks_come_back_with_their_step_factor(tmp_path: Path) -> None:

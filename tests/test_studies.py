@@ -327,6 +327,31 @@ def test_trials_side_by_side_are_those_one_at_a_time(root: Path, tmp_path: Path)
     assert len({json.dumps(r["result"]) for r in one}) == 4
 
 
+def test_a_captured_iteration_is_replayed_for_all_whole_batches_after_the_warm_up(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The order of things on a CUDA device, with a graph that runs what it stands for."""
+    one = replace(TINY, epochs=3)
+    replayed: list[int] = []
+
+    class Graph:
+        def __init__(self, together: SideBySide, size: int) -> None:
+            self.together, self.size = together, size
+
+        def replay(self) -> None:
+            replayed.append(self.size)
+            self.together._each(self.size)
+
+    monkeypatch.setattr(SideBySide, "_capture", lambda self, size: Graph(self, size))
+    together = SideBySide([Training(one, source_of(one, root), CPU)])
+    assert not together.captures
+    together.captures = True
+    for _ in range(3):
+        together.epoch()
+    assert replayed == [32] * 3  # of six whole batches; those of 8 samples run as they are
+    assert together.trainings[0].curve == trained(one, root).curve
+
+
 @pytest.mark.parametrize("name", ["adam", "rmsprop", "adagrad"])
 def test_other_optimisers_take_the_learning_rate_as_it_stands(name: Any, root: Path) -> None:
     training = Training(replace(TINY, optimizer=name, rate=0.5), source_of(TINY, root), CPU)
@@ -635,7 +660,7 @@ def test_paper_presets_are_the_papers_protocol() -> None:
     assert (news.epochs, news.batch_size, news.learning_rate, news.milestones) == (15, 64, 0.1, ())
     assert images.weight_decay == news.weight_decay == 0 and images.warmup == 0
     assert {t.depth for t in depth.trials("paper", 5)} >= {20, 110, 218, 9, 17, 29, 49}
-    assert {t.depth for t in dynamics.trials("paper", 5) if t.model == "resnet"} == {110, 218}
+    assert {t.depth for t in dynamics.trials("paper", 5) if t.model == "resnet" and t.epochs == 80} == {110, 218}
     assert noise.DEPTH["paper"] == (218, 49) and noise.cell("paper", "letters", 0.1, {}).learning_rate == 0.01
     assert min(select.IMAGE_H) == 0.001 and max(select.IMAGE_H) == 20 and max(select.TEXT_H) == 1
     assert {t.learning_rate for t in robust.trials("paper", 1)} >= {0.01, 1.0}
@@ -662,6 +687,13 @@ def test_depth_command_writes_records_figures_and_a_report(
     run_cli("report", "--results", tmp_path)
     text = (tmp_path / "REPORT.md").read_text()
     assert re.search(r"\| resnet 56: h = 0.1 tests better than h = 1 \| ResNet-8; 72 images .* 2 seeds \| .*\*\*", text)
+
+
+def test_missing_texts_are_noticed_before_the_images_are_trained_on(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "cifar-10-batches-bin").symlink_to(root / "cifar-10-batches-bin")
+    with pytest.raises(DataError, match="holds no AG-NEWS"):
+        run_cli("depth", "--data-root", tmp_path, "--device", "cpu", "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_start_bounds_and_throughput_commands(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
