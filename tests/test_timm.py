@@ -16,7 +16,7 @@ import eulernet
 timm = pytest.importorskip("timm")
 
 QUICK = "test_resnet test_vit2 test_convnext levit_128s".split()
-WITHOUT_STEPS = "densenet121 vgg11".split()
+WITHOUT_STEPS = "densenet121 test_efficientnet_evos test_efficientnet_gn test_efficientnet_ln vgg11".split()
 
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.sweep) for n in TIMM])
