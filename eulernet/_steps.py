@@ -78,6 +78,7 @@ class _Graph:
     def __init__(self, record: Record) -> None:
         self.nodes = record.nodes
         self.constant = [node.constant for node in self.nodes]  # made of parameters, buffers and new tensors only
+        self.chains: dict[tuple[int, int, float], dict[int, int]] = {}
         self.bare: list[bool] = []  # a mask, a learned scale: neither given, nor looked up in a table, nor mapped
         for index, node in enumerate(self.nodes):
             made = node.op in ("input", "embedding") or self.is_map(index)
@@ -121,10 +122,9 @@ class _Graph:
             maps += self.is_map(node)
             if op in _JOINS and len(inputs) > 1:
                 whole = self._whole(inputs, start, most)
-                if whole is None:
+                if whole is None or maps + whole[1] > most:
                     return
-                node, more = whole
-                maps += more
+                node, maps = whole[0], maps + whole[1]
                 yield node, maps
                 continue
             simple = op in _MATCHING or _POOLS.search(op)
@@ -135,7 +135,10 @@ class _Graph:
 
     def _whole(self, parts: tuple[int, ...], start: int, most: float) -> tuple[int, int] | None:
         """What all parts come from by shape-matching maps only, as where the class token is taken apart for pooling."""
-        chains = [dict(self.matched(part, start, most)) for part in parts]
+        for part in parts:  # kept, since what was joined may be joined again, and again
+            if (part, start, most) not in self.chains:
+                self.chains[part, start, most] = dict(self.matched(part, start, most))
+        chains = [self.chains[part, start, most] for part in parts]
         common = set(chains[0]).intersection(*chains[1:])
         return (max(common), max(chain[max(common)] for chain in chains)) if common else None
 

@@ -1736,6 +1736,39 @@ class PoolingShortcut(Projection):
 
 
 @trap
+class PoolingBesideAToken(Trap):
+    """MViT: on the skip the class token is taken apart, the others are mapped and pooled, and joined with it again.
+
+    The branch pools its query in the same way and adds it to what attention gives, which is no step.
+    """
+
+    expected = PROJECTION
+    shape = (2, 9, DIM)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.query, self.out = nn.LayerNorm(DIM), nn.Linear(DIM, 2 * DIM), nn.Linear(2 * DIM, 2 * DIM)
+        self.project = nn.Linear(DIM, 2 * DIM)
+
+    @staticmethod
+    def pool(x: Tensor) -> Tensor:
+        token, others = torch.split(x, [1, x.shape[1] - 1], dim=1)
+        return torch.cat([token, F.max_pool1d(others.mT, 2).mT], dim=1)
+
+    def branch(self, x: Tensor) -> Tensor:
+        query = self.pool(self.query(x))
+        return self.out(F.scaled_dot_product_attention(query, query, query) + query)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        return self.pool(self.project(x)) + self.branch(x)
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        x = self.norm(x)
+        return self.pool(self.project(x)) + h[0] * self.branch(x)
+
+
+@trap
 class PaddingShortcut(Trap):
     """Option A of the ResNet paper: the shortcut leaves out pixels and pads channels with zeros."""
 
@@ -2254,6 +2287,25 @@ class SumOfSiblings(WithABlock):
 
     def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
         return self.block.reference(self.a(x) + self.b(x), h[0])
+
+
+@trap
+class JoinedMapsAreNoShortcut(WithABlock):
+    """Two maps one after another, of which the second takes joined parts: more than what matches a shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = linear(), linear(), linear()
+        self.body = nn.Sequential(linear(), nn.ReLU(), linear(), nn.ReLU(), linear())
+
+    def siblings(self, x: Tensor) -> Tensor:
+        return self.c(torch.cat([self.a(x[:, :1]), self.b(x[:, 1:])], dim=1)) + self.body(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(self.siblings(x))
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        return self.block.reference(self.siblings(x), h[0])
 
 
 @trap
