@@ -39,6 +39,12 @@ def llama_7b() -> nn.Module:
     return model
 
 
+def first_output(model: nn.Module, inputs: Inputs) -> torch.Tensor:
+    """What a model returns, or the first entry of it."""
+    out: Any = model(*inputs.values())
+    return out if isinstance(out, torch.Tensor) else out[0]
+
+
 def images(batch: int) -> Inputs:
     return {"x": torch.randn(batch, 3, 224, 224)}
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import eulernet
-from benchmarks.models import SPEED, Inputs
+from benchmarks.models import SPEED, Inputs, first_output
 from benchmarks.timing import Interleaved
 
 ROUNDS = 20
@@ -22,9 +22,7 @@ def _training_step(model: nn.Module, inputs: Inputs) -> Callable[[], object]:
 
     def run() -> object:
         optimizer.zero_grad()
-        out: Any = model(*inputs.values())
-        out = out if isinstance(out, torch.Tensor) else out[0]
-        out.square().mean().backward()
+        torch.autograd.backward(first_output(model, inputs).square().mean())
         return optimizer.step()
 
     return run
@@ -47,9 +45,7 @@ def test_moving(benchmark: Any, name: str, backend: str) -> None:
     race = Interleaved(
         {**{key: _training_step(model, inputs) for key, model in models.items()}, "schedule": schedule.step}
     )
-    for _ in range(2):
-        race.round()
-    race.seconds.clear()
+    race.warm_up(2)
     benchmark.pedantic(race.round, rounds=ROUNDS)
     benchmark.extra_info.update(
         table="moving",

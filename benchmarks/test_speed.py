@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import eulernet
-from benchmarks.models import SPEED, Inputs
+from benchmarks.models import SPEED, Inputs, first_output
 from benchmarks.timing import Interleaved
 
 ROUNDS = 20
@@ -26,11 +26,9 @@ def _forward(model: nn.Module, inputs: Inputs) -> Callable[[], object]:
 
 
 def _forward_backward(model: nn.Module, inputs: Inputs) -> Callable[[], object]:
-    def run() -> object:
+    def run() -> None:
         model.zero_grad()
-        out: Any = model(*inputs.values())
-        out = out if isinstance(out, torch.Tensor) else out[0]
-        return out.sum().backward()
+        torch.autograd.backward(first_output(model, inputs).sum())
 
     return run
 
@@ -50,9 +48,7 @@ def test_speed(benchmark: Any, name: str, run: Callable[..., Callable[[], object
         for model in models.values():
             model.compile()
     race = Interleaved({key: run(model, inputs) for key, model in models.items()})
-    for _ in range(2):
-        race.round()
-    race.seconds.clear()
+    race.warm_up(2)
     benchmark.pedantic(race.round, rounds=ROUNDS)
     benchmark.extra_info.update(
         table="speed",

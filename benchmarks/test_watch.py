@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import eulernet
-from benchmarks.models import SPEED, Inputs
+from benchmarks.models import SPEED, Inputs, first_output
 from benchmarks.timing import Interleaved
 
 ITERATIONS, ROUNDS = 10, 5
@@ -30,9 +30,7 @@ def _training(model: nn.Module, inputs: Inputs, every: int | None) -> Callable[[
         with contextlib.nullcontext() if every is None else eulernet.watch(model, every=every) as log:
             for _ in range(ITERATIONS):
                 optimizer.zero_grad()
-                out: Any = model(*inputs.values())
-                out = out if isinstance(out, torch.Tensor) else out[0]
-                out.square().mean().backward()
+                torch.autograd.backward(first_output(model, inputs).square().mean())
                 if log is not None:
                     log.step()
                 optimizer.step()
@@ -48,8 +46,7 @@ def test_watch(benchmark: Any, name: str, every: int) -> None:
     model = eulernet.patch(build().train(), h=0.1, example_inputs=inputs)
     arms = {"plain": None, "copy": None, "watched": every}
     race = Interleaved({arm: _training(copy.deepcopy(model), inputs, k) for arm, k in arms.items()})
-    race.round()
-    race.seconds.clear()
+    race.warm_up(1)
     benchmark.pedantic(race.round, rounds=ROUNDS)
     benchmark.extra_info.update(
         table="speed",

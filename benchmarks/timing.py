@@ -29,6 +29,12 @@ class Interleaved:
             self.seconds[name].append(time.process_time() - start)
         self.candidates.append(self.candidates.pop(0))
 
+    def warm_up(self, rounds: int) -> None:
+        """Rounds that do not count."""
+        for _ in range(rounds):
+            self.round()
+        self.seconds.clear()
+
     def ratio(self, name: str, baseline: str) -> dict[str, float]:
         """Median over the rounds of time(name) / time(baseline), with the quartiles (`low`, `high`)."""
         ratios = [a / b for a, b in zip(self.seconds[name], self.seconds[baseline], strict=True)]

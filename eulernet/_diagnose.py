@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 from dataclasses import asdict, dataclass
@@ -14,6 +13,7 @@ from torch import nn
 from eulernet._calibrate import BOUNDS, search
 from eulernet._errors import EulernetError
 from eulernet._probe import Call, LossFn, Noise, Probe, growth, stream
+from eulernet._report import as_text
 
 _ZERO = 1e-3  # branches below this share of the stream are as good as not there
 _FLAT = 2.0  # growth of gradients up to this is none
@@ -81,11 +81,9 @@ class Diagnosis:
         return f"<Diagnosis: {self.advice}>"
 
     def __str__(self) -> str:
-        from rich.console import Console
+        from rich.console import Group
 
-        text = io.StringIO()
-        Console(file=text, width=140, color_system=None).print(*self._parts(), sep="\n")
-        return "\n".join([*(line.rstrip() for line in text.getvalue().splitlines()), "", self.advice])
+        return "\n".join([as_text(Group(*self._parts())), "", self.advice])  # the advice on one line, however long
 
     def __rich__(self) -> Any:
         from rich.console import Group

@@ -108,7 +108,7 @@ def _run(model: nn.Module, example_inputs: Any, sandboxes: list[Sandbox]) -> tup
                     else:
                         raise EulernetError(
                             f"{type(model).__name__} is on the meta device and cannot be traced without values "
-                            f"({_short(error)}). Put it on a real device first: model.to_empty(device='cpu')"
+                            f"({short(error)}). Put it on a real device first: model.to_empty(device='cpu')"
                         ) from error
         except EulernetError:
             if not training:
@@ -118,12 +118,12 @@ def _run(model: nn.Module, example_inputs: Any, sandboxes: list[Sandbox]) -> tup
             if not training:
                 given = "the guessed inputs" if example_inputs is None else "example_inputs"
                 raise EulernetError(
-                    f"{type(model).__name__} failed on {given} {_described(arguments)}: {_short(error)}. "
+                    f"{type(model).__name__} failed on {given} {described(arguments)}: {short(error)}. "
                     "Pass inputs that the model takes: eulernet.patch(model, h=0.1, example_inputs=(tensor, ...)) or a "
                     "dict of keyword arguments."
                 ) from error
             notes.append(
-                f"the training path was not traced, only the one in eval mode: {_short(error)} "
+                f"the training path was not traced, only the one in eval mode: {short(error)} "
                 "(example_inputs of at least two samples train batch norm)"
             )
         else:
@@ -351,7 +351,7 @@ def _unreached(runs: list[Run], records: list[Record], names: dict[nn.Module, st
     return sorted(shown)
 
 
-def _described(arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> str:
+def described(arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> str:
     def one(value: Any) -> str:
         if isinstance(value, torch.Tensor):
             return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
@@ -363,6 +363,6 @@ def _described(arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> str:
     return "(" + ", ".join([*map(one, args), *(f"{k}={one(v)}" for k, v in kwargs.items())]) + ")"
 
 
-def _short(error: BaseException) -> str:
+def short(error: BaseException) -> str:
     first = (str(error).strip() or repr(error)).splitlines()[0]
     return f"{type(error).__name__}: {first[:300]}"

@@ -111,7 +111,7 @@ class Patched:
     def __prepare_scriptable__(self) -> Any:
         raise EulernetError(
             f"torch.jit.script compiles the source of {type(self).__name__}, which does not hold its step factors. Use "
-            "torch.export, torch.compile or torch.jit.trace, or fold h into the weights first."
+            "torch.export, torch.compile or torch.jit.trace, or fold h into the weights first: eulernet.fold(model)."
         )
 
 

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from eulernet import _patch
 from eulernet._errors import EulernetError, EulernetWarning
-from eulernet._find import _described, _short
+from eulernet._find import described, short
 from eulernet._inputs import as_call
 from eulernet._observe import Seen, observe
 from eulernet._report import Step
@@ -146,8 +146,8 @@ class Probe:
             return self.model(*args, **kwargs)
         except Exception as error:
             raise EulernetError(
-                f"{self.name} failed in train mode on the batch {_described((self.args, self.kwargs))}: "
-                f"{_short(error)}. Pass what the model takes: eulernet.{self.caller}(model, batch), a tensor, a tuple "
+                f"{self.name} failed in train mode on the batch {described((self.args, self.kwargs))}: "
+                f"{short(error)}. Pass what the model takes: eulernet.{self.caller}(model, batch), a tensor, a tuple "
                 "of positional arguments or a dict of keyword arguments"
             ) from error
         finally:
@@ -181,7 +181,7 @@ class Probe:
             loss = self.loss_fn(output, copy.deepcopy(self.targets))
         except Exception as error:
             raise EulernetError(
-                f"loss_fn(output, targets) failed: {_short(error)}. The batch is (inputs, targets)"
+                f"loss_fn(output, targets) failed: {short(error)}. The batch is (inputs, targets)"
             ) from error
         if not (isinstance(loss, Tensor) and loss.dim() == 0 and loss.requires_grad):
             raise EulernetError(
@@ -229,7 +229,7 @@ class Probe:
                     break
                 v = transpose(u / gain, retain_graph=True)
         except RuntimeError as error:
-            self.notes.append(f"the gain of {call.step.name} was not measured: {_short(error)}")
+            self.notes.append(f"the gain of {call.step.name} was not measured: {short(error)}")
             return None
         return gain
 
