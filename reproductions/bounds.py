@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import eulernet
 from reproductions.claims import NOT_RUN, REFUTED, SUPPORTED, Row, verdict
-from reproductions.models import CifarResNet, ConvBlock2d
+from reproductions.models import CifarResNet, ConvBlock
 from reproductions.records import Record, environment, mean_interval
 from reproductions.scales import IMAGES
 from reproductions.sources import load
@@ -86,7 +86,7 @@ def measure(
 ) -> dict[str, Any]:
     """Measured quantities and their bounds, at the first stage of a patched network."""
     set_statistics(network, inputs)
-    blocks = [block for block in network.stages[0].modules() if isinstance(block, ConvBlock2d)]
+    blocks = [block for block in network.stages[0].modules() if isinstance(block, ConvBlock)]
     states = [network.bn(network.conv(inputs)).relu()]
     for block in blocks:
         states.append(block(states[-1]))
@@ -103,7 +103,7 @@ def measure(
         )
         x, changes = states[0] + noise, []
         for block, clean in zip(blocks, states, strict=False):
-            changes.append((branch(block, x) - branch(block, clean)).flatten(1).norm(dim=1))
+            changes.append((block.branch(x) - block.branch(clean)).flatten(1).norm(dim=1))
             x = block(x)
         before = noise.flatten(1).norm(dim=1)
         after = (x - states[-1]).flatten(1).norm(dim=1)
@@ -133,13 +133,7 @@ def set_statistics(network: nn.Module, inputs: Tensor) -> None:
     network.eval()
 
 
-def branch(block: ConvBlock2d, x: Tensor) -> Tensor:
-    """F(x), without the shortcut and without h."""
-    y: Tensor = block.bn2(block.conv2(block.bn1(block.conv1(x)).relu()))
-    return y
-
-
-def branch_norm(block: ConvBlock2d, shape: Sequence[int], generator: torch.Generator) -> float:
+def branch_norm(block: ConvBlock, shape: Sequence[int], generator: torch.Generator) -> float:
     """An upper bound of the Lipschitz constant of a branch: the product of the spectral norms of its two maps."""
     return math.prod(
         spectral_norm(convolution, norm, shape, generator)
@@ -148,7 +142,11 @@ def branch_norm(block: ConvBlock2d, shape: Sequence[int], generator: torch.Gener
 
 
 def spectral_norm(
-    convolution: nn.Conv2d, norm: nn.Module, shape: Sequence[int], generator: torch.Generator, iterations: int = 60
+    convolution: nn.Conv1d | nn.Conv2d,
+    norm: nn.Module,
+    shape: Sequence[int],
+    generator: torch.Generator,
+    iterations: int = 60,
 ) -> float:
     """The spectral norm of a convolution, stride 1, and the BN after it, on images of a shape: by power iteration."""
     weight = convolution.weight

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import eulernet
-from reproductions.models import ConvBlock1d, ConvBlock2d
+from reproductions.models import ConvBlock
 from reproductions.sources import Source
 from reproductions.trial import CALIBRATE, Network, Trial, build, layers, learning_rate, make_optimizer
 
@@ -252,7 +252,7 @@ def feature_steps(network: nn.Module, source: Source, samples: int = 200) -> lis
             before, after = inputs[0].float().flatten(1), output.float().flatten(1)
             ratios.append(((after - before).norm(dim=1) / before.norm(dim=1)).mean().item())
 
-    blocks = [m for m in network.modules() if isinstance(m, ConvBlock1d | ConvBlock2d)]
+    blocks = [m for m in network.modules() if isinstance(m, ConvBlock)]
     handles = [block.register_forward_hook(measure) for block in blocks]
     network.eval()
     network(source.prepare(source.tests["test"][0][:samples]))

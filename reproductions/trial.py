@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import eulernet
-from reproductions.models import VDCNN, CifarResNet, ConvBlock1d, ConvBlock2d
+from reproductions.models import VDCNN, CifarResNet, ConvBlock
 
 Network = CifarResNet | VDCNN
 CLASSES = {"cifar10": 10, "ag-news": 4}
@@ -142,7 +142,7 @@ def example(network: Network) -> Tensor:
 def last_parameters(network: Network) -> Iterator[nn.Parameter]:
     """The parameters of the last affine map of each branch: BN, or the last convolution where there is none."""
     for block in network.modules():
-        if isinstance(block, ConvBlock1d | ConvBlock2d):
+        if isinstance(block, ConvBlock):
             yield from (block.conv2 if isinstance(block.bn2, nn.Identity) else block.bn2).parameters()
 
 

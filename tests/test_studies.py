@@ -409,7 +409,7 @@ def test_reestimated_statistics_are_means_over_batches(root: Path) -> None:
 def test_bf16_keeps_the_residual_stream_in_fp32(root: Path) -> None:
     training = Training(replace(TINY, precision="bf16", h=0.01), source_of(TINY, root), CPU)
     seen: dict[str, list[torch.dtype]] = {"block": [], "branch": []}
-    for block in (m for m in training.network.modules() if isinstance(m, trial.ConvBlock2d)):
+    for block in (m for m in training.network.modules() if isinstance(m, trial.ConvBlock)):
         block.register_forward_hook(lambda module, inputs, output: seen["block"].append(output.dtype))
         block.conv2.register_forward_hook(lambda module, inputs, output: seen["branch"].append(output.dtype))
     training.begin()

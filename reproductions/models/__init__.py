@@ -1,7 +1,8 @@
 """The networks, ordinary modules with h = 1; `eulernet.patch` gives them their step factor."""
 
+from reproductions.models.block import ConvBlock
 from reproductions.models.mlp import ResidualBlock, ResidualMLP
-from reproductions.models.resnet import CifarResNet, ConvBlock2d
-from reproductions.models.vdcnn import VDCNN, ConvBlock1d
+from reproductions.models.resnet import CifarResNet
+from reproductions.models.vdcnn import VDCNN
 
-__all__ = ["VDCNN", "CifarResNet", "ConvBlock1d", "ConvBlock2d", "ResidualBlock", "ResidualMLP"]
+__all__ = ["VDCNN", "CifarResNet", "ConvBlock", "ResidualBlock", "ResidualMLP"]

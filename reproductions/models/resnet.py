@@ -5,38 +5,9 @@ from __future__ import annotations
 from einops import reduce
 from torch import Tensor, nn
 
+from reproductions.models.block import ConvBlock
+
 WIDTHS = (16, 32, 64)
-
-
-class ConvBlock2d(nn.Module):
-    """`relu(shortcut(x) + bn2(conv2(relu(bn1(conv1(x))))))`.
-
-    Where the width changes, the first convolution has stride 2, and so has the shortcut: a 1x1 convolution and BN.
-    Without normalisation the convolutions of the branch have a bias instead; that of the shortcut has none.
-
-    Args:
-        inputs: channels of the input.
-        outputs: channels of the output.
-        norm: whether there is batch normalisation.
-    """
-
-    def __init__(self, inputs: int, outputs: int, norm: bool = True) -> None:
-        super().__init__()
-        stride = 1 if inputs == outputs else 2
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=not norm)
-        self.bn1 = nn.BatchNorm2d(outputs) if norm else nn.Identity()
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=not norm)
-        self.bn2 = nn.BatchNorm2d(outputs) if norm else nn.Identity()
-        self.shortcut: nn.Module = nn.Identity()
-        if inputs != outputs:
-            projection = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
-            self.shortcut = nn.Sequential(projection, nn.BatchNorm2d(outputs)) if norm else projection
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.bn1(self.conv1(x)).relu()
-        y = self.bn2(self.conv2(y))
-        z: Tensor = (self.shortcut(x) + y).relu()
-        return z
 
 
 class CifarResNet(nn.Module):
@@ -67,7 +38,9 @@ class CifarResNet(nn.Module):
         self.bn = nn.BatchNorm2d(WIDTHS[0]) if norm else nn.Identity()
         width, stages = WIDTHS[0], []
         for wider in WIDTHS:
-            stages.append(nn.Sequential(*(ConvBlock2d(wider if n else width, wider, norm) for n in range(blocks))))
+            first = ConvBlock(2, width, wider, stride=1 if width == wider else 2, norm=norm)
+            others = (ConvBlock(2, wider, wider, norm=norm) for _ in range(blocks - 1))
+            stages.append(nn.Sequential(first, *others))
             width = wider
         self.stages = nn.Sequential(*stages)
         self.head = nn.Linear(width, classes)

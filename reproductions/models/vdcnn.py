@@ -5,40 +5,12 @@ from __future__ import annotations
 from einops import rearrange
 from torch import Tensor, nn
 
+from reproductions.models.block import ConvBlock
+
 WIDTHS = (64, 128, 256, 512)
 BLOCKS = {9: (1, 1, 1, 1), 17: (2, 2, 2, 2), 29: (5, 5, 2, 2), 49: (8, 8, 5, 3)}  # a level, by depth
 LETTERS = 70  # padding, the 68 of the alphabet, and one for all others
 KEPT = 8  # places that the last pooling leaves of a text
-
-
-class ConvBlock1d(nn.Module):
-    """`relu(shortcut(x) + bn2(conv2(relu(bn1(conv1(x))))))`, on sequences.
-
-    Where the width changes, the shortcut is a 1x1 convolution and BN. Without normalisation the convolutions of the
-    branch have a bias instead; that of the shortcut has none.
-
-    Args:
-        inputs: channels of the input.
-        outputs: channels of the output.
-        norm: whether there is batch normalisation.
-    """
-
-    def __init__(self, inputs: int, outputs: int, norm: bool = True) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv1d(inputs, outputs, 3, padding=1, bias=not norm)
-        self.bn1 = nn.BatchNorm1d(outputs) if norm else nn.Identity()
-        self.conv2 = nn.Conv1d(outputs, outputs, 3, padding=1, bias=not norm)
-        self.bn2 = nn.BatchNorm1d(outputs) if norm else nn.Identity()
-        self.shortcut: nn.Module = nn.Identity()
-        if inputs != outputs:
-            projection = nn.Conv1d(inputs, outputs, 1, bias=False)
-            self.shortcut = nn.Sequential(projection, nn.BatchNorm1d(outputs)) if norm else projection
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.bn1(self.conv1(x)).relu()
-        y = self.bn2(self.conv2(y))
-        z: Tensor = (self.shortcut(x) + y).relu()
-        return z
 
 
 class LargestInOrder(nn.Module):
@@ -86,7 +58,7 @@ class VDCNN(nn.Module):
         for level, (wider, blocks) in enumerate(zip(WIDTHS, BLOCKS[depth], strict=True)):
             pool = [nn.MaxPool1d(3, stride=2, padding=1)] if level else []
             levels.append(
-                nn.Sequential(*pool, *(ConvBlock1d(wider if n else width, wider, norm) for n in range(blocks)))
+                nn.Sequential(*pool, *(ConvBlock(1, wider if n else width, wider, norm=norm) for n in range(blocks)))
             )
             width = wider
         self.levels = nn.Sequential(*levels)
