@@ -136,7 +136,12 @@ def search(
             "timm's ResNets) hide h; eulernet.diagnose(model, batch) shows them"
         )
     if at_low > close and at_high > close:
-        raise EulernetError(f"{ends()}, above the target {target:g}: pass another target=, or smaller bounds=")
+        least, most = sorted((measured[low], measured[high]))
+        between = math.sqrt(least * min(most, 4 * least))  # the most may have overflowed
+        raise EulernetError(
+            f"{ends()}, above the target {target:g}: pass smaller bounds=, or a target between these: "
+            f"eulernet.calibrate(model, batch, target={between:.3g})"
+        )
     if at_low < -close and at_high < -close:
         return Match(high, measured[high], f"{ends()}, below the target {target:g}: a smaller h has nothing to give")
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
@@ -68,7 +68,8 @@ def inspect_(
         ),
     ] = None,
     h: Annotated[
-        float | None, typer.Option("--h", help="Show the step factors that patch(model, h) would give.")
+        str | None,
+        typer.Option("--h", metavar="NUMBER|auto", help="Show the step factors that patch(model, h) would give."),
     ] = None,
     show_all: Annotated[bool, typer.Option("--all", help="One line a step, nothing grouped or shortened.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the steps as JSON, for programs.")] = False,
@@ -78,7 +79,7 @@ def inspect_(
         # What a model's own code prints or warns of is no part of the answer; what eulernet says is in the steps.
         with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
             warnings.simplefilter("ignore")
-            built, steps = _inspect(model, inputs or [], h)
+            built, steps = _inspect(model, inputs or [], _factor(h))
     except EulernetError as error:
         Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
         raise typer.Exit(1) from None
@@ -88,7 +89,18 @@ def inspect_(
         _print(Console(), model, built, steps, show_all)
 
 
-def _inspect(spec: str, inputs: Sequence[str], h: float | None) -> tuple[nn.Module, Steps]:
+def _factor(text: str | None) -> float | Literal["auto"] | None:
+    if text is None:
+        return None
+    if text == "auto":
+        return "auto"
+    try:
+        return float(text)
+    except ValueError:
+        raise EulernetError(f"--h {text!r} is not a number and not auto; write --h 0.1, or --h auto") from None
+
+
+def _inspect(spec: str, inputs: Sequence[str], h: float | Literal["auto"] | None) -> tuple[nn.Module, Steps]:
     """The model and its steps, with their h if one is given."""
     _example_inputs(inputs, torch.device("meta"))  # what is wrong with them is said before anything is built
     build = _builder(spec)
@@ -103,7 +115,7 @@ def _inspect(spec: str, inputs: Sequence[str], h: float | None) -> tuple[nn.Modu
     return model, _steps(model, inputs, h)
 
 
-def _steps(model: nn.Module, inputs: Sequence[str], h: float | None) -> Steps:
+def _steps(model: nn.Module, inputs: Sequence[str], h: float | Literal["auto"] | None) -> Steps:
     example_inputs = _example_inputs(inputs, _device(model))
     steps = eulernet.find_steps(model, example_inputs=example_inputs)
     if h is None:

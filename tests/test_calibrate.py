@@ -3,6 +3,7 @@
 import copy
 import itertools
 import random
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -161,8 +162,11 @@ def test_a_growth_below_the_target() -> None:
 
 
 def test_a_growth_above_the_target() -> None:
-    with pytest.raises(EulernetError, match=r"is 1.01 at h = 0.001 and 1.1e\+03 at h = 1, above the target 0.5"):
+    with pytest.raises(EulernetError, match=r"is 1.01 at h = 0.001 and 1.1e\+03 at h = 1, above the target 0.5") as e:
         eulernet.calibrate(linear(10, 1.015), X, target=0.5)
+    offered = re.search(r"eulernet\.calibrate\(model, batch, target=(.+)\)", str(e.value))
+    assert offered is not None
+    assert 0 < eulernet.calibrate(linear(10, 1.015), X, target=float(offered[1])) < 1
     with pytest.raises(EulernetError, match="smaller bounds="):
         eulernet.calibrate(linear(50, 1.0), X, bounds=(0.1, 1))
 

@@ -164,6 +164,11 @@ def test_h_is_shown(run: Run) -> None:
     assert [row[titles.index("h")] for row in rows] == ["0.25"] * len(rows)
 
 
+def test_h_from_depth(run: Run) -> None:
+    steps = Steps.from_json(run("inspect", "timm:resnet18", "--json", "--h", "auto"))
+    assert [step.h for step in steps] == pytest.approx([8**-0.5] * 8)
+
+
 LONG = """
 from torch import nn
 
@@ -325,6 +330,10 @@ def test_a_model_that_fails_on_the_input(run: Run, module: Callable[[str], str])
 
 def test_h_must_be_positive(run: Run) -> None:
     assert "error: " in run("inspect", "timm:resnet18", "--h", "-1", fails=1)
+
+
+def test_h_must_be_a_number_or_auto(run: Run) -> None:
+    assert "--h 'small' is not a number and not auto" in run("inspect", "timm:resnet18", "--h", "small", fails=1)
 
 
 def test_json_of_an_error_is_no_json(run: Run) -> None:

@@ -80,7 +80,8 @@ class Specimen:
     inputs: Call
     training: Call
     example: Any = None  # None: to be guessed
-    cannot: frozenset[str] = frozenset()  # of "float64", "autocast" and "train", what the original fails in
+    cannot: frozenset[str] = frozenset()  # what fails: "float64", "autocast", "channels_last", "train"
+    rounded: bool = False  # ends its branches in float32, whatever it is given
 
 
 _Build = Callable[[], Specimen]
