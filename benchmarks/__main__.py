@@ -42,19 +42,23 @@ def _shorten(path: Path) -> None:
     path.write_text(json.dumps({"command": command, "machine": kept, "results": results}, indent=1) + "\n")
 
 
+def _ratio(ratio: dict[str, float] | None) -> str:
+    return "" if ratio is None else f"{ratio['median']:.3f} ({ratio['low']:.3f}-{ratio['high']:.3f})"
+
+
 def show(data: dict[str, Any]) -> None:
     console = Console()
     machine = data["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     console.print(f"{machine['device']}, {machine['threads']} thread; Python {machine['python_version']}, {versions}")
-    speed = Table(title="CPU time, patched / original (median, quartiles); noise: a copy of the original / original")
-    for title in ("model", "what", "ratio", "quartiles", "noise", "quartiles"):
+    speed = Table(title="CPU time / the original's (median, quartiles); noise: a copy / the original")
+    for title in ("model", "what", "patched", "folded", "noise"):
         speed.add_column(title, justify="left" if title in ("model", "what") else "right")
     moving = Table(
         title="CPU time of a training step, h learned / h fixed (median, quartiles); noise: a copy / the same; "
         "one HScheduler.step / the training step"
     )
-    for title in ("model", "what", "steps", "learned", "quartiles", "noise", "quartiles", "HScheduler"):
+    for title in ("model", "what", "steps", "learned", "noise", "HScheduler"):
         moving.add_column(title, justify="left" if title in ("model", "what") else "right")
     patch = Table(
         title="patch: CPU seconds in a fresh process, again, and of one forward; peak memory beyond the model"
@@ -63,12 +67,12 @@ def show(data: dict[str, Any]) -> None:
         patch.add_column(title, justify="left" if title == "model" else "right")
     for row in data["results"]:
         if row["table"] == "speed":
-            cells = [f"{q['median']:.3f}|{q['low']:.3f}-{q['high']:.3f}" for q in (row["ratio"], row["noise"])]
-            speed.add_row(row["model"], row["what"], *"|".join(cells).split("|"))
+            cells = [_ratio(row.get(key)) for key in ("ratio", "folded", "noise")]
+            speed.add_row(row["model"], row["what"], *cells)
         elif row["table"] == "moving":
-            cells = [f"{q['median']:.3f}|{q['low']:.3f}-{q['high']:.3f}" for q in (row["learned"], row["noise"])]
             schedule = f"{row['schedule']['median']:.1e}"
-            moving.add_row(row["model"], row["backend"], str(row["steps"]), *"|".join(cells).split("|"), schedule)
+            cells = [_ratio(row["learned"]), _ratio(row["noise"]), schedule]
+            moving.add_row(row["model"], row["backend"], str(row["steps"]), *cells)
         else:
             seconds = [f"{row[key]:.2f}" if key in row else "" for key in ("first", "again", "forward")]
             memory = [f"{row[key] / 1e6:.0f}" for key in ("peak_memory", "block_memory", "model_memory")]

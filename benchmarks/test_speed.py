@@ -1,4 +1,4 @@
-"""Forward, and forward and backward, of a patched model against the original: ratios, 1.00 is no cost."""
+"""Forward, and forward and backward, of a patched and of a folded model against the original: 1.00 is no cost."""
 
 from __future__ import annotations
 
@@ -43,6 +43,8 @@ def test_speed(benchmark: Any, name: str, run: Callable[..., Callable[[], object
     # The noise of the machine is what the same model, copied, seems to cost.
     models = {"original": original, "copy": copy.deepcopy(original), "patched": copy.deepcopy(original)}
     eulernet.patch(models["patched"], h=0.1)
+    if run is _forward:  # folded for deployment
+        models["folded"] = eulernet.fold(copy.deepcopy(models["patched"]))
     if backend == "compiled":
         torch._dynamo.reset()
         for model in models.values():
@@ -56,4 +58,5 @@ def test_speed(benchmark: Any, name: str, run: Callable[..., Callable[[], object
         what=f"{run.__name__.strip('_').replace('_', ' + ')}, {backend}",
         ratio=race.ratio("patched", "original"),
         noise=race.ratio("copy", "original"),
+        folded=race.ratio("folded", "original") if "folded" in models else None,
     )

@@ -18,7 +18,7 @@ timm = pytest.importorskip("timm")
 QUICK = "test_resnet test_vit2 test_convnext levit_128s".split()
 WITHOUT_STEPS = """
     densenet121 ese_vovnet19b_slim ese_vovnet19b_slim_dw inception_v3 inception_v4 mobilenetv1_100 rdnet_tiny
-    test_efficientnet_evos test_efficientnet_gn test_efficientnet_ln vgg11
+    selecsls42 test_efficientnet_evos test_efficientnet_gn test_efficientnet_ln vgg11
 """.split()
 # Kernels of five dimensions, which have no channels_last.
 CANNOT = {"channels_last": ["lambda_resnet26t"]}
