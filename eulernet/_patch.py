@@ -540,6 +540,9 @@ def set_h(model: Model, h: HLike) -> Model:
     Raises:
         EulernetError: the model is not patched, or a value is wrong; then nothing is changed.
 
+    Warns:
+        EulernetWarning: h is lost to rounding in half precision.
+
     Example:
         >>> import torch, eulernet
         >>> layer = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
@@ -547,12 +550,19 @@ def set_h(model: Model, h: HLike) -> Model:
         >>> [step.h for step in eulernet.steps(eulernet.set_h(layer, {"<root>:0": 0.5, "*": 0.25}))]
         [0.5, 0.25]
     """
+    assign(model, h)
+    for doubt in _doubts.rounded_away((module, step.h) for module, _, step in slots(model) if step.h is not None):
+        warnings.warn(doubt, EulernetWarning, stacklevel=2)
+    return model
+
+
+def assign(model: nn.Module, h: HLike) -> None:
+    """Give the steps new step factors, after all checks."""
     pairs = bound(model, "set_h")
     hs = values(h, [step for step, _ in pairs])
     check_shared([(step, factor, value) for (step, factor), value in zip(pairs, hs, strict=True)])
     for (_, factor), value in zip(pairs, hs, strict=True):
         factor.set(value)
-    return model
 
 
 def unpatch(model: Model) -> Model:

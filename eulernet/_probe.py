@@ -115,7 +115,7 @@ class Probe:
             observe(patched, partial(self._see, patched, steps))
 
     def set_h(self, h: Any) -> None:
-        _patch.set_h(self.model, h)
+        _patch.assign(self.model, h)
 
     # ---- runs
     def _see(self, module: _patch.Patched, steps: Sequence[Step], seen: Seen, add: Callable[[], Any]) -> Any:

@@ -852,7 +852,10 @@ def test_half_precision_and_a_small_h(dtype: torch.dtype, h: float, least: str) 
     if not least:
         eulernet.patch(model, h, example_inputs=x)
         return
-    with pytest.warns(EulernetWarning, match=rf"1 step has an h down to {h}(.|\n)*Keep h above {least}"):
+    words = rf"1 step has an h down to {h}(.|\n)*Keep h above {least}"
+    with pytest.warns(EulernetWarning, match=words):
         eulernet.patch(model, h, example_inputs=x)
     eulernet.patch(model, 2 * h, example_inputs=x)
+    with pytest.warns(EulernetWarning, match=words):
+        eulernet.set_h(model, h)
     eulernet.patch(model, h, example_inputs=x, preserve=True)  # the increment is what it was
