@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -37,7 +38,7 @@ def _trained(model: nn.Module, sign: str) -> str:
     )
 
 
-def rounded_away(steps: Iterable[tuple[nn.Module, float]]) -> Iterator[str]:
+def rounded_away(steps: Iterable[tuple[Any, float]]) -> Iterator[str]:
     """That the increments of some steps, each a module and its h, are lost in a state of half precision."""
     lost = []
     for module, h in steps:

@@ -30,7 +30,10 @@ CANNOT = {
 }
 
 # Types that end a branch in float32: sum their experts in it, or norm the branch.
-ROUNDED = "gemma3n_text hy_v3 hy_v4 hy_v4_vl hy_v4_vl_text inkling_mm_model inkling_text".split()
+ROUNDED = """
+    gemma3n_text hy_v3 hy_v4 hy_v4_vl hy_v4_vl_text inkling_mm_model inkling_text nemo_speechlm nemotron_h
+    nemotron_h_omni openai_privacy_filter
+""".split()
 
 # No model is built of these: what `hugging_face_model` says, why, and the types.
 NOT_BUILT = {
