@@ -53,7 +53,8 @@ def fold(model: Model, *, where_possible: bool = False, example_inputs: Any = No
     """
     check_model(model, "fold")
     if not is_patched(model):
-        raise EulernetError(f"{type(model).__name__} is not patched: there is no h to fold")
+        name = type(model).__name__
+        raise EulernetError(f"{name} is not patched: there is no h to fold, and it needs no eulernet as it is")
     with search(model, example_inputs) as result:
         now = factors_now(model, result)
         scales, refused = absorbing(model, result, now)
