@@ -378,11 +378,16 @@ def no_fakes_left(model: nn.Module, sandboxes: list[Sandbox]) -> Iterator[None]:
     classes = {cls for module in all_modules(model) for cls in type(module).__mro__ if cls.__module__ != "builtins"}
     modules = {id(m): m for cls in classes if (m := sys.modules.get(cls.__module__)) is not None}
     before = [(owner, dict(vars(owner))) for owner in (*classes, *modules.values())]
+    methods = [value for cls in classes for value in vars(cls).values() if isinstance(value, _CACHE)]
+    sizes = [(method, method.cache_info().currsize) for method in methods]
     try:
         yield
     finally:
         fakes = [fake for sandbox in sandboxes for fake in sandbox.fakes]
         sandboxes.clear()
+        for method, size in sizes:
+            if method.cache_info().currsize > size:  # what it was called on, the copied model, is a key
+                method.cache_clear()
         for owner, names in before:
             for name, value in list(vars(owner).items()):
                 if isinstance(value, FakeTensor) and value is not names.get(name):
@@ -400,15 +405,16 @@ def _forget(fakes: list[weakref.ref[Tensor]]) -> None:
         if not kept:
             return
         holders = gc.get_referrers(*kept)
+        spaces = _namespaces([holder for holder in holders if type(holder) is dict])
         inside = {id(k) for k in kept}
         kept = []
         own |= {id(holders), id(kept)}
         for holder in holders:
             if id(holder) in own:
                 continue
-            if isinstance(holder, functools._lru_cache_wrapper):
+            if isinstance(holder, _CACHE):
                 holder.cache_clear()
-            elif type(holder) is dict and not _is_namespace(holder):
+            elif type(holder) is dict and id(holder) not in spaces:
                 for key in [key for key, value in holder.items() if id(value) in inside]:
                     del holder[key]
             elif type(holder) is list and not any(_is_cache(h) for h in gc.get_referrers(holder)):
@@ -417,14 +423,15 @@ def _forget(fakes: list[weakref.ref[Tensor]]) -> None:
                 kept.append(holder)
 
 
-def _is_namespace(names: dict[Any, Any]) -> bool:
-    """Whether this is the `__dict__` of a class or a module."""
-    return any(isinstance(owner, (type, ModuleType)) for owner in gc.get_referrers(names))
+def _namespaces(dicts: list[dict[Any, Any]]) -> set[int]:
+    """The ids of what the classes and modules refer to whose `__dict__` is among these."""
+    owners = [owner for owner in gc.get_referrers(*dicts) if isinstance(owner, (type, ModuleType))] if dicts else []
+    return {id(value) for value in gc.get_referents(*owners)}
 
 
 def _is_cache(holder: Any) -> bool:
-    return isinstance(holder, (functools._lru_cache_wrapper, tuple)) or (
-        type(holder) is dict and not _is_namespace(holder) and not any(isinstance(k, str) for k in holder)
+    return isinstance(holder, (_CACHE, tuple)) or (
+        type(holder) is dict and not any(isinstance(k, str) for k in holder) and id(holder) not in _namespaces([holder])
     )
 
 
@@ -515,6 +522,7 @@ def _storage(tensor: Tensor) -> int:
 
 
 _MODULE_CALL = nn.Module.__call__.__code__.co_filename
+_CACHE = functools._lru_cache_wrapper
 _PLUMBING = tuple(
     torch.__path__[0] + name
     for name in ("/overrides.py", "/_ops.py", "/_compile.py", "/utils/_python_dispatch.py", "/_dynamo/", "/_tensor.py")

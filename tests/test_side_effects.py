@@ -333,6 +333,29 @@ def test_caches_of_the_process_keep_no_fake_tensors(look: Callable[..., None], f
     assert expected is None or torch.equal(output, expected)
 
 
+class CachedMethod(nn.Module):
+    """What was computed is kept by the module that computed it, as in transformers' xcodec."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(6, 6)
+
+    @functools.lru_cache  # noqa: B019
+    def length(self, n: int) -> int:
+        return 2 * n
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.a(x[:, : self.length(3)])
+
+
+@both
+def test_the_cache_of_a_method_keeps_no_copy_of_the_model(look: Callable[..., None]) -> None:
+    model = CachedMethod()
+    look(model, torch.randn(5, 6))
+    gc.collect()
+    assert [m for m in gc.get_objects() if issubclass(type(m), CachedMethod)] == [model]
+
+
 @both
 def test_a_list_of_the_module_keeps_no_fake_tensors(look: Callable[..., None]) -> None:
     """A list that the model writes into cannot be told from one that it reads: no fake may stay in it."""
