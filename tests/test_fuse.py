@@ -8,15 +8,17 @@ import pytest
 import timm
 import torch
 import torchvision
+import transformers
 from checks import assert_identical, run, train
-from timm.layers import DropPath, LayerScale, LayerScale2d
+from reference import tensors
+from timm.layers import DropPath, LayerScale, LayerScale2d, RmsNorm
 from torch import Tensor, nn
 
 import eulernet
 from eulernet import kernels
 
 pytest.importorskip("triton")
-from eulernet.kernels import _layout, _step
+from eulernet.kernels import _bn, _layout, _norm, _step
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -36,7 +38,8 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         names.append(kernel.fn.__name__)
         _layout.launch(kernel, *args, **options)
 
-    monkeypatch.setattr(_step, "launch", counted)
+    for module in (_step, _norm, _bn):
+        monkeypatch.setattr(module, "launch", counted)
     return names
 
 
@@ -116,6 +119,85 @@ class IntoSkip(Tail):
         return self.act(x)
 
 
+class InStatements(nn.Module):
+    """The tail of timm's ResNet; between its batch norm and the sum stand other things."""
+
+    def __init__(self, se: bool = False) -> None:
+        super().__init__()
+        self.conv3, self.bn3, self.act3 = nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.ReLU(inplace=True)
+        self.se = nn.Conv2d(8, 8, 1) if se else None
+        self.drop_path = DropPath(0.5)
+        self.downsample = nn.Dropout(0.5)  # which draws after drop path
+        self.mean: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x
+        x = self.conv3(x)
+        x = self.bn3(x)
+
+        if self.se is not None:
+            x = self.se(x)
+
+        if self.drop_path is not None:
+            x = self.drop_path(x)
+
+        if self.downsample is not None:
+            shortcut = self.downsample(shortcut)
+        x += shortcut
+        x = self.act3(x)
+        return x
+
+
+class Gammas(nn.Module):
+    """LayerScale without a module: in an expression, and in a statement."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.drop_path = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1), DropPath(0.5)
+        self.gamma_1, self.gamma_2 = nn.Parameter(torch.rand(8, 1, 1)), nn.Parameter(torch.rand(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.gamma_1 * self.first(x))
+        shortcut = x
+        x = self.second(x)
+        if self.gamma_2 is not None:
+            x = x.mul(self.gamma_2.reshape(1, -1, 1, 1))
+        x = self.drop_path(x) + shortcut
+        return x
+
+
+class PreNorm(nn.Module):
+    """A block of a vision transformer: a norm follows the first sum."""
+
+    norm: type[nn.Module] = nn.LayerNorm
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.attn, self.norm2, self.mlp = self.norm(8), nn.Linear(8, 8), self.norm(8), nn.Linear(8, 8)
+        self.ls1, self.ls2 = LayerScale(8, 0.5), LayerScale(8, 0.5)
+        self.drop_path1, self.drop_path2 = DropPath(0.5), DropPath(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
+        x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        return x
+
+
+class PreRMSNorm(PreNorm):
+    norm = RmsNorm
+
+
+class PostNorm(nn.Module):
+    """As in BERT: the norm takes the sum, and nothing else does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense, self.norm = nn.Linear(8, 8), nn.LayerNorm(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.dense(x) + x)
+
+
 def tokens() -> Tensor:
     return torch.randn(4, 5, 8, device=DEVICE)
 
@@ -124,66 +206,144 @@ def images() -> Tensor:
     return torch.randn(4, 8, 3, 3, device=DEVICE).contiguous(memory_format=torch.channels_last)
 
 
-def deit3() -> nn.Module:
-    return timm.create_model(
-        "deit3_small_patch16_224", img_size=32, embed_dim=24, depth=2, num_heads=2, drop_path_rate=0.5, num_classes=3
-    )
+def pictures() -> Tensor:
+    return torch.randn(2, 3, 32, 32, device=DEVICE)
 
 
-def resnet() -> nn.Module:
-    return timm.create_model("resnet14t", num_classes=3)
+def large_pictures() -> Tensor:
+    return torch.randn(2, 3, 64, 64, device=DEVICE).contiguous(memory_format=torch.channels_last)
+
+
+def ids() -> Tensor:
+    return torch.randint(0, 50, (2, 7), device=DEVICE)
+
+
+def vit(name: str) -> Callable[[], nn.Module]:
+    options = dict(img_size=32, embed_dim=24, depth=2, num_heads=2, drop_path_rate=0.5, num_classes=3)
+    return lambda: timm.create_model(name, **options)
+
+
+def timm_resnet(**options: Any) -> Callable[[], nn.Module]:
+    return lambda: timm.create_model("resnet14t", num_classes=3, **options)
+
+
+def timm_convnext() -> nn.Module:
+    options = dict(depths=(1, 1, 2, 1), dims=(8, 16, 24, 32), drop_path_rate=0.5, num_classes=3)
+    return timm.create_model("convnext_atto", **options).to(memory_format=torch.channels_last)
 
 
 def torchvision_resnet() -> nn.Module:
     return torchvision.models.resnet18(num_classes=3)
 
 
-def pictures() -> Tensor:
-    return torch.randn(2, 3, 32, 32, device=DEVICE)
+def torchvision_convnext() -> nn.Module:
+    stages = [torchvision.models.convnext.CNBlockConfig(8, None, 3)]
+    model = torchvision.models.convnext.ConvNeXt(stages, stochastic_depth_prob=0.5, num_classes=3)
+    return model.to(memory_format=torch.channels_last)
 
 
-MODELS: list[tuple[Callable[[], nn.Module], Callable[[], Tensor], int]] = [
-    (Block, tokens, 1),
-    (Convolutional, images, 1),
-    (Tail, images, 1),
-    (Returns, images, 1),
-    (SkipOnTheRight, images, 1),
-    (deit3, pictures, 4),
-    (resnet, pictures, 4),
-    (torchvision_resnet, pictures, 8),
-]
-models = pytest.mark.parametrize(("build", "inputs", "steps"), MODELS, ids=lambda value: getattr(value, "__name__", ""))
+SMALL = dict(hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+
+
+def dinov2() -> nn.Module:
+    return transformers.Dinov2Model(
+        transformers.Dinov2Config(**SMALL, image_size=32, patch_size=16, drop_path_rate=0.5)
+    )
+
+
+def llama() -> nn.Module:
+    return transformers.LlamaModel(transformers.LlamaConfig(**SMALL, vocab_size=50, use_cache=False))
+
+
+def bert() -> nn.Module:
+    dropout = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    return transformers.BertModel(transformers.BertConfig(**SMALL, **dropout, vocab_size=50))
+
+
+def encoder(norm_first: bool) -> Callable[[], nn.Module]:
+    return lambda: nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True, norm_first=norm_first)
+
+
+# What a model does forward in training and in inference: each letter a kernel.
+KERNELS = {"s": "step", "n": "norm", "b": "bn"}
+Builder = Callable[[], nn.Module]
+MODELS: dict[str, tuple[Builder, Callable[[], Tensor], str, str]] = {
+    "Block": (Block, tokens, "s", "s"),
+    "Convolutional": (Convolutional, images, "s", "s"),
+    "Tail": (Tail, images, "s", "b"),
+    "Returns": (Returns, images, "s", "b"),
+    "SkipOnTheRight": (SkipOnTheRight, images, "s", "b"),
+    "InStatements": (InStatements, images, "s", "b"),
+    "InStatements, se": (lambda: InStatements(se=True), images, "s", "s"),
+    "Gammas": (Gammas, images, "ss", "ss"),
+    "PreNorm": (PreNorm, tokens, "ns", "ns"),
+    "PreRMSNorm": (PreRMSNorm, tokens, "ns", "ns"),
+    "PostNorm": (PostNorm, tokens, "n", "n"),
+    "timm ResNet": (timm_resnet(drop_path_rate=0.5), pictures, "ssss", "bbbb"),
+    "timm SE-ResNet": (timm_resnet(block_args={"attn_layer": "se"}), pictures, "ssss", "ssss"),
+    "timm ConvNeXt": (timm_convnext, large_pictures, "sssss", "sssss"),
+    "timm ViT": (vit("vit_tiny_patch16_224"), pictures, "nsns", "nsns"),
+    "timm DeiT 3": (vit("deit3_small_patch16_224"), pictures, "nsns", "nsns"),
+    "timm BEiT": (vit("beit_base_patch16_224"), pictures, "nsns", "nsns"),
+    "torchvision ResNet": (torchvision_resnet, pictures, "s" * 8, "b" * 8),
+    "torchvision ConvNeXt": (torchvision_convnext, large_pictures, "sss", "sss"),
+    "DINOv2": (dinov2, pictures, "nsns", "nsns"),
+    "Llama": (llama, ids, "nn", "nn"),
+    "BERT": (bert, ids, "nnnn", "nnnn"),
+    "TransformerEncoderLayer, pre-norm": (encoder(norm_first=True), tokens, "n", "n"),
+    "TransformerEncoderLayer, post-norm": (encoder(norm_first=False), tokens, "nn", "nn"),
+}
+models = pytest.mark.parametrize("name", MODELS)
+
+
+def randomized(model: nn.Module) -> nn.Module:
+    """Without gammas of 0, with which the branches of some models begin."""
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if parameter.squeeze().dim() == 1:
+                nn.init.uniform_(parameter, 0.5, 1.5)
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_mean, -1, 1)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    return model.to(DEVICE)
 
 
 @models
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.filterwarnings("ignore::eulernet.EulernetWarning")
-def test_the_kernels_give_what_eager_gives(
-    build: Callable[[], nn.Module], inputs: Callable[[], Tensor], steps: int, launches: list[str]
-) -> None:
-    model, x = build().to(DEVICE), inputs()
+def test_the_kernels_give_what_eager_gives(name: str, dtype: torch.dtype, launches: list[str]) -> None:
+    build, inputs, trained, inferred = MODELS[name]
+    model, x = randomized(build()).to(dtype), inputs()
+    x = x.to(dtype) if x.is_floating_point() else x
     eulernet.patch(model, h=0.3, example_inputs=x)
     plain = copy.deepcopy(model)
     expected = train(plain, ((x,), {}))
     assert launches == []
     with kernels.mode("triton"):
         actual = train(model, ((x,), {}))
-        assert launches == ["step_forward"] * steps + ["step_backward"] * steps
+        in_training = launches.copy()
         with torch.no_grad():
-            inferred = model.eval()(x)
-    assert len(launches) == 3 * steps
+            result = tensors(model.eval()(x))
+    if dtype == torch.float32:
+        forward = [f"{KERNELS[letter]}_forward" for letter in trained]
+        backward = [f"{KERNELS[letter]}_backward" for letter in trained]
+        assert in_training[: len(forward)] == forward and sorted(in_training[len(forward) :]) == sorted(backward)
+        assert launches[2 * len(forward) :] == [f"{KERNELS[letter]}_forward" for letter in inferred]
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-5 if name in ("Llama", "DINOv2", "BERT") else 1e-10
     for a, e in zip(actual, expected, strict=True):
         assert (a.dtype, a.shape, a.stride()) == (e.dtype, e.shape, e.stride())
         # the sum is rounded once, not three times; batch norm over 8 numbers makes more of it
-        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4 * max(1.0, e.abs().max().item()))
-    torch.testing.assert_close(inferred, plain.eval()(x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(a, e, rtol=tolerance, atol=tolerance * max(1.0, e.abs().max().item()))
+    for a, e in zip(result, tensors(plain.eval()(x)), strict=True):
+        assert (a.dtype, a.shape, a.stride()) == (e.dtype, e.shape, e.stride())
+        torch.testing.assert_close(a, e, rtol=tolerance, atol=tolerance)
 
 
 @models
 @pytest.mark.filterwarnings("ignore::eulernet.EulernetWarning")
-def test_on_the_cpu_the_bits_are_the_originals(
-    build: Callable[[], nn.Module], inputs: Callable[[], Tensor], steps: int, launches: list[str]
-) -> None:
-    model, x = build(), inputs().cpu()
+def test_on_the_cpu_the_bits_are_the_originals(name: str, launches: list[str]) -> None:
+    build, inputs, *_ = MODELS[name]
+    model, x = randomized(build()).cpu(), inputs().cpu()
     patched = eulernet.patch(copy.deepcopy(model), h=1.0, example_inputs=x)
     assert_identical(train(patched, ((x,), {})), train(model, ((x,), {})))
     assert launches == []
@@ -191,10 +351,9 @@ def test_on_the_cpu_the_bits_are_the_originals(
 
 @models
 @pytest.mark.filterwarnings("ignore::eulernet.EulernetWarning")
-def test_with_one_the_bits_are_the_originals_whatever_computes(
-    build: Callable[[], nn.Module], inputs: Callable[[], Tensor], steps: int, launches: list[str]
-) -> None:
-    model, x = build().to(DEVICE), inputs()
+def test_with_one_the_bits_are_the_originals_whatever_computes(name: str, launches: list[str]) -> None:
+    build, inputs, *_ = MODELS[name]
+    model, x = randomized(build()), inputs()
     patched = eulernet.patch(copy.deepcopy(model), h=1.0, example_inputs=x)
     with kernels.mode("triton"):
         assert_identical(run(patched, ((x,), {})), run(model, ((x,), {})))
@@ -203,15 +362,15 @@ def test_with_one_the_bits_are_the_originals_whatever_computes(
 
 @models
 @pytest.mark.filterwarnings("ignore::eulernet.EulernetWarning")
-def test_compiled_graphs_are_whole_and_without_kernels(
-    build: Callable[[], nn.Module], inputs: Callable[[], Tensor], steps: int, launches: list[str]
-) -> None:
-    model, x = build().to(DEVICE).eval(), inputs()
+def test_compiled_graphs_are_whole_and_without_kernels(name: str, launches: list[str]) -> None:
+    build, inputs, *_ = MODELS[name]
+    model, x = randomized(build()).eval(), inputs()
     eulernet.patch(model, h=0.3, example_inputs=x)
     torch.compiler.reset()
     with kernels.mode("triton"):
-        compiled = torch.compile(model, backend="eager", fullgraph=True)(x)
-    torch.testing.assert_close(compiled, model(x), rtol=1e-4, atol=1e-5)
+        compiled = tensors(torch.compile(model, backend="eager", fullgraph=True)(x))
+    for a, e in zip(compiled, tensors(model(x)), strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
     assert launches == []
 
 
@@ -295,7 +454,7 @@ def test_inference_mode(launches: list[str]) -> None:
         expected = model(x)
         with kernels.mode("triton"):
             torch.testing.assert_close(model(x), expected)
-    assert launches == ["step_forward"]
+    assert launches == ["bn_forward"]
 
 
 def test_the_gradients_of_an_addition_in_place() -> None:
