@@ -156,6 +156,8 @@ class _Method:
                 match each:
                     case [ast.Assign(targets=[ast.Name()], value=value)]:
                         found, innermost = self.chain(value)
+                        if isinstance(innermost, ast.Name) and innermost.id != name and j + 1 < i:
+                            continue  # until the addition others may write into what this name holds
                         if found:
                             edits, begin = edits + found, j
                             if isinstance(innermost, ast.Name) and innermost.id == name:
@@ -182,21 +184,28 @@ class _Method:
         return all((read.lineno, read.col_offset) < end for read in _names(self.definition, name, ast.Load))
 
     def norm_of(self, name: str, following: list[ast.stmt]) -> ast.Call | None:
-        """The call of a norm with what a name holds, `self.norm(x)`, if it is certain to come next."""
+        """The call of a norm with what a name holds, `self.norm(x)`, if it is the next thing to be called."""
         for statement in following:
             match statement:
                 case ast.Assign(targets=[ast.Name(id=target)], value=ast.Name()) if target != name:
                     continue  # `residual = x`
-            if not isinstance(statement, _SIMPLE) or not _plain(statement):
-                return None
-            for node in ast.walk(statement):
-                match node:
-                    case ast.IfExp() | ast.BoolOp():
-                        return None
-                    case ast.Call(args=[ast.Name(id=given)]) if given == name and _fuse.norm(self.called(node)):
-                        return node
+            if isinstance(statement, _SIMPLE) and _plain(statement):
+                call = _first_call(statement)
+                match call:
+                    case ast.Call(args=[ast.Name(id=given)]) if given == name and _fuse.norm(self.called(call)):
+                        return call
             return None
         return None
+
+
+def _first_call(node: ast.AST) -> ast.Call | None:
+    """The call that is evaluated first, None where it depends on something."""
+    if isinstance(node, ast.IfExp | ast.BoolOp):
+        return None
+    for child in ast.iter_child_nodes(node):
+        if any(isinstance(each, ast.Call) for each in ast.walk(child)):
+            return _first_call(child)
+    return node if isinstance(node, ast.Call) else None
 
 
 def _blocks(node: ast.AST) -> list[list[ast.stmt]]:

@@ -1,6 +1,7 @@
 """A patched model whose steps do what stands around them in one kernel gives what it gives without."""
 
 import copy
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ from timm.layers import DropPath, LayerScale, LayerScale2d, RmsNorm
 from torch import Tensor, nn
 
 import eulernet
-from eulernet import kernels
+from eulernet import _fuse, kernels
 
 pytest.importorskip("triton")
 from eulernet.kernels import _bn, _layout, _norm, _step
@@ -476,3 +477,385 @@ def test_frozen_parameters_and_mixed_precision(launches: list[str]) -> None:
             actual = model(x)
     assert launches == ["step_forward"] and actual.dtype == expected.dtype
     torch.testing.assert_close(actual, expected)
+
+
+class Odd(nn.Module):
+    """A batch norm whose result is not simply added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.drop_path = nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), DropPath(0.5)
+        self.kept: Any = None
+
+
+class ReadBetween(Odd):
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn(self.conv(x))
+        self.kept = out.mean()
+        out += x
+        return out
+
+
+class ReadAfter(Odd):
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn(self.conv(x))
+        y = x + out
+        return y * out.sigmoid()
+
+
+class ReadByAFunction(Odd):
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn(self.conv(x))
+        self.kept = lambda: out.mean()
+        return x + out
+
+
+class ReadInALoop(Odd):
+    def forward(self, x: Tensor) -> Tensor:
+        out = x
+        for _ in range(2):
+            x = x + out.mean() * 0.1
+            out = self.bn(self.conv(x))
+            x = x + out
+        return x + out.mean()
+
+
+class ReadWithAllLocals(Odd):
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn(self.conv(x))
+        self.kept = locals()["out"].mean()
+        return x + out
+
+
+class ReadAfterAnError(Odd):
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.conv(x)
+        try:
+            out = self.bn(out)
+            out = out + x.view(-1)[:0].view(x.shape) if self.kept else out + x
+        except RuntimeError:
+            return out * 2
+        return out
+
+
+class Augmented(Odd):
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn(self.conv(x))
+        out *= 2
+        out += x
+        return out
+
+
+class TwoSums(Odd):
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn(self.conv(x))
+        self.kept = out + 1
+        y = out + x
+        return y
+
+
+class Chosen(Odd):
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.conv(x)
+        if self.kept is None:
+            out = self.bn(out)
+        else:
+            out, _ = self.bn(out) * 2, None
+        return x + self.drop_path(out)
+
+
+class Twice(Odd):
+    """Each of two sums has the result of one batch norm as its branch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn(self.conv(x))
+        y = x + out
+        return y + torch.relu(x + out)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [ReadBetween, ReadAfter, ReadByAFunction, ReadInALoop, ReadWithAllLocals, ReadAfterAnError, Augmented, TwoSums,
+     Chosen, Twice],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore::eulernet.EulernetWarning")
+def test_a_result_that_is_read_elsewhere_is_a_tensor(build: type[Odd], launches: list[str]) -> None:
+    model, x = randomized(build()).double(), images().double()
+    eulernet.patch(model, h=0.3, example_inputs=x)
+    for kept in (None, True):
+        model.kept = kept
+        model.zero_grad()
+        plain = copy.deepcopy(model)
+        expected, also_expected = train(plain, ((x,), {})), run(plain, ((x,), {}))
+        with kernels.mode("triton"):
+            actual, also_actual = train(model, ((x,), {})), run(model, ((x,), {}))
+        for a, e in zip([*actual, *also_actual], [*expected, *also_expected], strict=True):
+            torch.testing.assert_close(a, e)
+        read, also_read = (m.kept() if callable(m.kept) else m.kept for m in (model, plain))
+        if isinstance(also_read, Tensor):
+            torch.testing.assert_close(read, also_read)
+
+
+def test_masks_are_drawn_where_the_original_draws_them() -> None:
+    """The dropout of the skip draws after drop path, and the batch norm's statistics are those of one call."""
+    model, x = randomized(InStatements()), images()
+    eulernet.patch(model, h=0.3, example_inputs=x)
+    plain = copy.deepcopy(model)
+    torch.manual_seed(1)
+    expected, after = plain(x), torch.rand(1)
+    torch.manual_seed(1)
+    with kernels.mode("triton"):
+        actual = model(x)
+    assert torch.equal(torch.rand(1), after)
+    torch.testing.assert_close(actual, expected)
+    assert model.bn3.num_batches_tracked == plain.bn3.num_batches_tracked == 1
+
+
+class WritesBehind(Odd):
+    """Writes into what batch norm was called with, as only a model without training can."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        given = self.conv(x)
+        out = self.bn(given)
+        self.kept = given.mul_(2)
+        out += x
+        return out
+
+
+class WritesBehindTwoNames(Odd):
+    def forward(self, x: Tensor) -> Tensor:
+        out = given = self.conv(x)
+        out = self.bn(out)
+        self.kept = given.mul_(2)
+        out += x
+        return out
+
+
+def test_what_waits_must_not_change() -> None:
+    """Where the source shows that it might, nothing is put off; else it is an error."""
+    x = images()
+    with torch.no_grad():
+        model = eulernet.patch(WritesBehind().to(DEVICE).eval(), h=0.3, example_inputs=x)
+        expected = model(x)
+        with kernels.mode("triton"), torch.inference_mode():
+            torch.testing.assert_close(model(x), expected)
+        model = eulernet.patch(WritesBehindTwoNames().to(DEVICE).eval(), h=0.3, example_inputs=x)
+        expected = model(x)
+        with (
+            kernels.mode("triton"),
+            pytest.raises(eulernet.EulernetError, match=r'modified in place .*mode\("torch"\)'),
+        ):
+            model(x)
+        with kernels.mode("torch"):
+            torch.testing.assert_close(model(x), expected)
+
+
+FUSED: list[tuple[Builder, Callable[[], Tensor], str, str]] = [
+    (Tail, images, "norm", "step_forward"),
+    (InStatements, images, "bn3", "step_forward"),
+    (InStatements, images, "act3", ""),
+    (PreNorm, tokens, "norm2", "step_forward step_forward"),
+    (PreNorm, tokens, "ls1", "norm_forward step_forward"),
+    (PreNorm, tokens, "drop_path1", "norm_forward step_forward"),
+    (PostNorm, tokens, "norm", ""),
+]
+
+
+@pytest.mark.parametrize(("build", "inputs", "name", "left"), FUSED)
+@pytest.mark.filterwarnings("ignore::eulernet.EulernetWarning")
+def test_a_hook_or_another_module_wins(
+    build: Builder, inputs: Callable[[], Tensor], name: str, left: str, launches: list[str]
+) -> None:
+    """What is changed after patching is called, in inference; the other things around the step stay fused."""
+    model, x = randomized(build()).eval(), inputs()
+    eulernet.patch(model, h=0.3, example_inputs=x)
+    original: Any = getattr(model, name)
+
+    class Another(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return original(x) * 2
+
+    changes: list[Callable[[], Any]] = [
+        lambda: original.register_forward_hook(lambda module, args, out: out * 2),
+        lambda: original.register_forward_pre_hook(lambda module, args: (args[0].abs(),)),
+        lambda: setattr(original, "forward", lambda x: type(original).forward(original, x) * 2),
+        lambda: setattr(model, name, Another()),
+    ]
+    with torch.no_grad():
+        before = model(x)
+        for change in changes:
+            handle = change()
+            expected = model(x)
+            launches.clear()
+            with kernels.mode("triton"):
+                torch.testing.assert_close(model(x), expected)
+            assert (expected - before).abs().max() > 1e-2
+            assert set(launches) <= {*left.split(), "bn_forward"} if name == "act3" else launches == left.split()
+            if handle is not None:
+                handle.remove()
+            vars(original).pop("forward", None)
+            setattr(model, name, original)
+        launches.clear()
+        with kernels.mode("triton"):
+            torch.testing.assert_close(model(x), before)
+        assert launches == [f"{KERNELS[k]}_forward" for k in next(m[3] for m in MODELS.values() if m[0] is build)]
+
+
+class Between(PreNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(x)
+        y = self.mlp(x) + self.norm2(x)
+        return x + self.ls2(y)
+
+
+class Perhaps(PreNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(x)
+        y = self.norm2(x) if self.norm1 is None else x
+        return x + self.mlp(y)
+
+
+class Exchanged(PreNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(x)
+        x, y = x * 2, x
+        return x + self.mlp(self.norm2(x)) + y
+
+
+class Elsewhere(PreNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        if self.norm1 is not None:
+            x = x + self.attn(x)
+        return x + self.mlp(self.norm2(x))
+
+
+@pytest.mark.parametrize("build", [Between, Perhaps, Exchanged, Elsewhere])
+def test_a_norm_that_is_not_called_next_is_called(build: Builder, launches: list[str]) -> None:
+    """What is called in between may write into the state."""
+    model, x = randomized(build()).eval(), tokens()
+    eulernet.patch(model, h=0.3, example_inputs=x)
+    model.mlp.register_forward_hook(lambda module, args, out: [args[0].abs_(), out][1])
+    with torch.inference_mode():
+        expected = model(x.clone())
+        with kernels.mode("triton"):
+            torch.testing.assert_close(model(x.clone()), expected)
+    assert "norm_forward" not in launches
+
+
+def test_what_was_computed_ahead_is_not_kept(launches: list[str]) -> None:
+    """The norm's result goes when the model is done with it, as in the original."""
+    seen: list[weakref.ref[Tensor]] = []
+    alive: list[bool] = []
+
+    class Watched(PreNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + self.attn(self.norm1(x))
+            y = self.mlp(self.norm2(x))
+            alive.append(seen[-1]() is not None)
+            return x + y
+
+    model, x = randomized(Watched()).eval(), tokens()
+    model.mlp.register_forward_pre_hook(lambda module, args: seen.append(weakref.ref(args[0])))
+    eulernet.patch(model, h=0.3, example_inputs=x)
+    with torch.no_grad(), kernels.mode("triton"):
+        model(x)
+    assert launches == ["norm_forward"] and alive[-1] is False
+
+
+def test_a_batch_norm_that_learns_in_inference_is_called(launches: list[str]) -> None:
+    """Its affine parameters get gradients, which the kernel has none of."""
+    model, x = randomized(Tail()).eval(), images()
+    eulernet.patch(model, h=0.3, example_inputs=x)
+    plain = copy.deepcopy(model)
+    for each, mode in ((plain, "torch"), (model, "triton")):
+        with kernels.mode(mode):
+            each(x).square().sum().backward()
+    assert launches == ["step_forward", "step_backward"]
+    torch.testing.assert_close(model.norm.weight.grad, plain.norm.weight.grad)
+    torch.testing.assert_close(model.norm.bias.grad, plain.norm.bias.grad)
+
+
+def test_a_learned_h(launches: list[str]) -> None:
+    """With batch norm in inference it is a tensor, which the kernel does not take; with a norm it gets its gradient."""
+    model, x = randomized(Returns()).eval(), images()
+    eulernet.patch(model, h=0.3, trainable=True, example_inputs=x)
+    with torch.no_grad():
+        expected = model(x)
+        with kernels.mode("triton"):
+            torch.testing.assert_close(model(x), expected)
+    assert launches == ["step_forward"]
+    block, x = randomized(PreNorm()).eval(), tokens()
+    eulernet.patch(block, h=0.3, trainable=True, example_inputs=x)
+    expected = train(copy.deepcopy(block), ((x,), {}))
+    launches.clear()
+    with kernels.mode("triton"):
+        actual = train(block, ((x,), {}))
+    assert launches[:2] == ["norm_forward", "step_forward"]
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("build", [PreNorm, PreRMSNorm, llama], ids=lambda build: build.__name__)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+def test_norms_give_the_dtypes_of_eager(
+    build: Builder, dtype: torch.dtype, autocast: bool, launches: list[str]
+) -> None:
+    model, x = randomized(build()).to(dtype).eval(), ids() if build is llama else tokens().to(dtype)
+    eulernet.patch(model, h=0.3, example_inputs=x)
+    inner = model.layers[0].mlp if build is llama else model.mlp
+    given: list[Tensor] = []
+    inner.register_forward_pre_hook(lambda module, args: given.append(args[0]))
+    with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
+        model(x)
+        with kernels.mode("triton"):
+            model(x)
+    expected, actual = given
+    assert (actual.dtype, actual.stride()) == (expected.dtype, expected.stride())
+    unit = torch.finfo(torch.bfloat16 if autocast else dtype).eps
+    assert (actual - expected).abs().max() <= 16 * unit * expected.abs().max()
+    assert ("norm_forward" in launches) or autocast
+
+
+class TwiceLayerScale(nn.Module):
+    """Called like a LayerScale, which it is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lambda1 = nn.Parameter(torch.rand(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.lambda1 * self.lambda1
+
+
+class MyDropPath(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop_prob = 0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rand(len(x), *[1] * (x.dim() - 1))
+
+
+class MyRMSNorm(nn.Module):
+    """As in Gemma."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.variance_epsilon = nn.Parameter(torch.rand(8)), 1e-6
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.rms_norm(x, (8,), 1 + self.weight, self.variance_epsilon)
+
+
+def test_a_class_is_known_by_what_it_computes() -> None:
+    """Not by its name alone; and nothing is drawn from the generators to find out."""
+    layers = transformers.models.dinov2.modeling_dinov2
+    assert _fuse.before(layers.Dinov2LayerScale(dinov2().config)) == "LayerScale"
+    assert _fuse.before(layers.Dinov2DropPath(0.5)) == "DropPath"
+    norm = transformers.models.llama.modeling_llama.LlamaRMSNorm(8)
+    assert _fuse.norm(norm) == _fuse.Norm("rms_norm", 8, norm.weight, None, 1e-6, written_out=True)
+    others = [MyDropPath(), TwiceLayerScale(), MyRMSNorm(), nn.LayerNorm((2, 8))]
+    state = torch.get_rng_state()
+    assert not any(_fuse.before(module) or _fuse.norm(module) for module in others)
+    assert torch.equal(torch.get_rng_state(), state)
