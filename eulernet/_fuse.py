@@ -239,26 +239,25 @@ def _waiting(branch: Any, factor: Any) -> Later | None:
 
 def later(module: Any, branch: Any, factor: Any) -> Any:
     """`module(branch)`, put off if a kernel may do it together with the addition of this step factor."""
-    return _put_off(branch, factor, lambda waiting: waiting.take(module), module)
+    waiting = _waiting(branch, factor)
+    if waiting is None:
+        return module(branch)
+    if waiting.take(module):
+        return waiting
+    return later(module, branch.run(), factor) if waiting is branch else module(branch)
 
 
 def times(left: Any, right: Any, gamma_first: bool, factor: Any) -> Any:
     """`left * right`, one of which is gamma, put off likewise."""
     branch, gamma = (right, left) if gamma_first else (left, right)
+    waiting = _waiting(branch, factor)
+    if waiting is None:
+        return left * right
 
     def product(branch: Any) -> Any:
         return gamma * branch if gamma_first else branch * gamma
 
-    return _put_off(branch, factor, lambda waiting: waiting.multiply(gamma, product), product)
-
-
-def _put_off(branch: Any, factor: Any, take: Callable[[Later], bool], call: Callable[[Any], Any]) -> Any:
-    waiting = _waiting(branch, factor)
-    if waiting is not None and take(waiting):
-        return waiting
-    if type(branch) is Later:  # this does not go together with what waits
-        return _put_off(branch.run(), factor, take, call)
-    return call(branch)
+    return waiting if waiting.multiply(gamma, product) else product(now(branch))
 
 
 def now(value: Any) -> Any:
