@@ -156,20 +156,19 @@ class _Method:
                 match each:
                     case [ast.Assign(targets=[ast.Name()], value=value)]:
                         found, innermost = self.chain(value)
-                        if isinstance(innermost, ast.Name) and innermost.id != name and j + 1 < i:
+                        same = isinstance(innermost, ast.Name) and innermost.id == name
+                        if isinstance(innermost, ast.Name) and not same and j + 1 < i:
                             continue  # until the addition others may write into what this name holds
                         if found:
                             edits, begin = edits + found, j
-                            if isinstance(innermost, ast.Name) and innermost.id == name:
-                                waits.append(innermost)
-                                old = True
+                        if found and same:
+                            waits.append(innermost)
+                            old = True
             if not old:
                 break
         if edits:
-            for statement in block[begin : i + 1]:
-                edits += [
-                    (NOW, read) for read in _names(statement, name, ast.Load) if not any(read is each for each in waits)
-                ]
+            reads = [read for statement in block[begin : i + 1] for read in _names(statement, name, ast.Load)]
+            edits += [(NOW, read) for read in reads if not any(read is each for each in waits)]
         return edits
 
     def _is_last(self, name: str, statement: ast.stmt) -> bool:
