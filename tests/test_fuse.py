@@ -859,3 +859,18 @@ def test_a_class_is_known_by_what_it_computes() -> None:
     state = torch.get_rng_state()
     assert not any(_fuse.before(module) or _fuse.norm(module) for module in others)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(("build", "inputs", "name"), [(InStatements, images, "bn3"), (PreNorm, tokens, "norm2")])
+@pytest.mark.filterwarnings("ignore::eulernet.EulernetWarning")
+def test_tracebacks_show_the_line_of_the_original(build: Builder, inputs: Callable[[], Tensor], name: str) -> None:
+    """That of the call, although with kernels it may be made at the addition."""
+    model, x = randomized(build()).eval(), inputs()
+    patched = eulernet.patch(copy.deepcopy(model), h=0.3, example_inputs=x)
+    lines = []
+    for each in (model, patched):
+        setattr(each, name, nn.Linear(5, 5).to(DEVICE))
+        with kernels.mode("triton"), pytest.raises(RuntimeError, match="shapes cannot be multiplied") as error:
+            each(x)
+        lines.append([entry.lineno for entry in error.traceback if entry.path.samefile(__file__)][-1])
+    assert lines[0] == lines[1]
