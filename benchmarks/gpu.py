@@ -101,6 +101,15 @@ def _layer_norm_eager(skip: Tensor, branch: Tensor, weight: Tensor, bias: Tensor
     return state, F.layer_norm(state, state.shape[-1:], weight, bias)
 
 
+def _before_layer_norm(skip: Tensor, branch: Tensor, gamma: Tensor, weight: Tensor, bias: Tensor) -> object:
+    return euler_step_norm(skip, branch, H, weight, bias, layer_scale=gamma, drop_path=0.1)
+
+
+def _before_layer_norm_eager(skip: Tensor, branch: Tensor, gamma: Tensor, weight: Tensor, bias: Tensor) -> object:
+    state = _drop_path_eager(skip, branch, gamma)
+    return state, F.layer_norm(state, state.shape[-1:], weight, bias)
+
+
 def _rms_norm_eager(skip: Tensor, branch: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     state = torch.add(skip, branch, alpha=H)
     return state, F.rms_norm(state, state.shape[-1:], weight, 1e-6)
@@ -141,6 +150,9 @@ OPERATIONS: dict[str, Operation] = {
     "LayerScale, drop path, step": Operation(_drop_path, _drop_path_eager, _row, "sbo", "obb", flops=4),
     "step, LayerNorm": Operation(
         lambda s, b, w, c: euler_step_norm(s, b, H, w, c), _layer_norm_eager, _row * 2, "sboo", "ooosb", flops=10
+    ),
+    "LayerScale, drop path, step, LayerNorm": Operation(
+        _before_layer_norm, _before_layer_norm_eager, _row * 3, "sboo", "ooobsb", flops=12
     ),
     "step, RMSNorm": Operation(
         lambda s, b, w: euler_step_norm(s, b, H, w, None, 1e-6, "rms_norm"),

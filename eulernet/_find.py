@@ -229,7 +229,7 @@ def _spot(event: Event, sandbox: Sandbox, spots: dict[Any, _Spot]) -> _Spot:
         raise Unsupported(f"{event.addition.op} adds and does something else in one operation")
     error = None
     try:
-        twin, site = locate(event.addition)
+        twin, site = locate(event.addition, event.skip_is_left)
     except EulernetError as reason:
         error, (twin, site) = reason, nowhere(event.addition)
     module = sandbox.original.get(twin)

@@ -6,10 +6,10 @@ import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from eulernet._rewrite import LATER, SCALE, STEP, STEP_IN_PLACE, TAIL, TAIL_IN_PLACE
+from eulernet._rewrite import AHEAD, LATER, SCALE, STEP, STEP_IN_PLACE, TAIL, TAIL_IN_PLACE, TIMES
 
 # The entries of an observed module's __dict__, which hide the methods of its class.
-OBSERVED = (STEP, STEP_IN_PLACE, SCALE, TAIL, TAIL_IN_PLACE, LATER)
+OBSERVED = (STEP, STEP_IN_PLACE, SCALE, TAIL, TAIL_IN_PLACE, AHEAD, LATER, TIMES)
 
 
 class Seen(NamedTuple):
@@ -53,7 +53,9 @@ def observe(module: Any, see: See) -> None:
         return lambda activation, left, right, place: activation(step(left, right, place))
 
     steps = {name: around(getattr(cls, name)) for name in (STEP, STEP_IN_PLACE)}
-    module.__dict__.update({**steps, SCALE: scale, LATER: lambda before, branch: before(branch)})
+    module.__dict__.update({**steps, SCALE: scale, LATER: lambda before, branch, place: before(branch)})
+    module.__dict__[TIMES] = lambda left, right, gamma_first, place: left * right
+    module.__dict__[AHEAD] = lambda norm, left, right, place: (steps[STEP](left, right, place), None)
     module.__dict__[TAIL] = before_activation(steps[STEP])
     module.__dict__[TAIL_IN_PLACE] = before_activation(steps[STEP_IN_PLACE])
 

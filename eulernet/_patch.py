@@ -62,24 +62,41 @@ class Patched:
     def _euler_step(self, left: Any, right: Any, place: int, alpha: float = 1) -> Any:
         slot, skip_is_left, sign = self._euler_places[place]
         h = self._euler[slot].of(self)
-        if type(right) is _fuse.Later:
+        if _fuse.Later in (type(left), type(right)):
             return _fuse.step(None, left, right, h, skip_is_left, sign * alpha)
         return _factor.step(left, right, h, skip_is_left, sign * alpha)
 
     def _euler_step_(self, left: Any, right: Any, place: int, alpha: float = 1) -> Any:
         slot, skip_is_left, sign = self._euler_places[place]
-        return _factor.step_in_place(left, right, self._euler[slot].of(self), skip_is_left, sign * alpha)
+        h = self._euler[slot].of(self)
+        if _fuse.Later in (type(left), type(right)):
+            return _fuse.step(None, left, right, h, skip_is_left, sign * alpha, in_place=True)
+        return _factor.step_in_place(left, right, h, skip_is_left, sign * alpha)
 
-    def _euler_later(self, module: Any, branch: Any) -> Any:
-        return _fuse.later(module, branch)
-
-    def _euler_tail(self, activation: Any, left: Any, right: Any, place: int) -> Any:
+    def _euler_tail(self, then: Any, left: Any, right: Any, place: int) -> Any:
         slot, skip_is_left, sign = self._euler_places[place]
-        return _fuse.step(activation, left, right, self._euler[slot].of(self), skip_is_left, sign)
+        return _fuse.step(then, left, right, self._euler[slot].of(self), skip_is_left, sign)
 
-    def _euler_tail_(self, activation: Any, left: Any, right: Any, place: int) -> Any:
+    def _euler_tail_(self, then: Any, left: Any, right: Any, place: int) -> Any:
         slot, skip_is_left, sign = self._euler_places[place]
-        return _fuse.step(activation, left, right, self._euler[slot].of(self), skip_is_left, sign, in_place=True)
+        return _fuse.step(then, left, right, self._euler[slot].of(self), skip_is_left, sign, in_place=True)
+
+    def _euler_ahead(self, norm: str, left: Any, right: Any, place: int) -> tuple[Any, _fuse.Ahead | None]:
+        slot, skip_is_left, sign = self._euler_places[place]
+        h = self._euler[slot].of(self)
+        return _fuse.ahead(getattr(self, norm, None), left, right, h, skip_is_left, sign)
+
+    def _euler_normed(self, norm: Any, state: Any, known: _fuse.Ahead | None) -> Any:
+        return _fuse.normed(norm, state, known)
+
+    def _euler_later(self, module: Any, branch: Any, place: int) -> Any:
+        return _fuse.later(module, branch, self._euler[self._euler_places[place][0]])
+
+    def _euler_times(self, left: Any, right: Any, gamma_first: bool, place: int) -> Any:
+        return _fuse.times(left, right, gamma_first, self._euler[self._euler_places[place][0]])
+
+    def _euler_now(self, value: Any) -> Any:
+        return _fuse.now(value)
 
     def _euler_scale(self, branch: Any, place: int) -> Any:
         return _factor.scale(branch, self._euler[self._euler_places[place][0]].of(self))

@@ -22,18 +22,18 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, wraps
-from itertools import pairwise
 from types import CodeType, FunctionType
 from typing import Any, TypeVar
 
 from torch import nn
 
-from eulernet import _fuse
+from eulernet import _around
 from eulernet._errors import EulernetError
 from eulernet._trace import Addition, Frame
 
 STEP, STEP_IN_PLACE, SCALE, FUNCTION = "_euler_step", "_euler_step_", "_euler_scale", "_euler_function_"
-TAIL, TAIL_IN_PLACE, LATER = "_euler_tail", "_euler_tail_", "_euler_later"
+TAIL, TAIL_IN_PLACE, AHEAD, NORMED = "_euler_tail", "_euler_tail_", "_euler_ahead", "_euler_normed"
+LATER, TIMES, NOW = "_euler_later", "_euler_times", "_euler_now"
 T = TypeVar("T")
 _RECEIVER = "_euler_self"  # the first parameter that a free function gets
 _FLAGS = sum(getattr(__future__, name).compiler_flag for name in __future__.all_feature_names)
@@ -51,9 +51,11 @@ class Span:
     end_line: int
     column: int
     end_column: int
-    # Not compared: whether they are written out or not, what is computed is the same.
-    wrappers: int = field(default=0, compare=False)  # calls around the right operand that the step may do
-    tail: bool = field(default=False, compare=False)  # whether it may do the activation that is called with the sum
+    # What stands around an addition, as `_around` finds it. Not compared: whether it is written out or not, what is
+    # computed is the same.
+    edits: tuple[tuple[str, Span], ...] = field(default=(), compare=False)
+    ahead: str | None = field(default=None, compare=False)
+    tail: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ class Site:
 # ---- finding the expression
 
 
-def locate(addition: Addition) -> tuple[nn.Module, Site]:
+def locate(addition: Addition, skip_is_left: bool) -> tuple[nn.Module, Site]:
     """The place of an addition in the source, and the module whose method (or whose callee) holds it."""
     frames = addition.frames
     for i, frame in enumerate(frames):
@@ -125,7 +127,7 @@ def locate(addition: Addition) -> tuple[nn.Module, Site]:
                 targets.append((target, _span(frames[j], callee)))
         _check(addition, function, targets[-1][1])
         if len(targets) == 1 and not inner:
-            targets = [(targets[0][0], _with_surroundings(span, function, frame.module))]
+            targets = [(targets[0][0], _with_surroundings(span, function, frame.module, skip_is_left))]
         code = frames[0].code
         return frame.module, Site(tuple(targets), code.co_filename, _position(frames[0]), code.co_qualname)
     if frames and frames[-1].module is not None:
@@ -271,54 +273,22 @@ def _operands(node: ast.AST, where: str) -> tuple[ast.expr, ast.expr, list[ast.k
 # ---- what stands around it
 
 
-def _with_surroundings(span: Span, function: FunctionType, module: nn.Module) -> Span:
+def _with_surroundings(span: Span, function: FunctionType, module: nn.Module, skip_is_left: bool) -> Span:
     definition = _statement(function)[2]
-    receiver = _receiver(definition.args)
     node = _expression(function, span, (ast.BinOp, ast.AugAssign, ast.Call))
     if not isinstance(node, ast.BinOp | ast.AugAssign) or not isinstance(node.op, ast.Add):
         return span
-    wrappers = 0
-    operand = node.right if isinstance(node, ast.BinOp) else None
-    while isinstance(operand, ast.Call) and _fuse.before(_called(operand, receiver, module)):
-        wrappers, operand = wrappers + 1, operand.args[0]
-    call = _tail(definition, node)[0]
-    return replace(span, wrappers=wrappers, tail=_fuse.after(_called(call, receiver, module)) is not None)
+    left, right, _ = _operands(node, function.__qualname__)
+    branch = right if skip_is_left else left
+    found = _around.around(definition, node, branch, function.__code__, _receiver(definition.args), module)
+    first = function.__code__.co_firstlineno
+    edits = tuple((kind, _span_of(each, first)) for kind, each in found.edits)
+    return replace(span, edits=edits, ahead=found.ahead, tail=found.tail)
 
 
-def _called(node: ast.AST | None, receiver: str, module: nn.Module) -> Any:
-    """The submodule that an expression calls with one argument, `self.name(argument)`."""
-    match node:
-        case ast.Call(func=ast.Attribute(value=ast.Name(id=name), attr=attribute), args=[argument], keywords=[]):
-            if name == receiver and not isinstance(argument, ast.Starred):
-                return getattr(module, attribute, None)
-    return None
-
-
-def _tail(definition: ast.AST, node: ast.AST) -> tuple[ast.Call | None, list[ast.stmt], int]:
-    """The call that takes a sum: it stands around it or is the next statement, `x += y; x = f(x)`.
-
-    In the latter case also the block of statements and where in it the two stand.
-    """
-    for parent in ast.walk(definition):
-        if isinstance(parent, ast.Call) and parent.args == [node]:
-            return parent, [], 0
-        blocks: list[Any] = [getattr(parent, name, None) for name in ("body", "orelse", "finalbody")]
-        for block in (each for each in blocks if isinstance(each, list)):
-            for i, (first, second) in enumerate(pairwise(block)):
-                match first:
-                    case ast.AugAssign(target=ast.Name(id=name)) if first is node:
-                        pass
-                    case ast.Assign(targets=[ast.Name(id=name)], value=value) if value is node:
-                        pass
-                    case _:
-                        continue
-                match second:
-                    case ast.Assign(targets=[ast.Name(id=to)], value=ast.Call(args=[ast.Name(id=of)]) as call):
-                        if to == of == name:
-                            return call, block, i
-                    case ast.Return(value=ast.Call(args=[ast.Name(id=of)]) as call) if of == name:
-                        return call, block, i
-    return None, [], 0
+def _span_of(node: ast.expr, first: int) -> Span:
+    assert node.end_lineno is not None and node.end_col_offset is not None
+    return Span(node.lineno - first, node.end_lineno - first, node.col_offset, node.end_col_offset)
 
 
 # ---- the source
@@ -458,7 +428,7 @@ def rewrite(function: FunctionType, edits: dict[Span, tuple[str, int]], free: bo
     for span in edits:
         if span.tail:
             node = next(n for n in ast.walk(mine) if isinstance(n, ast.BinOp | ast.AugAssign) and _at(n, span, first))
-            call, block, i = _tail(mine, node)
+            call, block, i = _around.tail(mine, node)
             if block and call is not None:  # two statements become the second one, around what the first one adds
                 call.args = [node]  # type: ignore[list-item]
                 del block[i]
@@ -495,15 +465,19 @@ class _Editor(ast.NodeTransformer):
         self.function = function
         self.receiver = receiver
         self.first = function.__code__.co_firstlineno
+        self.around = {at: (kind, place) for span, (_, place) in edits.items() for kind, at in span.edits}
 
     def visit(self, node: ast.AST) -> Any:
-        if isinstance(node, ast.Call) and len(node.args) == 1 and (sum_ := self._edit(node.args[0])) and sum_[0].tail:
-            return self._with_tail(node, node.args[0], sum_[1][1], sum_[0])
+        match node:
+            case ast.Call(args=[sum_]) if (edit := self._edit(sum_)) and edit[0].tail:
+                return self._with_tail(node, sum_, edit[1][1])
+            case ast.Assign(targets=[target], value=sum_) if (edit := self._edit(sum_)) and edit[0].ahead:
+                return self._with_norm_ahead(node, target, sum_, edit[1][1], edit[0].ahead)
         edit = self._edit(node)
         self.generic_visit(node)
         if edit is None:
-            return node
-        span, (kind, index) = edit
+            return self._surrounding(node) if isinstance(node, ast.Call | ast.BinOp | ast.Name) else node
+        _, (kind, index) = edit
         if kind == "call":
             assert isinstance(node, ast.Call)
             node.func = ast.copy_location(self._attribute(f"{FUNCTION}{index}"), node.func)
@@ -517,26 +491,41 @@ class _Editor(ast.NodeTransformer):
             assert isinstance(left, ast.Name)
             call = self._call(STEP_IN_PLACE, [ast.Name(left.id, ast.Load()), right], index, [])
             return ast.copy_location(ast.Assign([left], ast.copy_location(call, node)), node)
-        right = self._put_off(right, span.wrappers)
         return ast.copy_location(self._call(STEP_IN_PLACE if in_place else STEP, [left, right], index, keywords), node)
 
-    def _with_tail(self, call: ast.Call, node: ast.AST, index: int, span: Span) -> ast.expr:
-        """The activation is handed over with the operands of the sum."""
+    def _with_tail(self, call: ast.Call, node: ast.AST, index: int) -> ast.expr:
+        """The activation or norm is handed over with the operands of the sum."""
         left, right, _ = _operands(node, self.function.__qualname__)
-        left, right = self.visit(left), self._put_off(self.visit(right), span.wrappers)
+        left, right = self.visit(left), self.visit(right)
         if isinstance(node, ast.AugAssign):
             assert isinstance(left, ast.Name)
             left = ast.copy_location(ast.Name(left.id, ast.Load()), left)
         method = TAIL_IN_PLACE if isinstance(node, ast.AugAssign) else TAIL
         return ast.copy_location(self._call(method, [call.func, left, right], index, []), node)
 
-    def _put_off(self, operand: ast.expr, wrappers: int) -> ast.expr:
-        """`self.a(self.b(x))` hands the modules over."""
-        if not wrappers:
-            return operand
-        assert isinstance(operand, ast.Call)
-        arguments = [operand.func, self._put_off(operand.args[0], wrappers - 1)]
-        return ast.copy_location(ast.Call(self._attribute(LATER), arguments, []), operand)
+    def _with_norm_ahead(self, node: ast.Assign, target: ast.expr, sum_: ast.AST, index: int, norm: str) -> ast.Assign:
+        """A variable keeps what the norm makes of the sum until the norm is called."""
+        left, right, _ = _operands(sum_, self.function.__qualname__)
+        call = self._call(AHEAD, [ast.Constant(norm), self.visit(left), self.visit(right)], index, [])
+        targets = ast.Tuple([target, ast.Name(_ahead(index), ast.Store())], ast.Store())
+        assigned = ast.Assign([ast.copy_location(targets, target)], ast.copy_location(call, sum_))
+        return ast.copy_location(assigned, node)
+
+    def _surrounding(self, node: ast.Call | ast.BinOp | ast.Name) -> ast.expr:
+        kind, index = self.around.get(_span_of(node, self.first), (None, 0))
+        match kind, node:
+            case _around.NOW, _:
+                new = ast.Call(self._attribute(NOW), [node], [])
+            case _around.LATER, ast.Call(func=func, args=[argument]):
+                new = self._call(LATER, [func, argument], index, [])
+            case _around.NORMED, ast.Call(func=func, args=[argument]):
+                new = ast.Call(self._attribute(NORMED), [func, argument, ast.Name(_ahead(index), ast.Load())], [])
+            case _, ast.BinOp(left=left, right=right) | ast.Call(func=ast.Attribute(value=left), args=[right]) if kind:
+                first = ast.Constant(kind == _around.GAMMA_FIRST)
+                new = self._call(TIMES, [left, right, first], index, [])
+            case _:
+                return node
+        return ast.copy_location(new, node)
 
     def _edit(self, node: ast.AST) -> tuple[Span, tuple[str, int]] | None:
         if isinstance(node, ast.BinOp | ast.AugAssign | ast.Call):
@@ -555,6 +544,10 @@ class _Editor(ast.NodeTransformer):
 
     def _attribute(self, name: str) -> ast.Attribute:
         return ast.Attribute(ast.Name(self.receiver, ast.Load()), name, ast.Load())
+
+
+def _ahead(place: int) -> str:
+    return f"_euler_ahead_{place}"
 
 
 def _bind(function: FunctionType, code: CodeType) -> FunctionType:

@@ -92,6 +92,9 @@ def euler_step_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
     kind: Literal["layer_norm", "rms_norm"] = "layer_norm",
+    *,
+    layer_scale: Tensor | None = None,
+    drop_path: float | Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One step and the norm of the new state over its last dimension, for pre-norm transformers.
 
@@ -104,12 +107,13 @@ def euler_step_norm(
         weight, bias: of shape (C,), or None; `rms_norm` has no bias.
         eps: added to the variance, or to the mean of the squares.
         kind: `"layer_norm"` or `"rms_norm"`.
+        layer_scale, drop_path: as for `euler_step`.
 
     Returns:
         The new state, and its norm as `torch.nn.functional.layer_norm` or `rms_norm` gives it, in their dtypes.
 
     Raises:
-        EulernetError: an unknown kind, or a bias for `rms_norm`.
+        EulernetError: an unknown kind, a bias for `rms_norm`, or a probability outside [0, 1).
 
     Example:
         >>> import torch
@@ -120,14 +124,16 @@ def euler_step_norm(
         raise EulernetError(f"kind={kind!r} is not known; use 'layer_norm' or 'rms_norm'")
     if kind == "rms_norm" and bias is not None:
         raise EulernetError("rms_norm has no bias; call euler_step_norm(..., bias=None, kind='rms_norm')")
-    dtype = _promoted(skip, branch, h if isinstance(h, Tensor) else None)
+    mask = _mask(branch, layer_scale, drop_path)
+    dtype = _promoted(skip, branch, layer_scale, mask, h if isinstance(h, Tensor) else None)
+    number, scale = _factors(h, layer_scale, dtype)
     if kernels.chosen(skip, branch):
         from eulernet.kernels import _norm
 
-        result = _norm.step_norm(skip, branch, *_factors(h, None, dtype), weight, bias, eps, kind, dtype)
+        result = _norm.step_norm(skip, branch, number, scale, mask, weight, bias, eps, kind, dtype)
         if result is not None:
             return result
-    state = _add(skip, branch, *_factors(h, None, dtype)).to(dtype)
+    state = _add(skip, branch, number, scale, mask).to(dtype)
     if kind == "rms_norm":
         return state, F.rms_norm(state, state.shape[-1:], weight, eps)
     return state, F.layer_norm(state, state.shape[-1:], weight, bias, eps)

@@ -16,14 +16,15 @@ from eulernet.kernels import _device
 
 SIZES = ["M", "C", "R", "skip_outer", "skip_middle", "branch_outer", "branch_middle"]
 TILE = {"SPLIT": True, "BR": 8, "BC": 256}
+BARE = {"SCALE": -1, "MASK": -1, "scale": None, "mask": None}
 VARIANTS: list[tuple[Any, dict[str, Any]]] = [
     *[(_device.step_forward, {"SCALE": s, "MASK": 0, "ACT": a} | TILE) for s, a in ((2, 1), (1, 2), (0, 3), (-2, 0))],
-    (_device.step_forward, {"SCALE": -1, "MASK": -1, "ACT": 1, "scale": None, "mask": None} | TILE),
+    (_device.step_forward, BARE | {"ACT": 1} | TILE),
     *[(_device.step_backward, {"SCALE": s, "MASK": 0, "ACT": a} | TILE) for s, a in ((2, 1), (1, 2), (0, 3), (-2, 0))],
-    (_device.norm_forward, {"SCALE": 2, "EPS": 1e-5} | TILE),
-    (_device.norm_forward, {"SCALE": -1, "EPS": 1e-5, "mean": None, "scale": None, "bias": None} | TILE),
-    (_device.norm_backward, {"SCALE": 2} | TILE),
-    (_device.norm_backward, {"SCALE": -1, "mean": None, "scale": None, "scale_parts": None, "branch": None} | TILE),
+    (_device.norm_forward, {"SCALE": 2, "MASK": 0, "EPS": 1e-5} | TILE),
+    (_device.norm_forward, BARE | {"EPS": 1e-5, "mean": None, "bias": None} | TILE),
+    (_device.norm_backward, {"SCALE": 2, "MASK": 0} | TILE),
+    (_device.norm_backward, BARE | {"mean": None, "scale_parts": None, "branch": None} | TILE),
     (_device.bn_forward, {"CHANNEL": 2, "WEIGHT": 2, "BIAS": -1, "EPS": 1e-5, "ACT": 3} | TILE),
 ]
 

@@ -481,6 +481,33 @@ def test_h_of_step_and_norm_is_learned(kind: str, h: tuple[int, ...], launches: 
 
 
 @pytest.mark.parametrize("kind", ["layer_norm", "rms_norm"])
+@pytest.mark.parametrize("shape", [(3, 5, 24), (6, 130), (2, 3, 2, 8)], ids=str)
+@pytest.mark.parametrize("masked", [False, True], ids=["", "drop path"])
+@dtypes
+def test_layer_scale_and_drop_path_before_step_and_norm(
+    kind: str, shape: tuple[int, ...], masked: bool, dtype: torch.dtype, launches: list[str]
+) -> None:
+    rows, columns = shape[0], shape[-1]
+    mask = random(rows, *[1] * (len(shape) - 1), dtype=dtype, grad=False) if masked else None
+    inputs = [random(*shape, dtype=dtype), random(*shape, dtype=dtype), random(columns, dtype=dtype)]
+    inputs += [random(columns, dtype=dtype) if kind == "layer_norm" else None, random(columns, dtype=dtype), mask]
+
+    def ours(skip: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, mask: Tensor) -> Any:
+        return euler_step_norm(
+            skip, branch, 0.3, weight, bias, 1e-5, kind, layer_scale=scale, drop_path=mask  # type: ignore[arg-type]
+        )  # fmt: skip
+
+    def eager(skip: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, mask: Tensor) -> Any:
+        return norms(kind)[1](skip, branch * scale if mask is None else branch * scale * mask, weight, bias)
+
+    check(ours, eager, inputs)
+    assert launches == ["norm_forward", "norm_backward"]
+    doubles = [None if x is None else x.detach().double() for x in inputs]
+    for a, e in zip(ours(*doubles), eager(*doubles), strict=True):  # without kernels
+        torch.testing.assert_close(a, e)
+
+
+@pytest.mark.parametrize("kind", ["layer_norm", "rms_norm"])
 def test_gradcheck_of_step_and_norm(kind: str, launches: list[str]) -> None:
     inputs = [random(3, 4, 5, dtype=torch.float64) for _ in range(2)] + [random(5, dtype=torch.float64) for _ in "123"]
     inputs[3] = inputs[3] if kind == "layer_norm" else None

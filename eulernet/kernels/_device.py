@@ -154,11 +154,12 @@ def step_backward(
 
 @triton.jit
 def norm_forward(
-    skip, branch, scale, weight, bias, stream, normed, mean, rstd, alpha, M, C, R,
+    skip, branch, scale, mask, weight, bias, stream, normed, mean, rstd, alpha, M, C, R,
     skip_outer, skip_middle, branch_outer, branch_middle,
-    SCALE: tl.constexpr, EPS: tl.constexpr, SPLIT: tl.constexpr, T: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    SCALE: tl.constexpr, MASK: tl.constexpr, EPS: tl.constexpr, SPLIT: tl.constexpr, T: tl.constexpr,
+    BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """stream = skip + alpha * scale * branch, and its norm over the columns, which fit into one tile.
+    """stream = skip + alpha * scale * mask * branch, and its norm over the columns, which fit into one tile.
 
     Without `mean` the norm is that of the root mean square.
     """
@@ -168,7 +169,8 @@ def norm_forward(
     here = (row * C)[:, None] + column[None, :]
     s = _operand(skip, outer, middle, column, skip_outer, skip_middle, inside, T)
     b = _operand(branch, outer, middle, column, branch_outer, branch_middle, inside, T)
-    z = s + alpha * _small(scale, SCALE, outer, middle, column, rows, columns, T) * b
+    factor = alpha * _small(scale, SCALE, outer, middle, column, rows, columns, T)
+    z = s + factor * _small(mask, MASK, outer, middle, column, rows, columns, T) * b
     _store(stream + here, z, inside)
     if stream.dtype.element_ty != tl.float64:  # the norm sees the state as it is kept
         z = z.to(stream.dtype.element_ty).to(tl.float32)
@@ -188,9 +190,10 @@ def norm_forward(
 
 @triton.jit
 def norm_backward(
-    stream_grad, normed_grad, stream, branch, scale, weight, mean, rstd,
+    stream_grad, normed_grad, stream, branch, scale, mask, weight, mean, rstd,
     skip_grad, branch_grad, scale_parts, weight_parts, bias_parts, alpha, M, C, R, branch_outer, branch_middle, tiles,
-    SCALE: tl.constexpr, SPLIT: tl.constexpr, T: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    SCALE: tl.constexpr, MASK: tl.constexpr, SPLIT: tl.constexpr, T: tl.constexpr,
+    BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """The gradients that are asked for; those of scale, weight and bias in parts, one for each program and column."""
     pid = tl.program_id(0)
@@ -220,12 +223,13 @@ def norm_backward(
         d = d * r + _load(stream_grad + here, inside, T)
         if skip_grad is not None:
             _store(skip_grad + here, d, inside)
+        unscaled = alpha * _small(mask, MASK, outer, middle, column, rows, columns, T)
         if branch_grad is not None:
-            factor = alpha * _small(scale, SCALE, outer, middle, column, rows, columns, T)
+            factor = unscaled * _small(scale, SCALE, outer, middle, column, rows, columns, T)
             _store(branch_grad + here, factor * d, inside)
         if scale_parts is not None:
             b = _operand(branch, outer, middle, column, branch_outer, branch_middle, inside, T)
-            scale_total += alpha * d * b
+            scale_total += unscaled * d * b
     part = tl.cast(pid, tl.int64) * C + column
     if scale_parts is not None:
         tl.store(scale_parts + part, tl.sum(scale_total, 0), mask=columns)

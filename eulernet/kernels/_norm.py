@@ -19,6 +19,7 @@ def step_norm(
     branch: Tensor,
     h: float,
     scale: Tensor | None,
+    mask: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
@@ -28,7 +29,7 @@ def step_norm(
     """The state in `dtype` and its norm; None where the kernel does not take these operands."""
     columns = skip.shape[-1] if skip.dim() else 0
     affine = [t for t in (weight, bias) if t is not None]
-    given = [skip, branch, *affine, *([] if scale is None else [scale])]
+    given = [skip, branch, *affine, *(t for t in (scale, mask) if t is not None)]
     if any(t.dtype not in FLOATS or t.device != skip.device for t in given) or skip.shape != branch.shape:
         return None
     if not 0 < columns <= MOST or skip.numel() == 0 or any(t.shape != (columns,) for t in affine):
@@ -41,17 +42,17 @@ def step_norm(
     elif any(t.dtype != dtype for t in affine):
         return None  # eager refuses some of these
     last = skip.dim() - 1 if columns > 1 else SINGLE
-    along = varying(scale, skip.shape)
-    if along >= 0 and along != last:
+    along, across = varying(scale, skip.shape), varying(mask, skip.shape)
+    if (along >= 0 and along != last) or (mask is not None and mask.requires_grad):
         return None
-    way = layout(skip.shape, skip.stride(), branch.stride(), (last, along))
+    way = layout(skip.shape, skip.stride(), branch.stride(), (last, along, across))
     if way is None or way.axes[0] not in (INNER, SINGLE) or way.inner != columns:
         return None
     if dtype == torch.float64 and h != 1:  # a number reaches a kernel in fp32
         scale, h = in_double(h, scale, skip), 1.0
-        way = way._replace(axes=(way.axes[0], way.axes[1] if along >= 0 else SINGLE))
+        way = way._replace(axes=(way.axes[0], way.axes[1] if along >= 0 else SINGLE, way.axes[2]))
     both: tuple[Tensor, Tensor] = _StepNorm.apply(
-        skip, branch, h, scale, weight, bias, eps, kind == "layer_norm", way, dtype, normed_dtype
+        skip, branch, h, scale, mask, weight, bias, eps, kind == "layer_norm", way, dtype, normed_dtype
     )
     return both
 
@@ -68,6 +69,7 @@ class _StepNorm(torch.autograd.Function):
         branch: Tensor,
         h: float,
         scale: Tensor | None,
+        mask: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
         eps: float,
@@ -81,9 +83,10 @@ class _StepNorm(torch.autograd.Function):
         rstd = skip.new_empty(way.rows, dtype=torch.promote_types(dtype, torch.float32))
         mean = torch.empty_like(rstd) if centred else None
         block = _block(way)
-        operands = (skip, branch, _dense(scale), _dense(weight), _dense(bias), stream, normed, mean, rstd, h)
+        small = (_dense(scale), _dense(mask), _dense(weight), _dense(bias))
+        operands = (skip, branch, *small, stream, normed, mean, rstd, h)
         sizes = (way.middle, way.inner, way.rows, *way.skip, *way.branch)
-        constants = (way.axes[1], eps, way.outer > 1, computed_in(dtype), *block)
+        constants = (*way.axes[1:], eps, way.outer > 1, computed_in(dtype), *block)
         launch(
             _device.norm_forward,
             cdiv(way.rows, block[0]),
@@ -93,7 +96,7 @@ class _StepNorm(torch.autograd.Function):
             *constants,
             num_warps=_warps(block),
         )
-        ctx.save_for_backward(stream, branch if ctx.needs_input_grad[3] else None, scale, weight, mean, rstd)
+        ctx.save_for_backward(stream, branch if ctx.needs_input_grad[3] else None, scale, mask, weight, mean, rstd)
         ctx.h, ctx.way, ctx.block, ctx.dtypes = h, way, block, (skip.dtype, branch.dtype, dtype)
         ctx.bias_dtype = None if bias is None else bias.dtype
         return stream, normed
@@ -101,12 +104,13 @@ class _StepNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, stream_grad: Tensor, normed_grad: Tensor) -> tuple[Tensor | None, ...]:
         differentiable_once()
-        stream, branch, scale, weight, mean, rstd = ctx.saved_tensors
+        stream, branch, scale, mask, weight, mean, rstd = ctx.saved_tensors
         way, block = ctx.way, ctx.block
         skip_dtype, branch_dtype, dtype = ctx.dtypes
-        wants_skip, wants_branch, _, wants_scale, wants_weight, wants_bias, *_ = ctx.needs_input_grad
+        wants_skip, wants_branch, _, wants_scale, _, wants_weight, wants_bias, *_ = ctx.needs_input_grad
         stream_grad, normed_grad = (ordered(grad, way.strides) for grad in (stream_grad, normed_grad))
-        shared = wants_branch and ctx.h == 1 and scale is None and skip_dtype == branch_dtype  # one gradient for both
+        unscaled = ctx.h == 1 and scale is None and mask is None
+        shared = wants_branch and unscaled and skip_dtype == branch_dtype  # one gradient for both
         skip_grad = torch.empty_like(stream, dtype=skip_dtype) if wants_skip or shared else None
         branch_grad = torch.empty_like(stream, dtype=branch_dtype) if wants_branch and not shared else None
         programs = cdiv(way.rows, block[0])
@@ -116,10 +120,11 @@ class _StepNorm(torch.autograd.Function):
             rstd.new_empty(programs, way.inner) if wanted else None
             for wanted in (wants_scale, wants_weight, wants_bias)
         )
-        operands = (stream_grad, normed_grad, stream, branch, _dense(scale), _dense(weight), mean, rstd)
+        small = (_dense(scale), _dense(mask), _dense(weight))
+        operands = (stream_grad, normed_grad, stream, branch, *small, mean, rstd)
         results = (skip_grad, branch_grad, scale_parts, weight_parts, bias_parts)
         sizes = (ctx.h, way.middle, way.inner, way.rows, *way.branch, tiles)
-        constants = (way.axes[1], way.outer > 1, computed_in(dtype), *block)
+        constants = (*way.axes[1:], way.outer > 1, computed_in(dtype), *block)
         launch(
             _device.norm_backward, programs, stream, *operands, *results, *sizes, *constants, num_warps=_warps(block)
         )
@@ -133,7 +138,8 @@ class _StepNorm(torch.autograd.Function):
             bias_grad = bias_parts.sum(0).to(ctx.bias_dtype)
         if shared:
             branch_grad = skip_grad
-        return skip_grad if wants_skip else None, branch_grad, None, scale_grad, weight_grad, bias_grad, *[None] * 5
+        given = (skip_grad if wants_skip else None, branch_grad, None, scale_grad, None, weight_grad, bias_grad)
+        return *given, *[None] * 5
 
 
 def _warps(block: tuple[int, int]) -> int:

@@ -1,0 +1,246 @@
+"""Where in the source of a method that stands which a step may do as well.
+
+Before the addition: LayerScale, drop path and batch norm, called in the expression of the branch or in the statements
+that lead to it. After it: the activation or the norm of the sum. Whether they are fused is decided at each call, by
+`eulernet._fuse`. Here only one thing must be right: where a name may hold a branch that waits, it is read with NOW.
+"""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import dataclass, field
+from itertools import pairwise
+from types import CodeType
+from typing import Any
+
+from torch import Tensor, nn
+
+from eulernet import _fuse
+
+# What an expression is: a module's call or a product with gamma, which can be put off; a name that is read where its
+# branch may wait; the call of a norm that takes what was computed together with the sum.
+LATER, GAMMA_FIRST, GAMMA_LAST, NOW, NORMED = "later", "gamma first", "gamma last", "now", "normed"
+Edit = tuple[str, ast.expr]
+
+_SIMPLE = (ast.Assign, ast.AugAssign, ast.AnnAssign, ast.Return, ast.Expr)
+# Where none of these is, what runs after what is plain to see.
+_INVOLVED = (
+    *(ast.For, ast.While, ast.AsyncFor, ast.Try, ast.TryStar, ast.With, ast.AsyncWith, ast.Match),
+    *(ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda, ast.GeneratorExp, ast.Delete),
+    *(ast.ListComp, ast.SetComp, ast.DictComp, ast.NamedExpr, ast.Yield, ast.YieldFrom, ast.Await),
+)
+_READ_ALL_NAMES = frozenset({"locals", "vars", "eval", "exec"})
+
+
+@dataclass
+class Around:
+    """What to do with which expressions; the norm that is called next; whether the sum is an activation's or norm's."""
+
+    edits: list[Edit] = field(default_factory=list)
+    ahead: str | None = None
+    tail: bool = False
+
+
+def around(
+    definition: ast.FunctionDef, addition: ast.AST, branch: ast.expr, code: CodeType, receiver: str, module: nn.Module
+) -> Around:
+    """What stands around an addition in a method of a module, whose operand `branch` is scaled."""
+    method = _Method(definition, code, receiver, module)
+    found = Around(tail=_fuse.after(method.called(tail(definition, addition)[0])))
+    found.edits, operand = method.chain(branch)
+    block, i, plainly = _standing(definition, addition)
+    if isinstance(operand, ast.Name) and plainly:
+        found.edits += method.statements(operand, block, i)
+    match block[i]:
+        case ast.Assign(targets=[ast.Name(id=name)], value=value) if value is addition and not found.tail:
+            call = method.norm_of(name, block[i + 1 :])
+            if call is not None and isinstance(call.func, ast.Attribute):
+                found.ahead = call.func.attr
+                found.edits.append((NORMED, call))
+    return found
+
+
+def tail(definition: ast.AST, node: ast.AST) -> tuple[ast.Call | None, list[ast.stmt], int]:
+    """The call that takes a sum: it stands around it or is the next statement, `x += y; x = f(x)`.
+
+    In the latter case also the block of statements and where in it the two stand.
+    """
+    for parent in ast.walk(definition):
+        if isinstance(parent, ast.Call) and parent.args == [node]:
+            return parent, [], 0
+        for block in _blocks(parent):
+            for i, (first, second) in enumerate(pairwise(block)):
+                match first:
+                    case ast.AugAssign(target=ast.Name(id=name)) if first is node:
+                        pass
+                    case ast.Assign(targets=[ast.Name(id=name)], value=value) if value is node:
+                        pass
+                    case _:
+                        continue
+                match second:
+                    case ast.Assign(targets=[ast.Name(id=to)], value=ast.Call(args=[ast.Name(id=of)]) as call):
+                        if to == of == name:
+                            return call, block, i
+                    case ast.Return(value=ast.Call(args=[ast.Name(id=of)]) as call) if of == name:
+                        return call, block, i
+    return None, [], 0
+
+
+@dataclass(frozen=True)
+class _Method:
+    definition: ast.FunctionDef
+    code: CodeType
+    receiver: str
+    module: nn.Module
+
+    def called(self, node: ast.AST | None) -> Any:
+        """The submodule that an expression calls with one argument, `self.name(argument)`; `...` if it calls none."""
+        match node:
+            case ast.Call(func=ast.Attribute(value=ast.Name(id=name), attr=attribute), args=[argument], keywords=[]):
+                if name == self.receiver and not isinstance(argument, ast.Starred):
+                    return getattr(self.module, attribute, ...)
+        return ...
+
+    def can_wait(self, node: ast.AST) -> bool:
+        """Whether an expression calls a module that a step knows, or one that only other modules of this class have."""
+        module = self.called(node)
+        return module is None or _fuse.before(module) is not None
+
+    def gamma(self, node: ast.AST) -> bool:
+        """Whether an expression is a vector of the module, `self.gamma` or `self.gamma.reshape(1, -1, 1, 1)`."""
+        match node:
+            case ast.Attribute(value=ast.Name(id=name), attr=attribute) if name == self.receiver:
+                value = getattr(self.module, attribute, None)
+                return isinstance(value, Tensor) and sum(n != 1 for n in value.shape) == 1
+            case ast.Call(func=ast.Attribute(value=value, attr="reshape" | "view"), keywords=[]):
+                return self.gamma(value)
+        return False
+
+    def chain(self, node: ast.expr) -> tuple[list[Edit], ast.expr]:
+        """The modules and gammas that are applied to an expression, the last one first, and that expression."""
+        match node:
+            case ast.Call(args=[inner]) if self.can_wait(node):
+                kind = LATER
+            case ast.BinOp(left=gamma, op=ast.Mult(), right=inner) if self.gamma(gamma):
+                kind = GAMMA_FIRST
+            case ast.BinOp(left=inner, op=ast.Mult(), right=gamma) if self.gamma(gamma):
+                kind = GAMMA_LAST
+            case ast.Call(func=ast.Attribute(value=inner, attr="mul"), args=[gamma], keywords=[]) if self.gamma(gamma):
+                kind = GAMMA_LAST
+            case _:
+                return [], node
+        edits, innermost = self.chain(inner)
+        return [(kind, node), *edits], innermost
+
+    def statements(self, operand: ast.Name, block: list[ast.stmt], i: int) -> list[Edit]:
+        """What is applied to a name in the statements before the one that adds it, and where else it is read."""
+        name, last = operand.id, block[i]
+        if name not in self.code.co_varnames or name in self.code.co_cellvars:
+            return []
+        if not (_READ_ALL_NAMES.isdisjoint(self.code.co_names) and _plain(last) and self._is_last(name, last)):
+            return []
+        edits: list[Edit] = []
+        waits: list[ast.expr] = [operand]  # where a branch is read that may go on waiting
+        begin = i
+        for j in reversed(range(i)):
+            statement = block[j]
+            if not (isinstance(statement, ast.Assign | ast.AugAssign | ast.Expr | ast.If) and _plain(statement, name)):
+                break
+            nested = isinstance(statement, ast.If)
+            blocks: list[list[ast.stmt]] = _blocks(statement) if nested else [[statement]]
+            assignments = [_assignments(each, name) for each in blocks]
+            if any(len(each) > 1 for each in assignments):
+                break
+            old = nested or not any(assignments)  # whether after it the name may hold what it held before it
+            for each in assignments:
+                match each:
+                    case [ast.Assign(targets=[ast.Name()], value=value)]:
+                        found, innermost = self.chain(value)
+                        same = isinstance(innermost, ast.Name) and innermost.id == name
+                        if isinstance(innermost, ast.Name) and not same and j + 1 < i:
+                            continue  # until the addition others may write into what this name holds
+                        if found:
+                            edits, begin = edits + found, j
+                        if found and same:
+                            waits.append(innermost)
+                            old = True
+            if not old:
+                break
+        if edits:
+            reads = [read for statement in block[begin : i + 1] for read in _names(statement, name, ast.Load)]
+            edits += [(NOW, read) for read in reads if not any(read is each for each in waits)]
+        return edits
+
+    def _is_last(self, name: str, statement: ast.stmt) -> bool:
+        """Whether nothing that runs after a statement reads what the name held before it."""
+        match statement:
+            case ast.Return():
+                return True
+            case ast.AugAssign(target=ast.Name(id=target)) | ast.Assign(targets=[ast.Name(id=target)]):
+                if target == name:
+                    return True
+        end = statement.end_lineno or 0, statement.end_col_offset or 0
+        return all((read.lineno, read.col_offset) < end for read in _names(self.definition, name, ast.Load))
+
+    def norm_of(self, name: str, following: list[ast.stmt]) -> ast.Call | None:
+        """The call of a norm with what a name holds, `self.norm(x)`, if it is the next thing to be called."""
+        for statement in following:
+            match statement:
+                case ast.Assign(targets=[ast.Name(id=target)], value=ast.Name()) if target != name:
+                    continue  # `residual = x`
+            if isinstance(statement, _SIMPLE) and _plain(statement):
+                call = _first_call(statement)
+                match call:
+                    case ast.Call(args=[ast.Name(id=given)]) if given == name and _fuse.norm(self.called(call)):
+                        return call
+            return None
+        return None
+
+
+def _first_call(node: ast.AST) -> ast.Call | None:
+    """The call that is evaluated first, None where it depends on something."""
+    if isinstance(node, ast.IfExp | ast.BoolOp):
+        return None
+    for child in ast.iter_child_nodes(node):
+        if any(isinstance(each, ast.Call) for each in ast.walk(child)):
+            return _first_call(child)
+    return node if isinstance(node, ast.Call) else None
+
+
+def _blocks(node: ast.AST) -> list[list[ast.stmt]]:
+    given: list[Any] = [getattr(node, name, None) for name in ("body", "orelse", "finalbody")]
+    return [block for block in given if isinstance(block, list)]
+
+
+def _standing(definition: ast.AST, node: ast.AST) -> tuple[list[ast.stmt], int, bool]:
+    """The innermost block that holds an expression, where in it its statement is, and whether only `if`s lead there."""
+    for block in _blocks(definition):
+        for i, statement in enumerate(block):
+            if any(each is node for each in ast.walk(statement)):
+                inner, j, plainly = _standing(statement, node)
+                if inner:
+                    return inner, j, plainly and isinstance(statement, ast.If)
+                return block, i, isinstance(statement, _SIMPLE)
+    return [], 0, False
+
+
+def _plain(statement: ast.stmt, name: str | None = None) -> bool:
+    """Whether it is plain to see what a statement reads and sets, and it does not augment the name."""
+    for node in ast.walk(statement):
+        match node:
+            case ast.AugAssign(target=ast.Name(id=target)) if target == name:
+                return False
+        if isinstance(node, _INVOLVED):
+            return False
+    return True
+
+
+def _assignments(block: list[ast.stmt], name: str) -> list[ast.Assign]:
+    """Those that set a name."""
+    nodes = [node for statement in block for node in ast.walk(statement) if isinstance(node, ast.Assign)]
+    return [node for node in nodes if any(_names(target, name, ast.Store) for target in node.targets)]
+
+
+def _names(tree: ast.AST, name: str, context: type[ast.expr_context]) -> list[ast.Name]:
+    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
+    return [node for node in nodes if node.id == name and isinstance(node.ctx, context)]
