@@ -206,6 +206,8 @@ def train(model: nn.Module, inputs: Call) -> list[Tensor]:
     args, kwargs = copy.deepcopy(inputs)
     output = tensors(model.train()(*args, **kwargs))
     differentiable = [t for t in output if t.requires_grad]
+    if not differentiable:
+        raise ValueError("its output, such as codes, has no gradient")
     sum((t * torch.randn_like(t)).sum() for t in differentiable).backward()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     assert gradients
