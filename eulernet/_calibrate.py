@@ -138,10 +138,10 @@ def search(
     if at_low > close and at_high > close:
         least, most = sorted((measured[low], measured[high]))
         between = math.sqrt(least * min(most, 4 * least))  # the most may have overflowed
-        raise EulernetError(
-            f"{ends()}, above the target {target:g}: pass smaller bounds=, or a target between these: "
-            f"eulernet.calibrate(model, batch, target={between:.3g})"
-        )
+        way = f"or a target between these: eulernet.calibrate(model, batch, target={between:.3g})"
+        if between == math.inf:
+            way = f"such as eulernet.calibrate(model, batch, bounds=({low / 1000:g}, {low:g}))"
+        raise EulernetError(f"{ends()}, above the target {target:g}: pass smaller bounds=, {way}")
     if at_low < -close and at_high < -close:
         return Match(high, measured[high], f"{ends()}, below the target {target:g}: a smaller h has nothing to give")
 

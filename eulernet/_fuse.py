@@ -208,9 +208,11 @@ class Later:
     def unchanged(self) -> Tensor:
         """The branch."""
         if self.version != _version(self.branch):
+            first = self.calls[0]
+            name = type(first).__name__ if isinstance(first, nn.Module) else "LayerScale or drop path"
             raise EulernetError(
-                "what a residual branch's last modules were called with was modified in place before the addition, and "
-                'eulernet runs these modules together with it; call eulernet.kernels.mode("torch")'
+                f"the input of a residual branch's {name}, of shape {tuple(self.branch.shape)}, was modified in place "
+                'before the addition, with which eulernet runs it; call eulernet.kernels.mode("torch")'
             )
         return self.branch
 

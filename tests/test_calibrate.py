@@ -171,6 +171,14 @@ def test_a_growth_above_the_target() -> None:
         eulernet.calibrate(linear(50, 1.0), X, bounds=(0.1, 1))
 
 
+def test_a_growth_beyond_all_numbers_offers_bounds_that_are_taken() -> None:
+    model = linear(50, 1e9)
+    with pytest.raises(EulernetError, match=r"is inf at h = 0.1 and inf at h = 1, above the target 2") as e:
+        eulernet.calibrate(model, X, bounds=(0.1, 1))
+    assert "target=" not in str(e.value)
+    assert str(e.value).endswith("such as eulernet.calibrate(model, batch, bounds=(0.0001, 0.1))")
+
+
 def test_a_growth_that_does_not_depend_on_h() -> None:
     model = timm.create_model("resnet18", zero_init_last=True)
     with pytest.raises(EulernetError, match=r"does not depend on h\. Branches that are zero at initialisation"):
