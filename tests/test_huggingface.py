@@ -89,7 +89,7 @@ def test_hugging_face(kind: str, record_property: Callable[[str, object], None])
         with pytest.raises(eulernet.EulernetError, match="no residual step"):
             eulernet.patch(specimen.model, example_inputs=specimen.example)
         return
-    specimen.cannot = frozenset(what for what, kinds in CANNOT.items() if kind in kinds)
+    specimen.fails_as(CANNOT, kind)
     specimen.rounded = kind in ROUNDED
     steps, folded = check(specimen)
     covered = Covered("Hugging Face", kind, kind, len(steps), len(steps.long), len(steps.unsupported), folded)

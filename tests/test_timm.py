@@ -31,7 +31,7 @@ def test_timm(name: str, record_property: Callable[[str, object], None]) -> None
         with pytest.raises(eulernet.EulernetError, match="no residual step"):
             eulernet.patch(specimen.model, example_inputs=specimen.example)
         return
-    specimen.cannot = frozenset(what for what, names in CANNOT.items() if name in names)
+    specimen.fails_as(CANNOT, name)
     steps, folded = check(specimen)
     module = type(specimen.model).__module__.removeprefix("timm.models.")
     covered = Covered("timm", module, name, len(steps), len(steps.long), len(steps.unsupported), folded)

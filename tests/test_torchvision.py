@@ -36,7 +36,7 @@ def test_torchvision(name: str, record_property: Callable[[str, object], None]) 
         with pytest.raises(eulernet.EulernetError, match="no residual step"):
             eulernet.patch(specimen.model, example_inputs=specimen.example)
         return
-    specimen.cannot = frozenset(what for what, names in CANNOT.items() if name in names)
+    specimen.fails_as(CANNOT, name)
     steps, folded = check(specimen)
     family = type(specimen.model).__module__.removeprefix("torchvision.models.")
     covered = Covered("torchvision", family, name, len(steps), len(steps.long), len(steps.unsupported), folded)

@@ -9,7 +9,7 @@ import inspect
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 from zlib import crc32
 
@@ -85,6 +85,10 @@ class Specimen:
     example: Any = None  # None: to be guessed
     cannot: frozenset[str] = frozenset()  # what fails: "float64", "autocast", "channels_last", "train"
     rounded: bool = False  # ends its branches in float32, whatever it is given
+
+    def fails_as(self, table: Mapping[str, Sequence[str]], name: str) -> None:
+        """Look up what fails in a table of names by what their originals can't do."""
+        self.cannot = frozenset(what for what, names in table.items() if name in names)
 
 
 _Build = Callable[[], Specimen]
