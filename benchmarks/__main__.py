@@ -12,13 +12,15 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.tables import RESULTS, machine, tables
+
 HERE = Path(__file__).parent
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("-k", default="", help="only the benchmarks whose name matches, as in pytest: -k 'patch'")
-    parser.add_argument("--json", type=Path, default=HERE / "results" / "cpu.json", help="where the results go")
+    parser.add_argument("--json", type=Path, default=RESULTS, help="where the results go")
     parser.add_argument("--show", action="store_true", help="only print the tables of that file")
     arguments = parser.parse_args()
     if not arguments.show:
@@ -35,51 +37,24 @@ def main() -> int:
 def _shorten(path: Path) -> None:
     """Keep what the tables need and where it was measured."""
     raw = json.loads(path.read_text())
-    machine = raw["machine_info"]
-    kept = {key: machine[key] for key in ("device", "threads", "system", "release", "python_version", "versions")}
+    found = raw["machine_info"]
+    kept = {key: found[key] for key in ("device", "threads", "system", "python_version", "versions")}
     results = [benchmark["extra_info"] for benchmark in raw["benchmarks"]]
     command = ["python", "-m", "benchmarks", *sys.argv[1:]]
     path.write_text(json.dumps({"command": command, "machine": kept, "results": results}, indent=1) + "\n")
 
 
-def _ratio(ratio: dict[str, float] | None) -> str:
-    return "" if ratio is None else f"{ratio['median']:.3f} ({ratio['low']:.3f}-{ratio['high']:.3f})"
-
-
 def show(data: dict[str, Any]) -> None:
     console = Console()
-    machine = data["machine"]
-    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    console.print(f"{machine['device']}, {machine['threads']} thread; Python {machine['python_version']}, {versions}")
-    speed = Table(title="CPU time / the original's (median, quartiles); noise: a copy / the original")
-    for title in ("model", "what", "patched", "folded", "noise"):
-        speed.add_column(title, justify="left" if title in ("model", "what") else "right")
-    moving = Table(
-        title="CPU time of a training step, h learned / h fixed (median, quartiles); noise: a copy / the same; "
-        "one HScheduler.step / the training step"
-    )
-    for title in ("model", "what", "steps", "learned", "noise", "HScheduler"):
-        moving.add_column(title, justify="left" if title in ("model", "what") else "right")
-    patch = Table(
-        title="patch: CPU seconds in a fresh process, again, and of one forward; peak memory beyond the model"
-    )
-    for title in ("model", "steps", "first", "again", "forward", "peak MB", "largest block MB", "model MB"):
-        patch.add_column(title, justify="left" if title == "model" else "right")
-    for row in data["results"]:
-        if row["table"] == "speed":
-            cells = [_ratio(row.get(key)) for key in ("ratio", "folded", "noise")]
-            speed.add_row(row["model"], row["what"], *cells)
-        elif row["table"] == "moving":
-            schedule = f"{row['schedule']['median']:.1e}"
-            cells = [_ratio(row["learned"]), _ratio(row["noise"]), schedule]
-            moving.add_row(row["model"], row["backend"], str(row["steps"]), *cells)
-        else:
-            seconds = [f"{row[key]:.2f}" if key in row else "" for key in ("first", "again", "forward")]
-            memory = [f"{row[key] / 1e6:.0f}" for key in ("peak_memory", "block_memory", "model_memory")]
-            patch.add_row(row["model"], str(row["steps"]), *seconds, *memory)
-    for table in (speed, moving, patch):
-        if table.row_count:
-            console.print(table)
+    console.print(machine(data))
+    for title, columns, words, rows in tables(data):
+        table = Table(title=title)
+        for i, name in enumerate(columns):
+            word = i < words
+            table.add_column(name, justify="left" if word else "right", no_wrap=not word)
+        for row in rows:
+            table.add_row(*row[:words], *(number.replace(" ", "\n") for number in row[words:]))
+        console.print(table)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.performance`: docs/performance.md and its plot, made from what `benchmarks.gpu` measured."""
+"""`python -m benchmarks.performance`: docs/performance.md and its plot, made from what was measured on a CPU, a GPU."""
 
 from __future__ import annotations
 
@@ -9,13 +9,23 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu import RESULTS, Row
+from benchmarks.tables import RESULTS as CPU
+from benchmarks.tables import Table, machine, tables
 
 PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
 PLOT = "performance.png"
-HEAD = """# Performance on a GPU
+HEAD = """# Performance
 
-Made by `python -m benchmarks.performance` of what `python -m benchmarks.gpu` measured; no number stands here that was
-not measured.
+Made by `python -m benchmarks.performance` of what `python -m benchmarks` measured on a CPU and
+`python -m benchmarks.gpu` on a GPU; no number stands here that was not measured.
+"""
+ON_CPU = """
+## On a CPU
+
+What is compared runs in turn, in one process; the ratios are of CPU time.
+"""
+ON_GPU = """
+## On a GPU
 """
 NOTHING = """
 Nothing has been measured on a GPU yet. On a machine with one:
@@ -26,18 +36,18 @@ python -m benchmarks.performance
 ```
 """
 OPERATIONS = """
-## Operations
+### Operations
 
 Gigabytes a second: the bytes that must be moved (each operand read once, each result written once) over the time on the
 device, buffers rotated past the cache; `clone()` is the speed of memory in the same run.
 """
 LAUNCH = """
-## Launching
+### Launching
 
 Microseconds on the host for one call, and for one call with its gradient.
 """
 MODELS = """
-## Whole models
+### Whole models
 
 Time of the patched model over that of the original (median and quartiles of interleaved runs; below 1 is faster), AMP
 with bfloat16, channels_last for convolutional models, and peak memory over the original's.
@@ -58,11 +68,15 @@ COLUMNS: dict[str, dict[str, str]] = {
 }  # fmt: skip
 
 
-def page(rows: Sequence[Row]) -> str:
-    """The page for these measurements."""
-    if not rows:
-        return HEAD + NOTHING
+def page(rows: Sequence[Row], cpu: dict[str, Any] | None = None) -> str:
+    """The page for these measurements, on a GPU and on a CPU."""
     text = HEAD
+    if cpu is not None:
+        text += f"{ON_CPU}\n{machine(cpu)}; `{' '.join(cpu['command'])}`\n"
+        text += "".join(f"\n**{table.title}**\n\n{_markdown(table)}" for table in tables(cpu))
+    text += ON_GPU
+    if not rows:
+        return text + NOTHING
     for name, intro in (("operations", OPERATIONS), ("launch", LAUNCH), ("models", MODELS)):
         mine = [_with_memory(row) for row in rows if row["table"] == name]
         if not mine:
@@ -70,8 +84,8 @@ def page(rows: Sequence[Row]) -> str:
         text += intro
         if name == "operations":
             text += f"\n![Achieved operations a second over operations a byte, below the roof of memory]({PLOT})\n"
-        for machine in dict.fromkeys(_machine(row) for row in mine):
-            text += f"\n{machine}\n\n{_table([row for row in mine if _machine(row) == machine], COLUMNS[name])}"
+        for where in dict.fromkeys(_machine(row) for row in mine):
+            text += f"\n{where}\n\n{_table([row for row in mine if _machine(row) == where], COLUMNS[name])}"
     return text
 
 
@@ -88,9 +102,13 @@ def _machine(row: Row) -> str:
 
 def _table(rows: Sequence[Row], columns: dict[str, str]) -> str:
     shown = {key: title for key, title in columns.items() if any(row.get(key) is not None for row in rows)}
-    lines = [list(shown.values()), ["---"] * len(shown)]
-    lines += [[_cell(row.get(key)) for key in shown] for row in rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    cells = [[_cell(row.get(key)) for key in shown] for row in rows]
+    return _markdown(Table("", tuple(shown.values()), len(shown), cells))
+
+
+def _markdown(table: Table) -> str:
+    rules = ["---" if i < table.words else "--:" for i in range(len(table.columns))]
+    return "".join(f"| {' | '.join(line)} |\n" for line in (table.columns, rules, *table.rows))
 
 
 def _cell(value: Any) -> str:
@@ -124,10 +142,10 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     plt.close(figure)
 
 
-def main(results: Path = RESULTS, target: Path = PAGE) -> int:
+def main(results: Path = RESULTS, target: Path = PAGE, cpu: Path = CPU) -> int:
     rows: list[Row] = json.loads(results.read_text()) if results.exists() else []
     target.parent.mkdir(exist_ok=True)
-    target.write_text(page(rows))
+    target.write_text(page(rows, json.loads(cpu.read_text()) if cpu.exists() else None))
     operations = [row for row in rows if row["table"] == "operations"]
     if operations:
         plot(operations, target.parent / PLOT)

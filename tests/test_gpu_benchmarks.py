@@ -60,7 +60,7 @@ def test_a_later_run_replaces_the_rows_of_the_same_name(tmp_path: Path) -> None:
 
 
 def test_the_page_says_that_nothing_was_measured(tmp_path: Path) -> None:
-    performance.main(tmp_path / "no.json", tmp_path / "performance.md")
+    performance.main(tmp_path / "no.json", tmp_path / "performance.md", cpu=tmp_path / "no.json")
     text = (tmp_path / "performance.md").read_text()
     assert "Nothing has been measured on a GPU yet" in text and "|" not in text
     assert not (tmp_path / performance.PLOT).exists()
@@ -92,4 +92,4 @@ def test_the_page_holds_what_was_measured(tmp_path: Path) -> None:
 
 def test_the_committed_page_is_that_of_the_committed_results() -> None:
     rows = json.loads(gpu.RESULTS.read_text()) if gpu.RESULTS.exists() else []
-    assert performance.PAGE.read_text() == performance.page(rows)
+    assert performance.PAGE.read_text() == performance.page(rows, json.loads(performance.CPU.read_text()))

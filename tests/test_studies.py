@@ -725,6 +725,18 @@ def test_arguments_that_mean_nothing_are_refused(arguments: list[str], words: st
     assert result.exit_code == 2 and words in result.output
 
 
+@pytest.mark.parametrize(
+    "command", ["euler", "two-moon", "bounds", "dynamics", "dynamics --init", "cifar10", "throughput"]
+)
+def test_the_records_of_another_study_are_not_lost(command: str, tmp_path: Path) -> None:
+    line = '{"study":"another"}\n'
+    (tmp_path / "records.jsonl").write_text(line)
+    data = [] if command in ("euler", "two-moon") else ["--data-root", "."]
+    result = CliRunner().invoke(app, [*command.split(), *data, "--out", str(tmp_path)])
+    assert result.exit_code == 2 and "another" in result.output and "--out" in result.output
+    assert [path.read_text() for path in tmp_path.iterdir()] == [line]
+
+
 def test_stored_trials_belong_to_the_studies_as_they_are() -> None:
     known = {one.key: one for g in report.GRIDS.values() for p in PRESETS for one in g.trials(p, 10)}
     for record in read_records(RESULTS / "trials"):
