@@ -14,8 +14,6 @@ import eulernet
 from benchmarks.models import SPEED, Inputs, first_output
 from benchmarks.timing import Interleaved
 
-ROUNDS = 20
-
 
 def _training_step(model: nn.Module, inputs: Inputs) -> Callable[[], object]:
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
@@ -45,8 +43,8 @@ def test_moving(benchmark: Any, name: str, backend: str) -> None:
     race = Interleaved(
         {**{key: _training_step(model, inputs) for key, model in models.items()}, "schedule": schedule.step}
     )
-    race.warm_up(2)
-    benchmark.pedantic(race.round, rounds=ROUNDS)
+    rounds = race.warm_up(2, least=20)
+    benchmark.pedantic(race.round, rounds=rounds)
     benchmark.extra_info.update(
         table="moving",
         model=name,

@@ -14,8 +14,6 @@ import eulernet
 from benchmarks.models import SPEED, Inputs, first_output
 from benchmarks.timing import Interleaved
 
-ROUNDS = 20
-
 
 def _forward(model: nn.Module, inputs: Inputs) -> Callable[[], object]:
     def run() -> object:
@@ -50,8 +48,8 @@ def test_speed(benchmark: Any, name: str, run: Callable[..., Callable[[], object
         for model in models.values():
             model.compile()
     race = Interleaved({key: run(model, inputs) for key, model in models.items()})
-    race.warm_up(2)
-    benchmark.pedantic(race.round, rounds=ROUNDS)
+    rounds = race.warm_up(2, least=20)
+    benchmark.pedantic(race.round, rounds=rounds)
     benchmark.extra_info.update(
         table="speed",
         model=name,

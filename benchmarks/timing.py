@@ -29,11 +29,13 @@ class Interleaved:
             self.seconds[name].append(time.process_time() - start)
         self.candidates.append(self.candidates.pop(0))
 
-    def warm_up(self, rounds: int) -> None:
-        """Rounds that do not count."""
+    def warm_up(self, rounds: int, least: int, seconds: float = 20.0) -> int:
+        """Rounds that do not count; returns how many more take `seconds`, as the last one went, or `least`."""
         for _ in range(rounds):
             self.round()
+        last = sum(times[-1] for times in self.seconds.values())
         self.seconds.clear()
+        return max(least, round(seconds / last))
 
     def ratio(self, name: str, baseline: str) -> dict[str, float]:
         """Median over the rounds of time(name) / time(baseline), with the quartiles (`low`, `high`)."""
