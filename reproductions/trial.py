@@ -134,9 +134,11 @@ def build(trial: Trial, start: dict[str, Tensor] | None = None) -> Network:
 
 
 def example(network: Network) -> Tensor:
-    """An input, small, to trace the network with."""
-    images = isinstance(network, CifarResNet)
-    return torch.zeros(2, 3, 16, 16) if images else torch.zeros(2, 128, dtype=torch.int64)
+    """An input, small, to trace the network with, on its device."""
+    device = next(network.parameters()).device
+    if isinstance(network, CifarResNet):
+        return torch.zeros(2, 3, 16, 16, device=device)
+    return torch.zeros(2, 128, dtype=torch.int64, device=device)
 
 
 def last_parameters(network: Network) -> Iterator[nn.Parameter]:

@@ -363,6 +363,13 @@ def test_other_optimisers_take_the_learning_rate_as_it_stands(name: Any, root: P
     )
 
 
+def test_the_last_maps_are_found_wherever_the_network_is() -> None:
+    """On a GPU an example that lies on the CPU would not do; the meta device is as strict."""
+    one, meta = replace(TINY, rate=0.01), torch.device("meta")
+    optimizer = trial.make_optimizer(one, build(one).to(meta), meta)
+    assert [group["rate"] for group in optimizer.param_groups] == pytest.approx([1.0, 0.01])
+
+
 def test_logged_norms_are_those_of_the_layers(root: Path) -> None:
     one = replace(TINY, log=True, epochs=1)
     source, network = source_of(one, root), build(one)
