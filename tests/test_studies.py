@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
+import eulernet
 from reproductions import (
     bounds,
     claims,
@@ -289,6 +290,22 @@ def test_a_training_is_that_of_a_plain_loop(one: Trial, root: Path) -> None:
     for (name, mine), theirs in zip(training.network.state_dict().items(), network.state_dict().values(), strict=True):
         assert torch.equal(mine, theirs), name
     assert training.curve["train_loss"] == pytest.approx(losses, rel=1e-6)
+
+
+@pytest.mark.parametrize("h", [0.3, "auto", "1/D"])
+@pytest.mark.parametrize(
+    "one", [TINY, Trial(data="ag-news", model="vdcnn", depth=9, norm=False)], ids=["images", "texts"]
+)
+def test_a_copied_network_is_one_that_was_patched_itself(one: Trial, h: float | str) -> None:
+    built = [build(replace(one, h=h, seed=seed)) for seed in (0, 1, 0)]
+    torch.manual_seed(0)
+    network = trial._plain(one.model, one.depth, one.norm, one.class_count)
+    eulernet.patch(network, h=trial.RULES.get(h, h), example_inputs=trial.example(network))
+    inputs = torch.rand(4, 3, 8, 8) if one.data == "cifar10" else torch.randint(70, (4, 64))
+    assert torch.equal(network(inputs), built[0](inputs)) and torch.equal(built[0](inputs), built[2](inputs))
+    assert not torch.equal(built[0](inputs), built[1](inputs))
+    assert [s.h for s in eulernet.steps(network)] == [s.h for s in eulernet.steps(built[0])]
+    assert {*built[0].parameters()}.isdisjoint(built[2].parameters())
 
 
 def test_h_is_a_scaled_start_and_a_squared_learning_rate_of_the_last_maps(root: Path) -> None:
