@@ -212,8 +212,11 @@ class Training:
         }
 
     def load(self, state: dict[str, Any]) -> None:
+        """Go on where a training on any device was left."""
         self.network.load_state_dict(state.pop("network"))
-        self.optimizer.load_state_dict(state.pop("optimizer"))
+        # The groups stay this device's: a captured graph is told no learning rate that is not a tensor.
+        own = self.optimizer.state_dict()
+        self.optimizer.load_state_dict({**own, "state": state.pop("optimizer")["state"]})
         for name, value in state.items():
             setattr(self, name, value)
 

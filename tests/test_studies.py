@@ -512,6 +512,32 @@ def test_an_exception_in_each_epoch_changes_nothing(root: Path, tmp_path: Path) 
     assert comparable(records) == comparable(grid.run(grid.Place(tmp_path / "whole", root, CPU), LONG[:1]))
 
 
+def test_what_was_begun_on_a_gpu_goes_on_without_one(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, one = grid.Place(tmp_path / "begun", root, CPU), LONG[0]
+    begun = Training(one, source_of(one, root), CPU)
+    SideBySide([begun]).epoch()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+        grid._save(place.checkpoint(one.key), begun.state())
+    with pytest.raises(RuntimeError, match="CUDA"):
+        torch.load(place.checkpoint(one.key), weights_only=True)
+    whole = grid.run(grid.Place(tmp_path / "whole", root, CPU), [one])
+    assert comparable(grid.run(place, [one])) == comparable(whole)
+
+
+def test_what_was_begun_without_a_gpu_goes_on_with_learning_rates_that_a_graph_can_be_told(root: Path) -> None:
+    begun, other = (Training(TINY, source_of(TINY, root), CPU) for _ in range(2))
+    SideBySide([begun]).epoch()
+    for group in other.optimizer.param_groups:  # as on a CUDA device
+        group["lr"] = torch.tensor(group["lr"])
+    other.load(begun.state())
+    assert all(isinstance(group["lr"], Tensor) for group in other.optimizer.param_groups)
+    buffers = [[s["momentum_buffer"] for s in one.optimizer.state.values()] for one in (begun, other)]
+    assert buffers[0] and all(torch.equal(a, b) for a, b in zip(*buffers, strict=True))
+
+
 def test_a_torn_line_is_no_record_and_is_cut_off(tmp_path: Path) -> None:
     append_record(tmp_path, {"key": "a", "result": {"loss": math.nan}})
     with (tmp_path / "records.jsonl").open("a") as file:
