@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -215,7 +214,6 @@ def _grid(
     out: Path,
 ) -> None:
     """Run a study's trials, say what came out, draw the figures."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else matrix products on several streams vary
     from reproductions import grid, sources
     from reproductions.claims import Results
     from reproductions.figures import draw
