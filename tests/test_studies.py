@@ -760,6 +760,7 @@ def test_start_bounds_and_throughput_commands(root: Path, tmp_path: Path, monkey
     out = tmp_path / "t"
     run_cli("throughput", "--data-root", root, "--device", "cpu", "--depth", 8, "--iterations", 2, "--out", out)
     assert [r["config"]["at_once"] for r in read_records(out)] == [1, 2]
+    assert throughput.measure([replace(TINY, train=72)], root, CPU, iterations=7) > 0  # more than an epoch has
 
 
 @pytest.mark.parametrize(
