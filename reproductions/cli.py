@@ -235,6 +235,8 @@ def _grid(
         flight = progress.add_task("in flight", total=1.0)
 
         def show(label: str, share: float, work: float) -> None:
+            if share < progress.tasks[flight].completed:  # the next one: its time is counted anew
+                progress.reset(flight)
             progress.update(flight, description=label, completed=share)
             progress.advance(whole, work)
 

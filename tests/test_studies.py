@@ -25,6 +25,7 @@ import eulernet
 from reproductions import (
     bounds,
     claims,
+    cli,
     corrupt,
     data,
     depth,
@@ -728,10 +729,14 @@ def test_depth_command_writes_records_figures_and_a_report(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     grid_of = [replace(TINY, h=h, depth=8, log=True, seed=s) for h in (1.0, 0.1) for s in range(2)]
+    progress = cli._progress()
+    monkeypatch.setattr(cli, "_progress", lambda: progress)
     monkeypatch.setattr(depth, "trials", lambda preset, seeds: grid_of)
     monkeypatch.setattr(depth, "cell", lambda preset, model, n, arm: replace(TINY, depth=8, log=True, **arm))
     printed = run_cli("depth", "--data-root", root, "--device", "cpu", "--out", tmp_path / "trials")
     assert "4 trials" in printed and (tmp_path / "trials" / "depth-smoke.png").stat().st_size > 10_000
+    whole, flight = progress.tasks
+    assert flight.finished_time < whole.finished_time / 2  # that of the last of four
     again = run_cli("depth", "--data-root", root, "--device", "cpu", "--out", tmp_path / "trials")
     assert "4 of 4 trials have a record" in again
     run_cli("report", "--results", tmp_path)
