@@ -25,7 +25,7 @@ from rich.table import Table
 from eulernet import EulernetError
 from reproductions.claims import Row
 from reproductions.data import DataError
-from reproductions.records import FILE, Record, write_records
+from reproductions.records import FILE, Record, check_folder, write_records
 from reproductions.trial import Trial
 
 app = typer.Typer(
@@ -47,8 +47,9 @@ def euler(out: Out = None) -> None:
     """Fig. 1: Euler's method on x' = -2.3 x, for several step sizes."""
     from reproductions import euler as study
 
+    folder = check_folder(out or Path("runs/euler"), "euler")
     records = study.run()
-    _finish(records, out or Path("runs/euler"), study.statements(records))
+    _finish(records, folder, study.statements(records))
 
 
 @app.command("two-moon")
@@ -62,12 +63,12 @@ def two_moon(
 
     if preset not in study.PRESETS:
         raise typer.BadParameter(f"{preset!r} is none of {', '.join(study.PRESETS)}", param_hint="--preset")
+    folder = check_folder(out or Path("runs/two-moon"), "two-moon")
     torch.set_num_threads(1)  # the tensors are too small to be worth sharing
     started = time.perf_counter()
     with _progress() as progress:
         records, networks = study.run(study.PRESETS[preset], seeds, _bar(progress))
     seconds = time.perf_counter() - started
-    folder = out or Path("runs/two-moon")
     folder.mkdir(parents=True, exist_ok=True)
     study.save_networks(folder, networks)
     _finish(
@@ -101,6 +102,8 @@ def cifar10(
     if not timm.is_model(model):
         raise typer.BadParameter(f"timm has no model {model!r}", param_hint="--model")
     where = _device(device)
+    if out is not None:
+        check_folder(out, "cifar10")
     config = study.Config(model, h, steps, batch_size, learning_rate, seed=seed)
     train, test = load_cifar10(data_root, download)
     with _progress() as progress:
@@ -154,9 +157,10 @@ def dynamics(
     from reproductions import dynamics as study
     from reproductions import report
 
+    folder = check_folder(Path("runs/dynamics-init") if out == TRIALS else out, "dynamics-init")
     with _progress() as progress:
         records = study.at_start(data_root, _device(device), seeds or 3, _bar(progress))
-    _finish(records, Path("runs/dynamics-init") if out == TRIALS else out, [_rows(report.start(records))])
+    _finish(records, folder, [_rows(report.start(records))])
 
 
 @app.command()
@@ -172,9 +176,10 @@ def bounds(
     from reproductions.scales import SEEDS
 
     _known(preset)
+    folder = check_folder(out or Path("runs/bounds"), "bounds")
     with _progress() as progress:
         records = study.run(preset, seeds or SEEDS[preset], data_root, _device(device), _bar(progress))
-    _finish(records, out or Path("runs/bounds"), [_rows(study.claims(records, preset))])
+    _finish(records, folder, [_rows(study.claims(records, preset))])
 
 
 def _grid_command(name: str, about: str) -> None:
@@ -223,7 +228,7 @@ def _grid(
     _known(preset)
     study = GRIDS[name]
     trials = _chosen(study.trials(preset, seeds or SEEDS[preset]), only)
-    place = grid.Place(out, data_root, _device(device), at_once, download)
+    place = grid.Place(check_folder(out, "trials"), data_root, _device(device), at_once, download)
     left = {trial.data for group in grid.groups(place, trials) for trial in group}
     sources.check(sorted(left), data_root, download)
     done = len(grid.recorded(place, trials))
@@ -265,6 +270,8 @@ def throughput(
     """Samples a second of 1, 4, 8 and 16 trials side by side, in fp32, TF32 and bf16."""
     from reproductions import throughput as study
 
+    if out is not None:
+        check_folder(out, "throughput")
     with _progress() as progress:
         records = study.run(data_root, _device(device), data, depth, iterations, _bar(progress))
     console.print(study.table(records))

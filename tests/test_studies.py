@@ -549,6 +549,14 @@ def test_a_torn_line_is_no_record_and_is_cut_off(tmp_path: Path) -> None:
     assert read_records(tmp_path)[0]["result"]["loss"] is None
 
 
+@pytest.mark.parametrize("study", ["bounds", "throughput"])
+def test_a_study_does_not_overwrite_the_records_of_another(study: str, root: Path, tmp_path: Path) -> None:
+    append_record(tmp_path, {"study": "trials", "key": "a", "config": {}, "result": {}})
+    with pytest.raises(DataError, match=rf"records\.jsonl holds records of trials, not of {study}"):
+        run_cli(study, "--data-root", root, "--device", "cpu", "--out", tmp_path)
+    assert [record["key"] for record in read_records(tmp_path)] == ["a"]
+
+
 def test_finished_trials_are_not_run_again(root: Path, tmp_path: Path) -> None:
     place = grid.Place(tmp_path, root, CPU)
     first = grid.run(place, [TINY])
