@@ -683,6 +683,48 @@ def test_a_verdict_follows_from_the_interval_of_paired_differences(
         assert "3 seeds" in row.run and "ResNet-8; 72 images of 8 x 8; 2 epochs" in row.run
 
 
+@pytest.mark.parametrize(
+    ("plain", "euler", "word"),
+    [
+        ([2.0, 2.1, None], [1.0, 1.1, 1.2], "supported"),
+        ([2.0, 2.1, 2.0], [1.0, 1.1, None], "undecided"),
+        ([2.0, 2.1, None], [1.0, 1.1, None], "supported"),
+        ([1.0, 1.1, None], [2.0, 2.1, 2.0], "undecided"),
+        ([1.0, 1.1, 1.0], [2.0, 2.1, None], "refuted"),
+    ],
+)
+def test_a_diverged_training_contradicts_what_it_is_the_worse_of(
+    plain: list[float | None], euler: list[float | None], word: str
+) -> None:
+    a, b = TINY, replace(TINY, h=0.1)
+    results = Results([*records_of(a, plain, "train_loss"), *records_of(b, euler, "train_loss")])
+    row = compare(results, "claim", [(a, b)], "train_loss", higher=False)
+    assert row.verdict == word and "1 seed not finite" in row.outcome
+
+
+def test_a_diverged_training_has_no_feature_steps() -> None:
+    records = [{"key": TINY.key, "result": {"feature_steps": [0.1, None]}}]
+    assert math.isnan(Results(records).values(TINY, "feature_steps")[0])
+
+
+def test_a_learning_rate_at_which_most_trainings_diverge_is_not_the_best() -> None:
+    good, bad = (robust.cell("smoke", {"h": 1.0}, {"learning_rate": rate}) for rate in (0.1, 1.0))
+    results = Results([*records_of(good, [1.5] * 3, "train_loss"), *records_of(bad, [1.0, None, None], "train_loss")])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(robust.RATES, "smoke", (1.0, 0.1))
+        assert robust.at_best_rate(results, "smoke", {"h": 1.0}) == good
+
+
+def test_failures_are_judged_with_ten_seeds_and_need_no_small_h() -> None:
+    records = []
+    for h in select.TEXT_H[-2:]:
+        cell = select.short("paper", "vdcnn", 49, h)
+        records += [{"key": replace(cell, seed=s).key, "result": {"failed": s < 9}} for s in range(10)]
+    for counted, seeds, word in ((records, "10 seeds", "supported"), (records[:-1], "9 seeds", "undecided")):
+        (row,) = [r for r in select.claims(Results(counted), "paper") if r.claim.startswith("vdcnn 49: trainings fail")]
+        assert row.verdict == word and seeds in row.run and "h = 0.8: 9 of 10 fail; h = 1: 9 of" in row.outcome
+
+
 def test_spreads_are_judged_over_pooled_cells() -> None:
     pairs = [(replace(TINY, depth=d), replace(TINY, depth=d, h=0.1)) for d in (8, 14, 20, 26)]
     records = []
@@ -690,6 +732,7 @@ def test_spreads_are_judged_over_pooled_cells() -> None:
         records += records_of(wide, [0.1, 0.5, 0.9]) + records_of(narrow, [0.49, 0.5, 0.51])
     row = compare_spreads(Results(records), "claim", pairs, "test_accuracy")
     assert row.verdict == "supported" and "12 pairs" in row.outcome
+    assert compare_spreads(Results(records), "claim", pairs[:1], "test_accuracy").verdict == "undecided"
     assert compare_spreads(Results([]), "claim", pairs, "test_accuracy").verdict == "not run"
 
 
@@ -701,6 +744,9 @@ def test_best_h_is_chosen_on_held_out_samples_and_ties_go_to_the_smaller() -> No
             result = {"validation_accuracy": {0.01: 0.5, 0.1: 0.7, 1.0: 0.7}[h], "test_accuracy": h, "failed": False}
             records.append({"key": replace(cell, seed=seed).key, "result": result})
     assert select.best(Results(records), "smoke", "resnet", 20) == 0.1
+    auto = {"key": select.cell("smoke", "resnet", 20, "auto").key, "result": {"h": 1 / 3}}
+    said = [row.claim for row in select.claims(Results([*records, auto]), "smoke")]
+    assert "resnet 20: h = auto (0.333) tests worse than that" in said  # where the rule landed
 
 
 @pytest.mark.parametrize("name", report.GRIDS)
