@@ -158,9 +158,8 @@ def failures(results: Results, cell: Trial) -> tuple[int, int]:
 
 def describe(cells: Sequence[Trial], seeds: int) -> str:
     """What was run, in words: networks, data, epochs, seeds."""
-    names = {"resnet": "ResNet", "vdcnn": "VDCNN", "vdcnn-original": "VDCNN (original)"}
-    networks = sorted({(names[c.model], c.depth, c.norm) for c in cells})
-    shown = ", ".join(f"{name}-{depth}{'' if norm else ' without BN'}" for name, depth, norm in networks)
+    ordered = sorted(cells, key=lambda cell: (cell.model, cell.depth, cell.norm))
+    shown = ", ".join(dict.fromkeys(map(network, ordered)))
     cell = cells[0]
     if cell.data == "cifar10":
         data = f"{cell.train or 50_000:,} images of {cell.size or 32} x {cell.size or 32}"
@@ -168,3 +167,9 @@ def describe(cells: Sequence[Trial], seeds: int) -> str:
         data = f"{cell.train:,} texts of {cell.size} letters" if cell.train else "all training texts at hand"
     more = f", {seeds} seed{'s' if seeds > 1 else ''}" if seeds else ""
     return f"{shown}; {data}; {cell.epochs} epochs{more}"
+
+
+def network(cell: Trial) -> str:
+    """The network of a cell, in words."""
+    names = {"resnet": "ResNet", "vdcnn": "VDCNN", "vdcnn-original": "VDCNN (original)"}
+    return f"{names[cell.model]}-{cell.depth}{'' if cell.norm else ' without BN'}"

@@ -59,7 +59,7 @@ def text(results: Path) -> str:
     trials = Results(record for records in stored.values() for record in records)
     parts = [HEAD, "## Fig. 1 and Fig. 4\n", table([*_euler(stored.get("euler")), *_two_moon(stored.get("two-moon"))])]
     for title, name, picture in (
-        ("Fig. 2: weights and gradients", "dynamics", "dynamics-{}.png"),
+        ("Fig. 2: weights and gradients", "dynamics", "dynamics*-{}.png"),
         ("Fig. 3: depth", "depth", "depth-{}.png"),
         ("Fig. 5: noise", "noise", "noise-{}.png"),
         ("Fig. 6: the choice of h", "select", "select-{}.png"),

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -32,6 +33,7 @@ from reproductions import (
     dynamics,
     finetune,
     grid,
+    grid_figures,
     noise,
     report,
     robust,
@@ -803,6 +805,28 @@ def test_missing_texts_are_noticed_before_the_images_are_trained_on(root: Path, 
     with pytest.raises(DataError, match="holds no AG-NEWS"):
         run_cli("depth", "--data-root", tmp_path, "--device", "cpu", "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_norms_on_texts_and_of_the_first_iterations_are_claimed_and_drawn(tmp_path: Path) -> None:
+    layer = {"weight": [1.0, 2.0], "gradient": [1.0, None], "mean_weight": 1.0}
+    log = {"iterations": [0, 1], **{f"layer {n}": layer for n in (2, 19, 49)}}
+    cells = [dynamics.early("paper", 20, {"h": 0.1}), dynamics.news("paper", 49, False, {"h": 0.1})]
+    assert all(one in dynamics.trials("paper", 1) for one in cells)
+    drawn = grid_figures.draw([{"key": one.key, "result": {"log": log}} for one in cells], tmp_path)
+    assert [path.name for path in drawn] == ["dynamics-early-paper.png", "dynamics-texts-paper.png"]
+    said = {(row.claim, row.run) for row in dynamics.claims(Results([]), "paper")}
+    claim = "vdcnn 49: with h = 0.1 the averaged weight norm of layer 2 is smaller"
+    assert (claim, "VDCNN-49 without BN; all training texts at hand; 1 epochs") in said
+
+
+def test_diverged_trainings_are_crosses() -> None:
+    figure, axes = plt.subplots()
+    results = Results(records_of(TINY, [1.0, None, None], "train_loss"))
+    shown = grid_figures.points(axes, results, {0.0: TINY}, "train_loss", "h = 1", ("red", "o", "-"))
+    crosses = next(c for c in axes.collections if len(c.get_offsets()) == 2)
+    assert shown == 1 and crosses.get_offsets()[:, 1].tolist() == [0.98] * 2
+    assert "diverged: not finite" in axes.get_legend_handles_labels()[1]
+    plt.close(figure)
 
 
 def test_start_bounds_and_throughput_commands(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
