@@ -872,3 +872,5 @@ def test_stored_trials_belong_to_the_studies_as_they_are() -> None:
 def test_report_is_made_of_the_stored_records() -> None:
     stored = (RESULTS / "REPORT.md").read_text()
     assert report.text(RESULTS) == stored
+    # What speaks against a small h is said as well.
+    assert re.search(r"relative to how far the features spread .* \+0\.156 \(.*\*\*refuted\*\*", stored)
