@@ -64,19 +64,23 @@ def _look_up(record: Record, name: str) -> float | None:
     value = record["result"]
     for part in name.split("/"):
         value = value.get(part) if value is not None else None
-    return float(np.mean(value)) if isinstance(value, list) else value
+    return float(np.mean([math.nan if v is None else v for v in value])) if isinstance(value, list) else value
 
 
 Pair = tuple[Trial, Trial]
 
 
-def differences(results: Results, pairs: Iterable[Pair], name: str) -> list[float]:
-    """Second minus first of each pair of cells, by seed; over several pairs, the mean of a seed."""
+def differences(results: Results, pairs: Iterable[Pair], name: str, worst: float) -> list[float]:
+    """Second minus first of each pair of cells, by seed; over several pairs, the mean of a seed.
+
+    What is not finite counts as `worst`, an infinite number.
+    """
     by_seed: dict[int, list[float]] = {}
     for first, second in pairs:
         a, b = results.values(first, name), results.values(second, name)
         for seed in a.keys() & b.keys():
-            by_seed.setdefault(seed, []).append(b[seed] - a[seed])
+            before, after = (value if math.isfinite(value) else worst for value in (a[seed], b[seed]))
+            by_seed.setdefault(seed, []).append(after - before)
     return [float(np.mean(values)) for _, values in sorted(by_seed.items())]
 
 
@@ -85,9 +89,10 @@ def compare(
 ) -> Row:
     """Whether the second of each pair is higher, or lower: means over seeds, paired by seed.
 
-    A number that is not finite is worse than any that is, and makes the comparison undecided if it does not go without.
+    A number that is not finite is worse than any that is: the mean is that of the other seeds, and decides nothing that
+    a seed with such a number contradicts.
     """
-    found = differences(results, pairs, name)
+    found = differences(results, pairs, name, -math.inf if higher else math.inf)
     finite = [value for value in found if math.isfinite(value)]
     run = describe([cell for pair in pairs for cell in pair], len(found))
     if not found:
@@ -95,11 +100,12 @@ def compare(
     if len(finite) < 2:
         return Row(claim, run, f"{len(finite)} of {len(found)} seeds can be compared", UNDECIDED)
     mean, low, high = mean_interval(finite)
-    lost = f"; {len(found) - len(finite)} seeds not finite" if len(finite) < len(found) else ""
+    lost = f"; {n} seed{'s' if n > 1 else ''} not finite" if (n := len(found) - len(finite)) else ""
     outcome = f"{levels(results, pairs, name)}; {form.format(mean)} ({form.format(low)} to {form.format(high)}){lost}"
     if name == "test_accuracy":
         outcome += "".join(f"; {word} {levels(results, pairs, other)}" for other, word in BESIDE.items())
-    return Row(claim, run, outcome, verdict(low, high, higher))
+    contradicted = any(math.isinf(gap) and (gap > 0) != (mean > 0) for gap in found)
+    return Row(claim, run, outcome, UNDECIDED if contradicted else verdict(low, high, higher))
 
 
 def verdict(low: float, high: float, higher: bool = True) -> str:
@@ -123,20 +129,25 @@ def levels(results: Results, pairs: Sequence[Pair], name: str) -> str:
 
 
 def compare_spreads(results: Results, claim: str, pairs: Sequence[Pair], name: str) -> Row:
-    """Whether the second of each pair scatters less over seeds: mean distance to the cell's median, cells pooled."""
-    found = []
+    """Whether the second of each pair scatters less over seeds: mean distance to the cell's median, cells pooled.
+
+    One cell alone is not judged by fewer than ten seeds.
+    """
+    found, pooled = [], 0
     for pair in pairs:
         values = [results.values(cell, name) for cell in pair]
         seeds = sorted(values[0].keys() & values[1].keys())
         if len(seeds) >= 3:
             a, b = (np.array([side[seed] for seed in seeds]) for side in values)
             found += list(np.abs(b - np.median(b)) - np.abs(a - np.median(a)))
+            pooled += 1
     cells = [cell for pair in pairs for cell in pair]
     if not found:
         return Row(claim, describe(cells, 0), "", NOT_RUN)
     mean, low, high = mean_interval(found)
     outcome = f"mean distance to the median {mean:+.4f} ({low:+.4f} to {high:+.4f}), {len(found)} pairs"
-    return Row(claim, describe(cells, 0), outcome, verdict(low, high, higher=False))
+    word = verdict(low, high, higher=False) if pooled > 1 or len(found) >= len(SEEDS) else UNDECIDED
+    return Row(claim, describe(cells, 0), outcome, word)
 
 
 def failures(results: Results, cell: Trial) -> tuple[int, int]:
@@ -147,9 +158,8 @@ def failures(results: Results, cell: Trial) -> tuple[int, int]:
 
 def describe(cells: Sequence[Trial], seeds: int) -> str:
     """What was run, in words: networks, data, epochs, seeds."""
-    names = {"resnet": "ResNet", "vdcnn": "VDCNN", "vdcnn-original": "VDCNN (original)"}
-    networks = sorted({(names[c.model], c.depth, c.norm) for c in cells})
-    shown = ", ".join(f"{name}-{depth}{'' if norm else ' without BN'}" for name, depth, norm in networks)
+    ordered = sorted(cells, key=lambda cell: (cell.model, cell.depth, cell.norm))
+    shown = ", ".join(dict.fromkeys(map(network, ordered)))
     cell = cells[0]
     if cell.data == "cifar10":
         data = f"{cell.train or 50_000:,} images of {cell.size or 32} x {cell.size or 32}"
@@ -157,3 +167,9 @@ def describe(cells: Sequence[Trial], seeds: int) -> str:
         data = f"{cell.train:,} texts of {cell.size} letters" if cell.train else "all training texts at hand"
     more = f", {seeds} seed{'s' if seeds > 1 else ''}" if seeds else ""
     return f"{shown}; {data}; {cell.epochs} epochs{more}"
+
+
+def network(cell: Trial) -> str:
+    """The network of a cell, in words."""
+    names = {"resnet": "ResNet", "vdcnn": "VDCNN", "vdcnn-original": "VDCNN (original)"}
+    return f"{names[cell.model]}-{cell.depth}{'' if cell.norm else ' without BN'}"

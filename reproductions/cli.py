@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,7 +25,7 @@ from rich.table import Table
 from eulernet import EulernetError
 from reproductions.claims import Row
 from reproductions.data import DataError
-from reproductions.records import FILE, Record, read_records, write_records
+from reproductions.records import FILE, Record, check_folder, write_records
 from reproductions.trial import Trial
 
 app = typer.Typer(
@@ -48,7 +47,7 @@ def euler(out: Out = None) -> None:
     """Fig. 1: Euler's method on x' = -2.3 x, for several step sizes."""
     from reproductions import euler as study
 
-    folder = _folder(out or Path("runs/euler"), "euler")
+    folder = check_folder(out or Path("runs/euler"), "euler")
     records = study.run()
     _finish(records, folder, study.statements(records))
 
@@ -64,7 +63,7 @@ def two_moon(
 
     if preset not in study.PRESETS:
         raise typer.BadParameter(f"{preset!r} is none of {', '.join(study.PRESETS)}", param_hint="--preset")
-    folder = _folder(out or Path("runs/two-moon"), "two-moon")
+    folder = check_folder(out or Path("runs/two-moon"), "two-moon")
     torch.set_num_threads(1)  # the tensors are too small to be worth sharing
     started = time.perf_counter()
     with _progress() as progress:
@@ -102,9 +101,9 @@ def cifar10(
 
     if not timm.is_model(model):
         raise typer.BadParameter(f"timm has no model {model!r}", param_hint="--model")
-    if out is not None:
-        _folder(out, "cifar10")
     where = _device(device)
+    if out is not None:
+        check_folder(out, "cifar10")
     config = study.Config(model, h, steps, batch_size, learning_rate, seed=seed)
     train, test = load_cifar10(data_root, download)
     with _progress() as progress:
@@ -158,7 +157,7 @@ def dynamics(
     from reproductions import dynamics as study
     from reproductions import report
 
-    folder = _folder(Path("runs/dynamics-init") if out == TRIALS else out, "dynamics-init")
+    folder = check_folder(Path("runs/dynamics-init") if out == TRIALS else out, "dynamics-init")
     with _progress() as progress:
         records = study.at_start(data_root, _device(device), seeds or 3, _bar(progress))
     _finish(records, folder, [_rows(report.start(records))])
@@ -177,7 +176,7 @@ def bounds(
     from reproductions.scales import SEEDS
 
     _known(preset)
-    folder = _folder(out or Path("runs/bounds"), "bounds")
+    folder = check_folder(out or Path("runs/bounds"), "bounds")
     with _progress() as progress:
         records = study.run(preset, seeds or SEEDS[preset], data_root, _device(device), _bar(progress))
     _finish(records, folder, [_rows(study.claims(records, preset))])
@@ -220,7 +219,6 @@ def _grid(
     out: Path,
 ) -> None:
     """Run a study's trials, say what came out, draw the figures."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else matrix products on several streams vary
     from reproductions import grid, sources
     from reproductions.claims import Results
     from reproductions.figures import draw
@@ -230,7 +228,7 @@ def _grid(
     _known(preset)
     study = GRIDS[name]
     trials = _chosen(study.trials(preset, seeds or SEEDS[preset]), only)
-    place = grid.Place(_folder(out, "trials"), data_root, _device(device), at_once, download)
+    place = grid.Place(check_folder(out, "trials"), data_root, _device(device), at_once, download)
     left = {trial.data for group in grid.groups(place, trials) for trial in group}
     sources.check(sorted(left), data_root, download)
     done = len(grid.recorded(place, trials))
@@ -242,6 +240,8 @@ def _grid(
         flight = progress.add_task("in flight", total=1.0)
 
         def show(label: str, share: float, work: float) -> None:
+            if share < progress.tasks[flight].completed:  # the next one: its time is counted anew
+                progress.reset(flight)
             progress.update(flight, description=label, completed=share)
             progress.advance(whole, work)
 
@@ -271,7 +271,7 @@ def throughput(
     from reproductions import throughput as study
 
     if out is not None:
-        _folder(out, "throughput")
+        check_folder(out, "throughput")
     with _progress() as progress:
         records = study.run(data_root, _device(device), data, depth, iterations, _bar(progress))
     console.print(study.table(records))
@@ -333,17 +333,6 @@ def _known(preset: str) -> None:
 
     if preset not in PRESETS:
         raise typer.BadParameter(f"{preset!r} is none of {', '.join(PRESETS)}", param_hint="--preset")
-
-
-def _folder(folder: Path, study: str) -> Path:
-    """The folder, unless its records are another study's, which would be lost."""
-    if (folder / FILE).exists():
-        others = sorted({record["study"] for record in read_records(folder)} - {study})
-        if others:
-            raise typer.BadParameter(
-                f"{folder / FILE} holds the records of {', '.join(others)}; choose another folder", param_hint="--out"
-            )
-    return folder
 
 
 def _device(name: str) -> torch.device:

@@ -31,6 +31,20 @@ def early(preset: str, depth: int, arm: Part) -> Trial:
     return Trial(**{**vars(cell(preset, depth, arm)), "epochs": 3, "milestones": ()})
 
 
+def news(preset: str, depth: int, norm: bool, arm: Part) -> Trial:
+    """Some thousand iterations on texts."""
+    return Trial(**{**TEXTS[preset], **arm, "depth": depth, "norm": norm, "epochs": 1, "log": True})
+
+
+def cells(preset: str, arm: Part) -> dict[str, list[Trial]]:
+    """What is compared of an arm, by the picture that shows it."""
+    return {
+        "dynamics": [cell(preset, depth, arm) for depth in RESNETS[preset]],
+        "dynamics-early": [early(preset, depth, arm) for depth in EARLY[preset]],
+        "dynamics-texts": [news(preset, depth, norm, arm) for depth, norm in product(VDCNNS[preset], (True, False))],
+    }
+
+
 def trials(preset: str, seeds: int) -> list[Trial]:
     """The grid: the first thousand iterations, with all controls; and trainings in full, those of the depth study."""
     grid = [
@@ -40,26 +54,27 @@ def trials(preset: str, seeds: int) -> list[Trial]:
     for seed, depth, arm in product(range(seeds), RESNETS[preset], (PLAIN, EULER)):
         grid.append(Trial(**{**vars(cell(preset, depth, arm)), "seed": seed}))
     for seed, depth, arm, norm in product(range(seeds), VDCNNS[preset], (PLAIN, {"h": 0.3}, EULER), (True, False)):
-        scale = {**TEXTS[preset], "epochs": 1}  # some thousand iterations
-        grid.append(Trial(**{**scale, **arm, "depth": depth, "norm": norm, "seed": seed, "log": True}))
+        grid.append(Trial(**{**vars(news(preset, depth, norm, arm)), "seed": seed}))
     return grid
 
 
 def claims(results: Results, preset: str) -> list[Row]:
     rows = []
-    pairs = [(depth, (cell(preset, depth, PLAIN), cell(preset, depth, EULER))) for depth in RESNETS[preset]]
-    pairs += [(depth, (early(preset, depth, PLAIN), early(preset, depth, EULER))) for depth in EARLY[preset]]
-    for depth, pair in pairs:
+    sides = ([one for some in cells(preset, arm).values() for one in some] for arm in (PLAIN, EULER))
+    for pair in zip(*sides, strict=True):
+        model, depth = pair[0].model, pair[0].depth
+        deepest = depth - 1 if model == "resnet" else depth  # a ResNet's last layer is a linear map
+        paper = f" (the paper at 218: {PAPER})" if model == "resnet" else ""
         for claim, name in (
-            (f"the averaged weight norm of layer 2 is smaller (the paper at 218: {PAPER})", "log/layer 2/mean_weight"),
+            (f"the averaged weight norm of layer 2 is smaller{paper}", "log/layer 2/mean_weight"),
             ("the gradients of layer 2 do not explode (largest norm)", "log/layer 2/largest_gradient"),
             (
                 "late gradients of the deepest convolution are less bumpy (coefficient of variation)",
-                f"log/layer {depth - 1}/late_variation",
+                f"log/layer {deepest}/late_variation",
             ),
             ("features move less from block to block", "feature_steps"),
         ):
-            claim = f"resnet {depth}: with h = 0.1 {claim}"
+            claim = f"{model} {depth}: with h = 0.1 {claim}"
             rows.append(compare(results, claim, [pair], name, higher=False, form="{:+.3g}"))
     return rows
 

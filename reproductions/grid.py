@@ -87,7 +87,7 @@ def groups(place: Place, trials: Sequence[Trial]) -> Iterator[list[Trial]]:
     def alike(trial: Trial) -> tuple[Any, ...]:
         fields = "data train held_out classes batch_size epochs precision optimizer size model depth".split()
         saved = place.checkpoint(trial.key)
-        epoch = torch.load(saved, weights_only=True)["epoch"] if saved.exists() else 0
+        epoch = _load(saved)["epoch"] if saved.exists() else 0
         return (bool(trial.start), *(getattr(trial, name) for name in fields), epoch)
 
     first = {key: number for number, key in enumerate(map(alike, left.values()))}
@@ -160,11 +160,11 @@ def _begun(place: Place, trial: Trial) -> Training:
                 f"{path} is missing, the network that {trial.key} begins with; to train it again delete the line with "
                 f"{trial.base.key} in {place.folder / FILE}."
             )
-        start = torch.load(path, map_location=place.device, weights_only=True)
+        start = _load(path)
     training = Training(trial, source, place.device, start)
     saved = place.checkpoint(trial.key)
     if saved.exists():
-        training.load(torch.load(saved, map_location=place.device, weights_only=True))
+        training.load(_load(saved))
     return training
 
 
@@ -180,6 +180,11 @@ def _record(place: Place, training: Training, keep: frozenset[str]) -> Record:
         "seconds": training.seconds,
         "environment": environment(place.device),
     }
+
+
+def _load(path: Path) -> Any:
+    """To the CPU, whatever it was saved from: the log is kept there, networks and optimisers copy what they need."""
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _save(path: Path, value: Any) -> None:

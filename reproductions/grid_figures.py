@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from reproductions import depth, dynamics, noise, robust, select
-from reproductions.claims import Results, failures
+from reproductions.claims import Results, failures, network
 from reproductions.figures import BLUE, GREEN, GREY, ORANGE, STYLE, VERMILLION, save
 from reproductions.records import Record
 from reproductions.scales import AUTO, EULER, PLAIN, PRESETS, RATE, START, Part
@@ -36,7 +36,8 @@ def draw(records: Sequence[Record], folder: Path) -> list[Path]:
     with plt.rc_context(STYLE):
         for preset in PRESETS:
             drawn[f"depth-{preset}"] = _depth(results, preset)
-            drawn[f"dynamics-{preset}"] = _dynamics(results, preset)
+            for name, cells in dynamics.cells(preset, EULER).items():
+                drawn[f"{name}-{preset}"] = _dynamics(results, cells)
             drawn[f"noise-{preset}"] = _noise(results, preset)
             drawn[f"select-{preset}"] = _select(results, preset)
             drawn[f"robust-{preset}"] = _robust(results, preset)
@@ -46,9 +47,20 @@ def draw(records: Sequence[Record], folder: Path) -> list[Path]:
 def points(
     axes: Axes, results: Results, cells: Mapping[float, Trial], name: str, label: str, look: Look, shift: float = 0.0
 ) -> int:
-    """Medians with the standard deviation over seeds, and each training as a dot; returns how many there are."""
+    """Medians with the standard deviation over seeds, and each training as a dot; returns how many there are.
+
+    A training whose number is not finite has no part in these, and is a cross at the top.
+    """
     color, marker, line = look
     found = {x: [v for v in results.column(cell, name) if np.isfinite(v)] for x, cell in cells.items()}
+    lost = [
+        x + shift + 0.04 * number
+        for x, cell in cells.items()
+        for number in range(len(results.column(cell, name)) - len(found[x]))
+    ]
+    if lost:
+        axes.scatter(lost, [0.98] * len(lost), color=color, marker="x", s=40, transform=axes.get_xaxis_transform())
+        axes.scatter([], [], color="black", marker="x", label="diverged: not finite")
     found = {x: values for x, values in found.items() if values}
     if not found:
         return 0
@@ -74,7 +86,7 @@ def _finish(figure: Figure, panels: Sequence[Axes]) -> Figure:
             handles.setdefault(label, handle)
     figure.tight_layout(w_pad=2.0)
     place: Any = {"loc": "upper center", "bbox_to_anchor": (0.5, 0)}
-    figure.legend(list(handles.values()), list(handles), ncols=min(5, len(handles)), **place)
+    figure.legend(list(handles.values()), list(handles), ncols=len(handles) if len(handles) < 6 else 3, **place)
     return figure
 
 
@@ -105,15 +117,15 @@ def _depth(results: Results, preset: str) -> Figure | None:
 
 
 # ---- Fig. 2
-def _dynamics(results: Results, preset: str) -> Figure | None:
-    depths = [n for n in dynamics.RESNETS[preset] if results.has([dynamics.cell(preset, n, EULER)])]
-    if not depths:
+def _dynamics(results: Results, cells: Sequence[Trial]) -> Figure | None:
+    cells = [cell for cell in cells if results.has([cell])]
+    if not cells:
         return None
-    figure, grid = plt.subplots(2, len(depths), figsize=(4.6 * len(depths), 6.0), squeeze=False, sharex="col")
-    for column, n in enumerate(depths):
+    figure, grid = plt.subplots(2, len(cells), figsize=(4.6 * len(cells), 6.0), squeeze=False, sharex="col")
+    for column, cell in enumerate(cells):
         for label in BOTH:
             arm, (color, _, _) = LOOKS[label]
-            for seed, key in _keys(dynamics.cell(preset, n, arm)):
+            for seed, key in _keys(Trial(**{**vars(cell), **arm})):
                 log = results.records.get(key, {}).get("result", {}).get("log")
                 if log:
                     at = np.array(log["iterations"]) + 1
@@ -121,7 +133,7 @@ def _dynamics(results: Results, preset: str) -> Figure | None:
                         values = [np.nan if v is None else v for v in log["layer 2"][name]]
                         style = {"color": color, "alpha": 0.8, "linewidth": 1.1}
                         grid[row, column].plot(at, values, label=label if not seed else None, **style)
-        grid[0, column].set_title(f"ResNet-{n}: weights of layer 2, norm", loc="left")
+        grid[0, column].set_title(f"{network(cell)}: weights of layer 2, norm", loc="left")
         grid[1, column].set_title("gradients of layer 2, norm", loc="left")
         grid[1, column].set_xlabel("iteration")
         grid[0, column].set(xscale="log", ylim=(0, None))

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from reproductions.data import DataError
+
 Record = dict[str, Any]
 FILE = "records.jsonl"
 
@@ -33,6 +35,20 @@ def environment(device: torch.device | str = "cpu") -> dict[str, str | int]:
         "device": name,
         "threads": torch.get_num_threads(),
     }
+
+
+def check_folder(folder: Path, study: str) -> Path:
+    """The folder, if no other study has its records there: they would be overwritten, or mixed with this one's.
+
+    Raises:
+        DataError: another one has.
+    """
+    there = {record["study"] for record in read_records(folder)} if (folder / FILE).exists() else set()
+    if there - {study}:
+        raise DataError(
+            f"{folder / FILE} holds records of {', '.join(sorted(there))}, not of {study}; give another one by --out."
+        )
+    return folder
 
 
 def write_records(folder: Path, records: Iterable[Record]) -> Path:

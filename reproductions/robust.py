@@ -56,7 +56,7 @@ def at_best_rate(results: Results, preset: str, arm: Part, *changes: Part) -> Tr
     """The cell with the best median of the last train loss over the learning rates: the test set does not choose."""
 
     def loss(one: Trial) -> float:
-        found = [value for value in results.column(one, "train_loss") if np.isfinite(value)]
+        found = [value if np.isfinite(value) else np.inf for value in results.column(one, "train_loss")]
         return float(np.median(found)) if found else float("inf")
 
     return min((cell(preset, arm, *changes, {"learning_rate": rate}) for rate in RATES[preset]), key=loss)

@@ -55,22 +55,22 @@ def measure(trials: Sequence[Trial], data_root: Path, device: torch.device, iter
     source = load(trials[0], data_root, device)
     together = SideBySide([Training(trial, source, device) for trial in trials])
     size = together.sizes[0]
-    for training in together.trainings:
-        training.begin()
-        training.set_rate(0)
+    whole = together.sizes.count(size)  # batches of an epoch
 
-    def some(number: int) -> None:
-        for _ in range(number):
-            if int(together.trainings[0].iteration) >= len(together.sizes) - 1:  # the epoch's whole batches are over
-                for training in together.trainings:
+    def some(numbers: range) -> None:
+        for number in numbers:  # as in an epoch, with nothing that waits for the device
+            for training in together.trainings:
+                if number % whole == 0:
                     training.begin()
+                training.set_rate(number % whole)
             together.step(size)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
-    some(WARM_UP + 2 if device.type == "cuda" else 1)
+    begun = WARM_UP + 2 if device.type == "cuda" else 1
+    some(range(begun))
     started = time.perf_counter()
-    some(iterations)
+    some(range(begun, begun + iterations))
     return time.perf_counter() - started
 
 

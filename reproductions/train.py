@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -20,6 +21,7 @@ WARM_UP = 3  # iterations before a CUDA graph is captured: they set up libraries
 EVALUATED = 1000  # samples at once
 REESTIMATED = 100  # batches of which BN statistics are estimated anew
 POINTS = 150  # iterations of a log that a record keeps
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else matrix products on several streams vary
 
 
 @contextlib.contextmanager
@@ -212,8 +214,11 @@ class Training:
         }
 
     def load(self, state: dict[str, Any]) -> None:
+        """Go on where a training on any device was left."""
         self.network.load_state_dict(state.pop("network"))
-        self.optimizer.load_state_dict(state.pop("optimizer"))
+        # The groups stay this device's: a captured graph is told no learning rate that is not a tensor.
+        own = self.optimizer.state_dict()
+        self.optimizer.load_state_dict({**own, "state": state.pop("optimizer")["state"]})
         for name, value in state.items():
             setattr(self, name, value)
 
@@ -310,7 +315,7 @@ class SideBySide:
         graph = torch.cuda.CUDAGraph()
         for training in self.trainings:
             training.optimizer.zero_grad(set_to_none=True)  # the gradients are to lie in the graph's memory
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=torch.cuda.Stream(self.device)):  # type: ignore[no-untyped-call]
             self._each(size)
         return graph
 
@@ -320,8 +325,9 @@ class SideBySide:
                 training.step(size)
             return
         main = torch.cuda.current_stream(self.device)
-        for training, stream in zip(self.trainings, self.streams, strict=True):
+        for stream in self.streams:  # first of all, since one of PyTorch's few streams may be `main` itself
             stream.wait_stream(main)
+        for training, stream in zip(self.trainings, self.streams, strict=True):
             with torch.cuda.stream(stream):
                 training.step(size)
         for stream in self.streams:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -117,26 +119,41 @@ def build(trial: Trial, start: dict[str, Tensor] | None = None) -> Network:
         start: the trained parameters and buffers to begin with, where `trial.start` names a trial.
     """
     torch.manual_seed(trial.seed)
-    network: Network
-    if trial.model == "resnet":
-        network = CifarResNet(trial.depth, trial.norm, trial.class_count)
-    else:
-        network = VDCNN(trial.depth, trial.norm, trial.class_count, original=trial.model == "vdcnn-original")
+    network = _plain(trial.model, trial.depth, trial.norm, trial.class_count)
     if start is not None:
         network.load_state_dict(start)
     with torch.no_grad():
         for parameter in last_parameters(network):
             parameter.mul_(trial.initial)
     h: Any = RULES.get(trial.h, 1.0) if isinstance(trial.h, str) else trial.h
-    options: dict[str, Any] = {"preserve": True} if start is not None else {}
-    eulernet.patch(network, h=h, example_inputs=example(network), **options)
-    return network
+    if start is not None:
+        return eulernet.patch(network, h=h, example_inputs=example(network), preserve=True)
+    patched = copy.deepcopy(_patched(trial.model, trial.depth, trial.norm, trial.class_count))
+    patched.load_state_dict(network.state_dict())
+    eulernet.set_h(patched, h)
+    return patched
+
+
+def _plain(model: str, depth: int, norm: bool, classes: int) -> Network:
+    if model == "resnet":
+        return CifarResNet(depth, norm, classes)
+    return VDCNN(depth, norm, classes, original=model == "vdcnn-original")
+
+
+@lru_cache(maxsize=8)
+def _patched(model: str, depth: int, norm: bool, classes: int) -> Network:
+    """A patched network to copy: to trace one of 218 layers takes seconds, in which a GPU would wait."""
+    with torch.random.fork_rng(devices=[]):  # the trial's random numbers stay its own
+        network = _plain(model, depth, norm, classes)
+    return eulernet.patch(network, h=1.0, example_inputs=example(network))
 
 
 def example(network: Network) -> Tensor:
-    """An input, small, to trace the network with."""
-    images = isinstance(network, CifarResNet)
-    return torch.zeros(2, 3, 16, 16) if images else torch.zeros(2, 128, dtype=torch.int64)
+    """An input, small, to trace the network with, on its device."""
+    device = next(network.parameters()).device
+    if isinstance(network, CifarResNet):
+        return torch.zeros(2, 3, 16, 16, device=device)
+    return torch.zeros(2, 128, dtype=torch.int64, device=device)
 
 
 def last_parameters(network: Network) -> Iterator[nn.Parameter]:
