@@ -23,6 +23,7 @@ BESIDE = {
     "best_test_accuracy": "best epoch",
     "test_accuracy_reestimated": "BN re-estimated",
     "train_accuracy": "train",
+    "distinct_accuracy": "without texts that stand almost the same in train",
 }
 
 
@@ -85,9 +86,17 @@ def differences(results: Results, pairs: Iterable[Pair], name: str, worst: float
 
 
 def compare(
-    results: Results, claim: str, pairs: Sequence[Pair], name: str, higher: bool = True, form: str = "{:+.3f}"
+    results: Results,
+    claim: str,
+    pairs: Sequence[Pair],
+    name: str,
+    higher: bool = True,
+    form: str = "{:+.3f}",
+    margin: float = 0.0,
 ) -> Row:
     """Whether the second of each pair is higher, or lower: means over seeds, paired by seed.
+
+    With a margin, whether it is higher or lower by no more than that.
 
     A number that is not finite is worse than any that is: the mean is that of the other seeds, and decides nothing that
     a seed with such a number contradicts.
@@ -103,29 +112,32 @@ def compare(
     lost = f"; {n} seed{'s' if n > 1 else ''} not finite" if (n := len(found) - len(finite)) else ""
     outcome = f"{levels(results, pairs, name)}; {form.format(mean)} ({form.format(low)} to {form.format(high)}){lost}"
     if name == "test_accuracy":
-        outcome += "".join(f"; {word} {levels(results, pairs, other)}" for other, word in BESIDE.items())
+        beside = {word: levels(results, pairs, other) for other, word in BESIDE.items()}
+        outcome += "".join(f"; {word} {shown}" for word, shown in beside.items() if shown)
     contradicted = any(math.isinf(gap) and (gap > 0) != (mean > 0) for gap in found)
-    return Row(claim, run, outcome, UNDECIDED if contradicted else verdict(low, high, higher))
+    return Row(claim, run, outcome, UNDECIDED if contradicted else verdict(low, high, higher, margin))
 
 
-def verdict(low: float, high: float, higher: bool = True) -> str:
+def verdict(low: float, high: float, higher: bool = True, margin: float = 0.0) -> str:
     """What an interval of a difference says of a claim about its sign.
 
     Example:
         >>> verdict(0.1, 0.2), verdict(0.1, 0.2, higher=False), verdict(-0.1, 0.2)
         ('supported', 'refuted', 'undecided')
+        >>> verdict(-0.005, 0.1, margin=0.01), verdict(-0.05, 0.1, margin=0.01)  # higher, or lower by a hundredth
+        ('supported', 'undecided')
     """
-    if low > 0 or high < 0:
-        return SUPPORTED if (low > 0) == higher else REFUTED
-    return UNDECIDED
+    if not higher:
+        low, high = -high, -low
+    return SUPPORTED if low > -margin else REFUTED if high < 0 else UNDECIDED
 
 
 def levels(results: Results, pairs: Sequence[Pair], name: str) -> str:
-    """The medians of both, over seeds and pairs."""
+    """The medians of both, over seeds and pairs, of what is finite."""
     sides = [[v for cell in side for v in results.column(cell, name)] for side in zip(*pairs, strict=True)]
-    if any(np.isnan(side).all() for side in sides):  # without BN there is nothing to estimate anew
-        return "none"
-    return " -> ".join(f"{np.median(side):.3g}" for side in sides)
+    if any(np.isnan(side).all() for side in sides):  # as BN estimated anew without BN
+        return ""
+    return " -> ".join(f"{np.nanmedian(side):.3g}" for side in sides)
 
 
 def compare_spreads(results: Results, claim: str, pairs: Sequence[Pair], name: str) -> Row:

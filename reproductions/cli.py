@@ -80,7 +80,9 @@ def two_moon(
 
 @app.command()
 def cifar10(
-    data_root: Annotated[Path, typer.Option(help="The folder that holds cifar-10-batches-bin or cifar-10-batches-py.")],
+    data_root: Annotated[
+        Path, typer.Option(help="The folder that holds cifar-10-batches-bin or cifar-10-batches-py.")
+    ] = Path("data"),
     model: Annotated[str, typer.Option(help="A model of timm.")] = "resnet18",
     h: Annotated[float, typer.Option("--h", help="The step factor.")] = 0.1,
     steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 100,
@@ -140,7 +142,7 @@ TRIALS = Path("runs/trials")
 
 @app.command()
 def dynamics(
-    data_root: DataRoot,
+    data_root: DataRoot = Path("data"),
     preset: Preset = "smoke",
     device: Device = "",
     seeds: Seeds = 0,
@@ -165,7 +167,7 @@ def dynamics(
 
 @app.command()
 def bounds(
-    data_root: DataRoot,
+    data_root: DataRoot = Path("data"),
     preset: Preset = "smoke",
     device: Device = "",
     seeds: Seeds = 0,
@@ -184,7 +186,7 @@ def bounds(
 
 def _grid_command(name: str, about: str) -> None:
     def command(
-        data_root: DataRoot,
+        data_root: DataRoot = Path("data"),
         preset: Preset = "smoke",
         device: Device = "",
         seeds: Seeds = 0,
@@ -260,7 +262,7 @@ def _grid(
 
 @app.command()
 def throughput(
-    data_root: DataRoot,
+    data_root: DataRoot = Path("data"),
     device: Device = "",
     data: Annotated[str, typer.Option(help="cifar10 or ag-news.")] = "cifar10",
     depth: Annotated[int, typer.Option(help="Of the network; 0: 20 for images, 9 for texts.")] = 0,

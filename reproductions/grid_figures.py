@@ -185,6 +185,12 @@ def _select(results: Results, preset: str) -> Figure | None:
         counts = [failures(results, select.short(preset, model, n, h)) for h in grid]
         shares = [failed / total if total else np.nan for failed, total in counts]
         axes.bar(range(len(grid)), shares, color=VERMILLION, alpha=0.25, label="share of failed trainings")
+        for rule in select.CHOICES[model]:
+            landed = results.column(select.cell(preset, model, n, rule), "h")
+            if landed:
+                x = float(np.interp(np.log(np.median(landed)), np.log(grid), range(len(grid))))
+                axes.axvline(x, color=GREY, linewidth=0.8, linestyle=":")
+                axes.text(x, 0.99, f" {rule}", rotation=90, ha="right", va="top", fontsize=7, color=GREY)
         _ticks(axes, grid)
         axes.tick_params(axis="x", labelrotation=60)
         axes.set(xlabel="h", ylim=(0, 1))

@@ -12,6 +12,8 @@ from reproductions.grid import Place, Show
 from reproductions.records import Record
 from reproductions.trial import Trial
 
+RETRIES = 5  # of a group whose worker died
+
 
 def run(
     address: str, place: Place, trials: Sequence[Trial], show: Show = lambda label, share, work: None
@@ -41,7 +43,7 @@ def run(
         ) from error
     place = replace(place, folder=place.folder.resolve(), data_root=place.data_root.resolve())
     gpus = 1 if place.device.type == "cuda" else 0
-    train = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=-1)(grid.train)
+    train = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=RETRIES)(grid.train)
     keep = grid.keys_to_keep(trials)
     try:
         # What others begin with comes first.
@@ -50,7 +52,13 @@ def run(
             while pending:
                 (done, *_), _ = ray.wait(list(pending))
                 group = pending.pop(done)
-                for record in ray.get(done):
+                try:
+                    records = ray.get(done)
+                except ray.exceptions.WorkerCrashedError as error:
+                    raise DataError(
+                        f"{grid.name(group)}: its worker died {RETRIES + 1} times, as one without memory does"
+                    ) from error
+                for record in records:
                     grid.settle(place, record)
                 show(grid.name(group), 1.0, sum(map(grid.work, group)))
     finally:
