@@ -187,6 +187,7 @@ NOT_A_FACTOR = {
     "negative": -0.1,
     "zero": 0,
     "zero-float": 0.0,
+    "too-large": 10**400,
     "string": "0.1",
     "none": None,
     "bool": True,
@@ -276,7 +277,7 @@ def test_steps_of_another_model() -> None:
     other = nn.Sequential(Block(), Block(), Block())
     steps = eulernet.steps(eulernet.patch(other, 0.1, example_inputs=X))
     model = Net()
-    refused(model, lambda: eulernet.patch(model, steps, example_inputs=X), r"layer\.0")
+    refused(model, lambda: eulernet.patch(model, steps, example_inputs=X), r"\b0, 1, 2\b", r"layer\.0")
 
 
 def test_json_that_is_not_of_steps() -> None:
