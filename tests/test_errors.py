@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import textwrap
+import threading
 import types
 import warnings
 from collections.abc import Callable
@@ -431,6 +432,14 @@ def test_a_model_that_fails_on_the_input() -> None:
     )
     assert error.__cause__ is not None
     assert not isinstance(error.__cause__, EulernetError)
+
+
+def test_a_model_that_cannot_be_copied() -> None:
+    """What is traced is a copy; the error names what the model holds."""
+    model = Net()
+    model.lock = threading.Lock()
+    error = refused(model, lambda: eulernet.patch(model, 0.1, example_inputs=X), "Net", "cop", "lock", "deepcopy")
+    assert isinstance(error.__cause__, TypeError)
 
 
 def test_a_model_that_raises_an_error_of_its_own() -> None:
