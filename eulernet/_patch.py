@@ -634,7 +634,8 @@ def bound(model: nn.Module, caller: str) -> list[tuple[Step, _factor.StepFactor 
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside wrappers that leave its modules as they are."""
-    while type(model).__name__ in ("OptimizedModule", "DistributedDataParallel", "DataParallel"):
+    wrappers = {"OptimizedModule", "DistributedDataParallel", "DataParallel"}
+    while any(cls.__name__ in wrappers for cls in type(model).__mro__):
         model = getattr(model, "_orig_mod", None) or model.module  # type: ignore[assignment]
     return model
 

@@ -521,10 +521,21 @@ def test_code_that_looks_at_values_is_refused_on_meta() -> None:
 # ------------------------------------------------------------------------------------------------------------- wrappers
 
 
-@pytest.mark.parametrize("wrap", ["torch.compile", "DataParallel"])
+class OwnParallel(nn.DataParallel):
+    """A wrapper with additions of its own, as those of training frameworks."""
+
+
+WRAPPERS: dict[str, Callable[[nn.Module], Any]] = {
+    "torch.compile": lambda model: torch.compile(model, backend="eager"),
+    "DataParallel": nn.DataParallel,
+    "OwnParallel": OwnParallel,
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS)
 def test_a_wrapper_is_refused_with_the_call_to_make_instead(wrap: str) -> None:
     model = Net()
-    wrapper = torch.compile(model, backend="eager") if wrap == "torch.compile" else nn.DataParallel(model)
+    wrapper = WRAPPERS[wrap](model)
     with pytest.raises(EulernetError, match=re.escape(f"model = {wrap}(eulernet.patch(wrapped.")):
         eulernet.patch(wrapper, 0.5, example_inputs=X)
     assert not eulernet.is_patched(model)
