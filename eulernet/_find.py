@@ -138,9 +138,9 @@ def _sandbox(model: nn.Module, fake: bool, hooks: bool, sandboxes: list[Sandbox]
         sandbox = Sandbox(model, fake, hooks)
     except Exception as error:
         raise EulernetError(
-            f"{type(model).__name__} cannot be copied, and it is a copy that eulernet runs: {short(error)}. Take out of "
-            "its attributes what copy.deepcopy(model) fails on, such as a lock, a generator or the output of a forward "
-            "pass, and set it again after patching"
+            f"{type(model).__name__} cannot be copied, and it is a copy that eulernet runs: {short(error)}. Take "
+            "out of its attributes what copy.deepcopy(model) fails on, such as a lock, a generator or the output of a "
+            "forward pass, and set it again after patching"
         ) from error
     sandboxes.append(sandbox)
     for module in sandbox.original:

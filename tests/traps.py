@@ -2610,6 +2610,13 @@ class SelfIsBoundAnew(Form):
 
 
 @unsupported
+class ForwardIsALambda(Form):
+    """The forward itself is no ``def``."""
+
+    forward = lambda self, x: x + self.a(x)  # noqa: E731
+
+
+@unsupported
 class InAProperty(Form):
     """The addition is in a property's getter."""
 
