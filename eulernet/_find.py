@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from eulernet._errors import EulernetError
 from eulernet._inputs import as_call, guess_inputs
@@ -106,6 +107,12 @@ def _run(model: nn.Module, example_inputs: Any, sandboxes: list[Sandbox]) -> tup
                     elif not meta:
                         raise
                     else:
+                        tensors = [t for t in tree_leaves(arguments) if isinstance(t, torch.Tensor)]
+                        if any(t.device.type != "meta" for t in tensors):
+                            raise EulernetError(
+                                f"{type(model).__name__} is on the meta device, and example_inputs are not, with which "
+                                f"it failed ({short(error)}). Put them there as well: tensor.to('meta')"
+                            ) from error
                         raise EulernetError(
                             f"{type(model).__name__} is on the meta device and cannot be traced without values "
                             f"({short(error)}). Put it on a real device first: model.to_empty(device='cpu')"

@@ -518,6 +518,12 @@ def test_code_that_looks_at_values_is_refused_on_meta() -> None:
     refused(model, lambda: eulernet.patch(model, 0.5, example_inputs=X.to("meta")), "meta", "LooksAtValues")
 
 
+def test_example_inputs_that_are_not_on_meta_with_the_model() -> None:
+    with torch.device("meta"):
+        model = Net()
+    refused(model, lambda: eulernet.patch(model, 0.5, example_inputs=X), "meta", r"tensor\.to\('meta'\)", "Net")
+
+
 # ------------------------------------------------------------------------------------------------------------- wrappers
 
 
