@@ -322,6 +322,13 @@ def test_bad_input(run: Run, module: Callable[[str], str], inputs: list[str], wo
         assert word in out
 
 
+def test_no_input_can_be_guessed(run: Run, module: Callable[[str], str]) -> None:
+    """The advice is for the command line, not for Python."""
+    out = run("inspect", f"{module(MY_MODEL)}:build", fails=1)
+    assert "Sequential does not say what it takes" in out and "--input 2,3,224,224" in out
+    assert "eulernet.patch" not in out
+
+
 def test_a_model_that_fails_on_the_input(run: Run, module: Callable[[str], str]) -> None:
     out = run("inspect", f"{module(MY_MODEL)}:build", "--input", "2,5", fails=1)
     assert "error: " in out
