@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from eulernet._errors import EulernetError
 from eulernet._inputs import as_call, guess_inputs
@@ -106,14 +107,20 @@ def _run(model: nn.Module, example_inputs: Any, sandboxes: list[Sandbox]) -> tup
                     elif not meta:
                         raise
                     else:
+                        tensors = [t for t in tree_leaves(arguments) if isinstance(t, torch.Tensor)]
+                        if any(t.device.type != "meta" for t in tensors):
+                            raise EulernetError(
+                                f"{type(model).__name__} is on the meta device, and example_inputs are not, with which "
+                                f"it failed ({short(error)}). Put them there as well: tensor.to('meta')"
+                            ) from error
                         raise EulernetError(
                             f"{type(model).__name__} is on the meta device and cannot be traced without values "
                             f"({short(error)}). Put it on a real device first: model.to_empty(device='cpu')"
                         ) from error
-        except EulernetError:
+        except EulernetError as error:
             if not training:
                 raise
-            notes.append("the training path was not traced: it needs values, and the model is on the meta device")
+            notes.append(f"the training path was not traced: {error}")
         except Exception as error:
             if not training:
                 given = "the guessed inputs" if example_inputs is None else "example_inputs"
@@ -134,7 +141,14 @@ def _run(model: nn.Module, example_inputs: Any, sandboxes: list[Sandbox]) -> tup
 def _sandbox(model: nn.Module, fake: bool, hooks: bool, sandboxes: list[Sandbox]) -> Sandbox:
     from eulernet._patch import restore_class  # the copy of a patched model is traced as its original
 
-    sandbox = Sandbox(model, fake, hooks)
+    try:
+        sandbox = Sandbox(model, fake, hooks)
+    except Exception as error:
+        raise EulernetError(
+            f"{type(model).__name__} cannot be copied, and it is a copy that eulernet runs: {short(error)}. Take "
+            "out of its attributes what copy.deepcopy(model) fails on, such as a lock, a generator or the output of a "
+            "forward pass, and set it again after patching"
+        ) from error
     sandboxes.append(sandbox)
     for module in sandbox.original:
         restore_class(module)

@@ -425,7 +425,7 @@ def patch(
         h: the step factor: a positive number for all steps; a sequence with one number a step; a mapping from patterns
             on step names to numbers (the first match wins, the rest get 1); a function of a `Step`, such as the rules
             in `eulernet.schedules`; "auto", which is `inverse_sqrt()` of them, 1 / sqrt(D); or `Steps`, for example
-            those that `Steps.from_json` read.
+            those that `Steps.from_json` read: without `include` and `exclude` these steps, and no others, get their h.
         example_inputs: as for `find_steps`.
         include, exclude: which steps: a pattern on names (`"layer1"`, `"blocks.*.attn"`), a module class, a function
             `(step) -> bool`, or a list of these. Long steps are scaled only where `include` names them.
@@ -479,7 +479,7 @@ def patch(
                 "eulernet.functional.euler_step(skip, branch, h) writes a step by hand."
             )
         ordered = [by_index[i] for i in sorted(by_index)]
-        chosen = select([f.step for f in ordered], [f.module for f in ordered], include, exclude)
+        chosen = select([f.step for f in ordered], [f.module for f in ordered], include, exclude, h)
         for step in chosen:
             if (error := by_index[step.index].error) is not None:
                 raise EulernetError(
@@ -634,7 +634,8 @@ def bound(model: nn.Module, caller: str) -> list[tuple[Step, _factor.StepFactor 
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside wrappers that leave its modules as they are."""
-    while type(model).__name__ in ("OptimizedModule", "DistributedDataParallel", "DataParallel"):
+    wrappers = {"OptimizedModule", "DistributedDataParallel", "DataParallel"}
+    while any(cls.__name__ in wrappers for cls in type(model).__mro__):
         model = getattr(model, "_orig_mod", None) or model.module  # type: ignore[assignment]
     return model
 

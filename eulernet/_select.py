@@ -34,8 +34,22 @@ def matches(pattern: str, name: str) -> bool:
     return short_enough and all(fnmatchcase(n, p) for n, p in zip(names, patterns, strict=False))
 
 
-def select(steps: Sequence[Step], modules: Sequence[nn.Module], include: Selector, exclude: Selector) -> list[Step]:
-    """The steps that `include` and `exclude` leave; long ones only where `include` names them."""
+def select(
+    steps: Sequence[Step], modules: Sequence[nn.Module], include: Selector, exclude: Selector, h: Any
+) -> list[Step]:
+    """The steps that `include` and `exclude` leave; long ones only where `include` names them.
+
+    Without either, `Steps` as `h` restore the selection that they were made with.
+    """
+    named = {s.name for s in h if s.h is not None} if isinstance(h, Steps) else None
+    if named and include is None and exclude is None:
+        unknown = sorted(named - {s.name for s in steps})
+        if unknown:
+            raise EulernetError(
+                f"h=Steps has values for {_list(unknown)}, which are no steps of this model. The steps are: "
+                f"{_names(steps)}"
+            )
+        return [s for s in steps if s.name in named]
     chosen = [s for s in steps if s.kind != "long"] if include is None else _which(steps, modules, include, "include")
     dropped = {s.index for s in _which(steps, modules, exclude, "exclude")} if exclude is not None else set()
     kept = [s for s in chosen if s.index not in dropped]
@@ -141,7 +155,7 @@ def positive(value: Any, what: str, example: str) -> float:
     """A positive, finite number, or an error that says what must be one."""
     try:
         number = float(value) if not isinstance(value, (str, bytes, bool)) else math.nan
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, OverflowError, RuntimeError):
         number = math.nan
     if not (math.isfinite(number) and number > 0):
         raise EulernetError(f"{what} must be a positive, finite number, not {value!r}; for example {example}")

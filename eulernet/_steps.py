@@ -53,7 +53,7 @@ class Event:
     """One addition that is a step, as it ran once."""
 
     addition: Addition
-    kind: str  # identity, projection or parallel
+    kind: str  # identity, projection, parallel, or decomposition, x - pool(x), which is seen here and is no step
     skip: int  # the node of the skip operand
     branch: int
     skip_is_left: bool
@@ -184,7 +184,7 @@ def classify(record: Record) -> list[Event]:
         event = _event(graph, record, addition, results)
         if event is not None:
             events.append(event)
-            if event.supported:
+            if event.supported and event.kind != "decomposition":
                 results[addition.result] = event
     kept = _keep(graph, events)
     _streams(graph, kept)
@@ -207,6 +207,8 @@ def _event(graph: _Graph, record: Record, addition: Addition, results: dict[int,
                     found = _projection(graph, skip, branch, start)
                 if found:
                     kind, state, within, weak, first = found
+                    if kind == "identity" and "sub" in addition.op and not any(map(graph.is_map, within)):
+                        kind, weak = "decomposition", True  # the state without what pooling took out of it (Autoformer)
                     return Event(addition, kind, skip, branch, skip_is_left, state, within, weak, first=first)
     return None
 
@@ -265,7 +267,7 @@ def _parallel(graph: _Graph, skip: int, branch: int, start: int, results: dict[i
 def _keep(graph: _Graph, events: list[Event]) -> list[Event]:
     """Decide which steps are long, and leave out what is no step of the stream."""
     _mark_long([e for e in events if e.supported], strong_only=True)
-    events = [e for e in events if not (e.long and _is_passed_down(graph, e, events))]
+    events = [e for e in events if not (e.long and _is_passed_down(graph, e, events)) and e.kind != "decomposition"]
     kept: list[Event] = []
     for event in reversed(events):  # what ends later is outside
         inside = any(event.addition.result in outer.within and not outer.long for outer in kept)

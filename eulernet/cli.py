@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 import eulernet
 from eulernet import EulernetError, Step, Steps
+from eulernet._inputs import guess_inputs
 
 app = typer.Typer(
     name="eulernet",
@@ -117,6 +118,11 @@ def _inspect(spec: str, inputs: Sequence[str], h: float | Literal["auto"] | None
 
 def _steps(model: nn.Module, inputs: Sequence[str], h: float | Literal["auto"] | None) -> Steps:
     example_inputs = _example_inputs(inputs, _device(model))
+    if example_inputs is None and guess_inputs(model) is None:
+        raise EulernetError(
+            f"{type(model).__name__} does not say what it takes. Give the shape of its input, --input 2,3,224,224, or "
+            "of each argument by name, --input input_ids=2,16:int64"
+        )
     steps = eulernet.find_steps(model, example_inputs=example_inputs)
     if h is None:
         return steps

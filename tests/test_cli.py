@@ -215,6 +215,16 @@ def test_the_table_fits_the_terminal(run: Run, width: int) -> None:
     run("inspect", "hf:bert", width=width)
 
 
+def test_the_table_has_colours_and_json_has_none(module: Callable[[str], str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"FORCE_COLOR": "1", "TERM": "xterm", "COLUMNS": "140"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    arguments = ["inspect", f"{module(MY_MODEL)}:build", "--input", "2,4"]
+    table, data = (CliRunner().invoke(cli.app, arguments + more, color=True).stdout for more in ([], ["--json"]))
+    assert "\x1b[32midentity" in table
+    assert "\x1b" not in data and len(Steps.from_json(data)) == 3
+
+
 def test_version(run: Run) -> None:
     assert run("--version").startswith("eulernet 0.")
 
@@ -320,6 +330,13 @@ def test_bad_input(run: Run, module: Callable[[str], str], inputs: list[str], wo
     out = run("inspect", f"{module(MY_MODEL)}:build", *options, fails=1)
     for word in words:
         assert word in out
+
+
+def test_no_input_can_be_guessed(run: Run, module: Callable[[str], str]) -> None:
+    """The advice is for the command line, not for Python."""
+    out = run("inspect", f"{module(MY_MODEL)}:build", fails=1)
+    assert "Sequential does not say what it takes" in out and "--input 2,3,224,224" in out
+    assert "eulernet.patch" not in out
 
 
 def test_a_model_that_fails_on_the_input(run: Run, module: Callable[[str], str]) -> None:

@@ -424,7 +424,19 @@ def test_json_of_a_selection_patches_the_selection(original: Net, x: Tensor) -> 
     model = eulernet.patch(copy.deepcopy(original), 0.25, example_inputs=x, include=["plain", "free"])
     steps = eulernet.Steps.from_json(eulernet.steps(model).to_json())
     assert [step.name for step in steps] == ["plain", "free"]
-    other = eulernet.patch(copy.deepcopy(original), steps, example_inputs=x, include=["plain", "free"])
+    other = eulernet.patch(copy.deepcopy(original), steps, example_inputs=x)
+    assert eulernet.steps(other) == steps
+    assert torch.equal(other(x), model(x))
+
+
+def test_json_of_a_long_step_patches_it() -> None:
+    """`include` had to name it; it must not be lost on the way back."""
+    original, x = traps.GlobalSkip(), torch.randn(traps.GlobalSkip.shape)
+    model = eulernet.patch(copy.deepcopy(original), 0.25, example_inputs=x, include="*")
+    steps = eulernet.Steps.from_json(eulernet.steps(model).to_json())
+    assert "long" in [step.kind for step in steps]
+    other = eulernet.patch(copy.deepcopy(original), steps, example_inputs=x)
+    assert eulernet.steps(other) == steps
     assert torch.equal(other(x), model(x))
 
 

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import textwrap
+import threading
 import types
 import warnings
 from collections.abc import Callable
@@ -187,6 +188,7 @@ NOT_A_FACTOR = {
     "negative": -0.1,
     "zero": 0,
     "zero-float": 0.0,
+    "too-large": 10**400,
     "string": "0.1",
     "none": None,
     "bool": True,
@@ -276,7 +278,7 @@ def test_steps_of_another_model() -> None:
     other = nn.Sequential(Block(), Block(), Block())
     steps = eulernet.steps(eulernet.patch(other, 0.1, example_inputs=X))
     model = Net()
-    refused(model, lambda: eulernet.patch(model, steps, example_inputs=X), r"layer\.0")
+    refused(model, lambda: eulernet.patch(model, steps, example_inputs=X), r"\b0, 1, 2\b", r"layer\.0")
 
 
 def test_json_that_is_not_of_steps() -> None:
@@ -432,6 +434,14 @@ def test_a_model_that_fails_on_the_input() -> None:
     assert not isinstance(error.__cause__, EulernetError)
 
 
+def test_a_model_that_cannot_be_copied() -> None:
+    """What is traced is a copy; the error names what the model holds."""
+    model = Net()
+    model.lock = threading.Lock()
+    error = refused(model, lambda: eulernet.patch(model, 0.1, example_inputs=X), "Net", "cop", "lock", "deepcopy")
+    assert isinstance(error.__cause__, TypeError)
+
+
 def test_a_model_that_raises_an_error_of_its_own() -> None:
     class Strict(Net):
         def forward(self, x: Tensor) -> Tensor:
@@ -508,13 +518,30 @@ def test_code_that_looks_at_values_is_refused_on_meta() -> None:
     refused(model, lambda: eulernet.patch(model, 0.5, example_inputs=X.to("meta")), "meta", "LooksAtValues")
 
 
+def test_example_inputs_that_are_not_on_meta_with_the_model() -> None:
+    with torch.device("meta"):
+        model = Net()
+    refused(model, lambda: eulernet.patch(model, 0.5, example_inputs=X), "meta", r"tensor\.to\('meta'\)", "Net")
+
+
 # ------------------------------------------------------------------------------------------------------------- wrappers
 
 
-@pytest.mark.parametrize("wrap", ["torch.compile", "DataParallel"])
+class OwnParallel(nn.DataParallel):
+    """A wrapper with additions of its own, as those of training frameworks."""
+
+
+WRAPPERS: dict[str, Callable[[nn.Module], Any]] = {
+    "torch.compile": lambda model: torch.compile(model, backend="eager"),
+    "DataParallel": nn.DataParallel,
+    "OwnParallel": OwnParallel,
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS)
 def test_a_wrapper_is_refused_with_the_call_to_make_instead(wrap: str) -> None:
     model = Net()
-    wrapper = torch.compile(model, backend="eager") if wrap == "torch.compile" else nn.DataParallel(model)
+    wrapper = WRAPPERS[wrap](model)
     with pytest.raises(EulernetError, match=re.escape(f"model = {wrap}(eulernet.patch(wrapped.")):
         eulernet.patch(wrapper, 0.5, example_inputs=X)
     assert not eulernet.is_patched(model)

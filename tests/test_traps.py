@@ -290,6 +290,16 @@ def test_what_cannot_be_rewritten_is_named_and_left_alone(cls: type[Trap]) -> No
     assert type(model) is cls and not eulernet.is_patched(model)
 
 
+def test_a_graph_of_fx_is_named_and_left_alone() -> None:
+    """Its forward is written anew by `deepcopy`, `recompile` and, in torchvision's feature extractors, `train`."""
+    model, x = torch.fx.symbolic_trace(traps.Block()), torch.randn(2, 5, traps.DIM)
+    with pytest.raises(eulernet.EulernetError, match=r"<root>.*torch\.fx.*patch the model that it was made from"):
+        eulernet.patch(model, 0.3, example_inputs=x)
+    original = traps.Block()
+    again = torch.fx.symbolic_trace(eulernet.patch(original, 0.3, example_inputs=x))
+    torch.testing.assert_close(copy.deepcopy(again)(x), original.reference(x, 0.3))
+
+
 class OwnForward(nn.Module):
     """A block whose instance may get a forward of its own."""
 

@@ -2578,6 +2578,32 @@ class LowRank(Trap):
 
 
 @trap
+class SeriesDecomposition(Trap):
+    """Autoformer: between its steps ``x - pool(x)`` takes the trend out of the state."""
+
+    expected = two()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = mlp(), mlp()
+        self.pool = nn.AvgPool1d(3, 1, 1)
+
+    def decompose(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        trend = self.pool(x.mT).mT
+        return x - trend, trend
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, trend = self.decompose(x + self.a(x))
+        x, more = self.decompose(x + self.b(x))
+        return torch.cat((x, trend + more), dim=-1)
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        x, trend = self.decompose(x + h[0] * self.a(x))
+        x, more = self.decompose(x + h[1] * self.b(x))
+        return torch.cat((x, trend + more), dim=-1)
+
+
+@trap
 class PoolingResidual(Trap):
     """PoolFormer: ``pool(x) - x`` inside a branch is part of it."""
 
@@ -2607,6 +2633,13 @@ class SelfIsBoundAnew(Form):
     def forward(self, x: Tensor) -> Tensor:
         branch, self = self.a, x
         return self + branch(self)
+
+
+@unsupported
+class ForwardIsALambda(Form):
+    """The forward itself is no ``def``."""
+
+    forward = lambda self, x: x + self.a(x)  # noqa: E731
 
 
 @unsupported
