@@ -22,7 +22,7 @@ from torch import nn
 
 from eulernet._errors import EulernetError
 from eulernet._factor import LearnedFactor
-from eulernet._patch import bound, by_module
+from eulernet._patch import bound
 from eulernet._report import Step
 from eulernet._select import HLike, positive, values
 
@@ -221,15 +221,15 @@ class HScheduler:
     ) -> None:
         self.total_steps = _count(total_steps, "total_steps", 1)
         self.kind = _kind(kind)
-        pairs = bound(model, "HScheduler")
-        if any(isinstance(factor, LearnedFactor) for _, factor in pairs):
+        held = bound(model, "HScheduler")
+        if any(isinstance(factor, LearnedFactor) for _, _, factor in held):
             raise EulernetError(
                 f"the h of this {type(model).__name__} is learned (it was patched with trainable=), and the optimiser "
                 "moves it. To have a schedule instead: eulernet.HScheduler(eulernet.patch(model, h=0.1), ...)"
             )
-        self._steps = [step for step, _ in pairs]
-        self._factors = [factor for _, factor in pairs]
-        self._modules = list(by_module(model))
+        self._steps = [step for _, step, _ in held]
+        self._factors = [factor for _, _, factor in held]
+        self._modules = list(dict.fromkeys(module for module, _, _ in held))
         self._held = self._factors_of_modules()
         self.start = self._endpoint(start, "start")
         self.end = self._endpoint(end, "end")
