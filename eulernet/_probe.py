@@ -271,8 +271,12 @@ class Probe:
 
 def stream(calls: Sequence[Call]) -> list[Call]:
     """The calls in the deepest residual stream."""
-    numbers = [c.step.stream for c in calls]
-    return [c for c in calls if c.step.stream == max(numbers, key=numbers.count)]
+    deepest = most_frequent([c.step.stream for c in calls])
+    return [c for c in calls if c.step.stream == deepest]
+
+
+def most_frequent(numbers: Sequence[int]) -> int | None:
+    return max(numbers, key=numbers.count, default=None)
 
 
 def growth(calls: Sequence[Call]) -> float | None:
