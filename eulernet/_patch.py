@@ -496,6 +496,13 @@ def patch(
         learned = [] if sharing is None else plan_learned(model, blocks, sharing)
         _prove(result, changes)
     check_scalable(model, scales)
+    doubts = [*(f"not scaled, because not supported: {line}" for line in result.steps.unsupported), *result.steps.notes]
+    if not preserve:
+        if not isinstance(h, Steps) and any(value != 1 for value in hs.values()):  # Steps restore what was there
+            doubts += _doubts.trained(model)
+        doubts += _doubts.rounded_away((change.module, value) for change in changes for value in change.hs)
+    if doubts:  # before anything is changed, since whoever calls may have made errors of warnings
+        warnings.warn("\n".join(doubts), EulernetWarning, stacklevel=2)
     scale_parameters(scales)
     for module in model.modules():
         restore_class(module)
@@ -503,13 +510,6 @@ def patch(
         change.apply(change.module)
     for slot in learned:
         slot.apply()
-    doubts = [*(f"not scaled, because not supported: {line}" for line in result.steps.unsupported), *result.steps.notes]
-    if not preserve:
-        if not isinstance(h, Steps) and any(value != 1 for value in hs.values()):  # Steps restore what was there
-            doubts += _doubts.trained(model)
-        doubts += _doubts.rounded_away((change.module, value) for change in changes for value in change.hs)
-    if doubts:
-        warnings.warn("\n".join(doubts), EulernetWarning, stacklevel=2)
     return model
 
 

@@ -14,13 +14,15 @@ from __future__ import annotations
 
 import math
 import operator
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from torch import nn
 
-from eulernet._errors import EulernetError
+from eulernet._doubts import rounded_away
+from eulernet._errors import EulernetError, EulernetWarning
 from eulernet._factor import LearnedFactor
 from eulernet._patch import bound
 from eulernet._report import Step
@@ -199,6 +201,9 @@ class HScheduler:
     Raises:
         EulernetError: the model is not patched, its h is learned, or an argument is wrong; then nothing is changed.
 
+    Warns:
+        EulernetWarning: `start` or `end` is lost to rounding in half precision.
+
     Example:
         >>> import torch, eulernet
         >>> model = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
@@ -233,6 +238,9 @@ class HScheduler:
         self._held = self._factors_of_modules()
         self.start = self._endpoint(start, "start")
         self.end = self._endpoint(end, "end")
+        ends = zip(self.start, self.end, strict=True)
+        for doubt in rounded_away((module, min(pair)) for (module, _, _), pair in zip(held, ends, strict=True)):
+            warnings.warn(doubt, EulernetWarning, stacklevel=2)
         self.last_step = 0
         self._set()
 
