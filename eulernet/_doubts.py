@@ -51,5 +51,5 @@ def rounded_away(steps: Iterable[tuple[Any, float]]) -> Iterator[str]:
         yield (
             f"{len(lost)} step{'s have' if len(lost) > 1 else ' has'} an h down to {h:.2g} in "
             f"{str(dtype).removeprefix('torch.')}, whose rounding loses much of so small an increment when it is "
-            f"added to the state. Keep h above {least:.2g}, or the model in float32, under torch.autocast for speed."
+            f"added to the state. Keep h above {least:.2g}, or the model in float32."
         )
