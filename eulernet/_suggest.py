@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from eulernet._errors import EulernetError
-from eulernet._patch import find_steps
+from eulernet._patch import find_steps, unwrapped
 from eulernet._report import ROOT, Step, as_text
 from eulernet._select import positive
 from eulernet.schedules import constant, decreasing, inverse, inverse_sqrt
@@ -125,14 +125,15 @@ def suggest_h(model_or_depth: nn.Module | int, *, example_inputs: Any = None, ga
     """
     positive(gain, "gain", "gain=1.0")
     if isinstance(model_or_depth, nn.Module):
-        steps = find_steps(model_or_depth, example_inputs=example_inputs)
+        model = unwrapped(model_or_depth)
+        steps = find_steps(model, example_inputs=example_inputs)
         if not len(steps):
             raise EulernetError(
-                f"{type(model_or_depth).__name__} has no residual steps, so there is no h to choose; "
+                f"{type(model).__name__} has no residual steps, so there is no h to choose; "
                 "print(eulernet.find_steps(model, example_inputs=...)) shows what was seen"
             )
         streams = _streams(steps)
-        notes = _notes_of_model(model_or_depth, steps)
+        notes = _notes_of_model(model, steps)
     else:
         depth = model_or_depth
         if isinstance(depth, bool) or not isinstance(depth, int) or depth < 1:

@@ -151,6 +151,12 @@ def test_positions_go_to_json() -> None:
     assert eulernet.Steps.from_json(steps.to_json()) == steps
 
 
+def test_a_rule_that_was_not_called_is_refused() -> None:
+    model = net()
+    rule = schedules.inverse
+    refused(model, lambda: eulernet.patch(model, rule, example_inputs=X), "h=inverse is a class", r"inverse\(\)")
+
+
 @pytest.mark.parametrize("word", ["Auto", "", "inverse", "0.1"])
 def test_another_word_than_auto_is_refused(word: str) -> None:
     model = net()
@@ -219,7 +225,8 @@ def test_a_side_branch_of_a_stream_has_the_steps_that_lead_to_it() -> None:
 
 def test_a_model_stays_as_it_is_and_may_be_patched() -> None:
     model = patched(3, [0.1, 0.2, 0.3])
-    assert eulernet.suggest_h(model, example_inputs=X).bounds[0].depth == 3
+    for one in (model, nn.DataParallel(model)):
+        assert eulernet.suggest_h(one, example_inputs=X).bounds[0].depth == 3
     assert factors(model) == [0.1, 0.2, 0.3]
 
 
