@@ -17,6 +17,7 @@ from eulernet._report import as_text
 
 _ZERO = 1e-3  # branches below this share of the stream are as good as not there
 _FLAT = 2.0  # growth of gradients up to this is none
+_NONE = 1e-6  # the h at which branches are as good as not there
 _WIDE = 4.0  # values that differ by more than this factor are drawn on a logarithmic axis
 _FEW = 12  # in the paper (Fig. 6) any h from 0.1 to 2 trains a network of 9 steps
 
@@ -170,7 +171,7 @@ class Diagnosis:
                 axes.yaxis.set_major_formatter("{x:g}")
                 axes.yaxis.set_minor_formatter(ticker.NullFormatter())
             else:
-                axes.set_ylim(bottom=0)
+                axes.set_ylim(0, 1.1 * max(values, default=0) or None)
             axes.set_ylabel(title)
             axes.grid(alpha=0.3)
             axes.spines[["top", "right"]].set_visible(False)
@@ -220,7 +221,7 @@ def diagnose(
     Returns:
         A `Diagnosis`: a row for each run of each step, and the growth from end to end of the deepest residual stream.
         Its advice comes from measurements: where gradients grow more than 2-fold, `calibrate`'s search for the h that
-        makes the growth 2, or twice what is left of it at h = 0.001 (some ten passes).
+        makes the growth twice what it is without branches (some ten passes).
 
     Raises:
         EulernetError: no step is found, or the model or `loss_fn` fails on the batch.
@@ -302,17 +303,13 @@ def _advice(calls: list[Call], grown: float | None, probe: Probe) -> str:
     changed += " from the last block to the first"
     if grown <= _FLAT:
         return f"{steps}, {changed}: nothing to gain from a smaller h"
-    rest = ""
-    try:
-        match = search(probe, tolerance=0.05)
-    except EulernetError:
-        probe.set_h(BOUNDS[0])
-        least = growth(probe.gradients())
-        if least is None or not math.isfinite(least) or 2 * least > grown:
-            left = "not finite" if least is None or not math.isfinite(least) else _fold(least)
-            return f"{steps}, {changed}; at h = {BOUNDS[0]:g} that is {left}: it does not come from the branches alone"
-        match = search(probe, 2 * least, tolerance=0.05)
-        rest = f", of which {_shown(least)} does not come from the branches"
+    probe.set_h(_NONE)
+    least = growth(probe.gradients())
+    if least is None or not math.isfinite(least) or grown <= _FLAT * least:
+        left = "not finite" if least is None or not math.isfinite(least) else _fold(least)
+        return f"{steps}, {changed}; at h = {_NONE:g} that is {left}: it does not come from the branches"
+    match = search(probe, _FLAT * max(least, 1.0), bounds=(_NONE, BOUNDS[1]), tolerance=0.05)
+    rest = f", of which {_shown(least)} does not come from the branches" if least > 1.1 else ""
     few = "; but with so few steps h seldom matters" if len(calls) <= _FEW else ""
     return f"{steps}, {changed}: h = {match.h:.2g} makes it {_shown(match.growth)}{rest}{few}"
 
