@@ -500,7 +500,7 @@ def patch(
     if not preserve:
         if not isinstance(h, Steps) and any(value != 1 for value in hs.values()):  # Steps restore what was there
             doubts += _doubts.trained(model)
-        doubts += _doubts.rounded_away((change.module, value) for change in changes for value in change.hs)
+        doubts += _doubts.rounded_away(model, ((c.module, value) for c in changes for value in c.hs))
     if doubts:  # before anything is changed, since whoever calls may have made errors of warnings
         warnings.warn("\n".join(doubts), EulernetWarning, stacklevel=2)
     scale_parameters(scales)
@@ -567,7 +567,7 @@ def set_h(model: Model, h: HLike) -> Model:
         >>> [step.h for step in eulernet.steps(eulernet.set_h(layer, {"<root>:0": 0.5, "*": 0.25}))]
         [0.5, 0.25]
     """
-    for doubt in _doubts.rounded_away(assign(model, h)):
+    for doubt in _doubts.rounded_away(model, assign(model, h)):
         warnings.warn(doubt, EulernetWarning, stacklevel=2)
     return model
 

@@ -238,8 +238,8 @@ class HScheduler:
         self._held = self._factors_of_modules()
         self.start = self._endpoint(start, "start")
         self.end = self._endpoint(end, "end")
-        ends = zip(self.start, self.end, strict=True)
-        for doubt in rounded_away((module, min(pair)) for (module, _, _), pair in zip(held, ends, strict=True)):
+        least = map(min, self.start, self.end)
+        for doubt in rounded_away(model, [(module, h) for (module, _, _), h in zip(held, least, strict=True)]):
             warnings.warn(doubt, EulernetWarning, stacklevel=2)
         self.last_step = 0
         self._set()

@@ -866,3 +866,20 @@ def test_half_precision_and_a_small_h(dtype: torch.dtype, h: float, least: str) 
         eulernet.HScheduler(model, start=1.0, end=h, total_steps=3)
     eulernet.HScheduler(model, start=1.0, end=2 * h, total_steps=3)
     eulernet.patch(model, h, example_inputs=x, preserve=True)  # the increment is what it was
+
+
+def test_half_precision_of_a_step_in_a_module_without_parameters() -> None:
+    class Add(nn.Module):
+        def forward(self, x: Tensor, f: Tensor) -> Tensor:
+            return x + f
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f, self.add = linear(), Add()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.add(x, self.f(x))
+
+    with pytest.warns(EulernetWarning, match="1 step has an h down to 0.01 in bfloat16"):
+        eulernet.patch(Block().bfloat16(), 0.01, example_inputs=X.bfloat16())
