@@ -86,6 +86,10 @@ def calibrate(
     if quantity not in _WORDS:
         raise EulernetError(f'quantity={quantity!r} is neither "gradient" nor "noise"')
     _check_numbers(target, bounds, tolerance, noise)
+    if rule is not None and not callable(rule):
+        raise EulernetError(
+            f"rule={rule!r} is no function of a step; for example rule=eulernet.schedules.inverse_sqrt()"
+        )
     probe = Probe(model, batch, loss_fn, seed, "calibrate")
     found = search(probe, target, quantity, rule=rule, bounds=bounds, tolerance=tolerance, noise=noise)
     if found.warning:
@@ -182,5 +186,6 @@ def _check_numbers(target: float, bounds: tuple[float, float], tolerance: float,
     for name, value in (("target", target), ("tolerance", tolerance), ("noise", noise)):
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
             raise EulernetError(f"{name} must be a positive, finite number, not {value!r}; for example target=2.0")
-    if not (isinstance(bounds, tuple | list) and len(bounds) == 2 and 0 < bounds[0] < bounds[1] < math.inf):
+    numbers = isinstance(bounds, tuple | list) and all(isinstance(bound, int | float) for bound in bounds)
+    if not (numbers and len(bounds) == 2 and 0 < bounds[0] < bounds[1] < math.inf):
         raise EulernetError(f"bounds={bounds!r} are no two positive numbers in order; for example bounds=(0.001, 1.0)")

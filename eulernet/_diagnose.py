@@ -12,11 +12,13 @@ from torch import nn
 
 from eulernet._calibrate import BOUNDS, search
 from eulernet._errors import EulernetError
-from eulernet._probe import Call, LossFn, Noise, Probe, growth, stream
+from eulernet._probe import Call, LossFn, Noise, Probe, growth, most_frequent, stream
 from eulernet._report import as_text
 
 _ZERO = 1e-3  # branches below this share of the stream are as good as not there
 _FLAT = 2.0  # growth of gradients up to this is none
+_NONE = 1e-6  # the h at which branches are as good as not there
+_WIDE = 4.0  # values that differ by more than this factor are drawn on a logarithmic axis
 _FEW = 12  # in the paper (Fig. 6) any h from 0.1 to 2 trains a network of 9 steps
 
 
@@ -108,7 +110,10 @@ class Diagnosis:
         totals = Table(box=None, pad_edge=False, show_header=False)
         for name, value, bound in self._totals():
             totals.add_row(name, value, bound)
-        parts: list[Any] = [table, Text(), totals]
+        streams = [row.stream for row in self.rows]
+        deepest = [row.step for row in self.rows if row.stream == most_frequent(streams)]
+        of = f"\nthe deepest of {len(set(streams))} streams, {deepest[0]} to {deepest[-1]}:"
+        parts: list[Any] = [table, Text(of if len(set(streams)) > 1 else ""), totals]
         if self.notes:
             parts += [Text("\nnotes:", style="bold"), *(Text(f"  {note}") for note in self.notes)]
         return parts
@@ -159,14 +164,14 @@ class Diagnosis:
                 points = [(i, getattr(row, name)) for i, row in enumerate(self.rows) if row.stream == number]
                 points = [(i, value) for i, value in points if value is not None and math.isfinite(value)]
                 axes.plot(*zip(*points, strict=True), ".-", label=f"stream {number}") if points else None
-            values = [getattr(row, name) for row in self.rows]
-            if all(value is None or value > 0 for value in values):
+            values = [v for row in self.rows if (v := getattr(row, name)) is not None and math.isfinite(v)]
+            if values and min(values) > 0 and max(values) > _WIDE * min(values):
                 axes.set_yscale("log")
                 axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
                 axes.yaxis.set_major_formatter("{x:g}")
                 axes.yaxis.set_minor_formatter(ticker.NullFormatter())
             else:
-                axes.set_ylim(bottom=0)
+                axes.set_ylim(0, 1.1 * max(values, default=0) or None)
             axes.set_ylabel(title)
             axes.grid(alpha=0.3)
             axes.spines[["top", "right"]].set_visible(False)
@@ -214,8 +219,9 @@ def diagnose(
         seed: of the random numbers.
 
     Returns:
-        A `Diagnosis`. Its advice comes from measurements: where gradients grow more than 2-fold, `calibrate`'s search
-        for the h that makes the growth 2 (some ten passes).
+        A `Diagnosis`: a row for each run of each step, and the growth from end to end of the deepest residual stream.
+        Its advice comes from measurements: where gradients grow more than 2-fold, `calibrate`'s search for the h that
+        makes the growth twice what it is without branches (some ten passes).
 
     Raises:
         EulernetError: no step is found, or the model or `loss_fn` fails on the batch.
@@ -297,15 +303,15 @@ def _advice(calls: list[Call], grown: float | None, probe: Probe) -> str:
     changed += " from the last block to the first"
     if grown <= _FLAT:
         return f"{steps}, {changed}: nothing to gain from a smaller h"
-    try:
-        match = search(probe, tolerance=0.05)
-    except EulernetError:
-        probe.set_h(BOUNDS[0])
-        least = growth(probe.gradients())
-        rest = "not finite" if least is None or not math.isfinite(least) else _fold(least)
-        return f"{steps}, {changed}; at h = {BOUNDS[0]:g} that is {rest}: it does not come from the branches alone"
+    probe.set_h(_NONE)
+    least = growth(probe.gradients())
+    if least is None or not math.isfinite(least) or grown <= _FLAT * least:
+        left = "not finite" if least is None or not math.isfinite(least) else _fold(least)
+        return f"{steps}, {changed}; at h = {_NONE:g} that is {left}: it does not come from the branches"
+    match = search(probe, _FLAT * max(least, 1.0), bounds=(_NONE, BOUNDS[1]), tolerance=0.05)
+    rest = f", of which {_shown(least)} does not come from the branches" if least > 1.1 else ""
     few = "; but with so few steps h seldom matters" if len(calls) <= _FEW else ""
-    return f"{steps}, {changed}: h = {match.h:.2g} makes it {match.growth:.2g}{few}"
+    return f"{steps}, {changed}: h = {match.h:.2g} makes it {_shown(match.growth)}{rest}{few}"
 
 
 def _fold(growth: float) -> str:

@@ -38,11 +38,15 @@ def _trained(model: nn.Module, sign: str) -> str:
     )
 
 
-def rounded_away(steps: Iterable[tuple[Any, float]]) -> Iterator[str]:
-    """That the increments of some steps, each a module and its h, are lost in a state of half precision."""
+def rounded_away(model: nn.Module, steps: Iterable[tuple[Any, float]]) -> Iterator[str]:
+    """That the increments of some steps, each a module and its h, are lost in a state of half precision.
+
+    The state is taken to have the dtype of the module's parameters, or of the model's where the module has none.
+    """
     lost = []
+    default = _dtype(model, torch.float32)
     for module, h in steps:
-        dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+        dtype = _dtype(module, default)
         if dtype in _HALF and h < _LEAST * torch.finfo(dtype).eps:
             lost.append((h, dtype))
     if lost:
@@ -51,5 +55,9 @@ def rounded_away(steps: Iterable[tuple[Any, float]]) -> Iterator[str]:
         yield (
             f"{len(lost)} step{'s have' if len(lost) > 1 else ' has'} an h down to {h:.2g} in "
             f"{str(dtype).removeprefix('torch.')}, whose rounding loses much of so small an increment when it is "
-            f"added to the state. Keep h above {least:.2g}, or the model in float32, under torch.autocast for speed."
+            f"added to the state. Keep h above {least:.2g}, or the model in float32."
         )
+
+
+def _dtype(module: nn.Module, default: torch.dtype) -> torch.dtype:
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), default)

@@ -496,6 +496,13 @@ def patch(
         learned = [] if sharing is None else plan_learned(model, blocks, sharing)
         _prove(result, changes)
     check_scalable(model, scales)
+    doubts = [*(f"not scaled, because not supported: {line}" for line in result.steps.unsupported), *result.steps.notes]
+    if not preserve:
+        if not isinstance(h, Steps) and any(value != 1 for value in hs.values()):  # Steps restore what was there
+            doubts += _doubts.trained(model)
+        doubts += _doubts.rounded_away(model, ((c.module, value) for c in changes for value in c.hs))
+    if doubts:  # before anything is changed, since whoever calls may have made errors of warnings
+        warnings.warn("\n".join(doubts), EulernetWarning, stacklevel=2)
     scale_parameters(scales)
     for module in model.modules():
         restore_class(module)
@@ -503,13 +510,6 @@ def patch(
         change.apply(change.module)
     for slot in learned:
         slot.apply()
-    doubts = [*(f"not scaled, because not supported: {line}" for line in result.steps.unsupported), *result.steps.notes]
-    if not preserve:
-        if not isinstance(h, Steps) and any(value != 1 for value in hs.values()):  # Steps restore what was there
-            doubts += _doubts.trained(model)
-        doubts += _doubts.rounded_away((change.module, value) for change in changes for value in change.hs)
-    if doubts:
-        warnings.warn("\n".join(doubts), EulernetWarning, stacklevel=2)
     return model
 
 
@@ -548,7 +548,7 @@ def steps(model: nn.Module) -> Steps:
         >>> [(step.name, step.depth, step.h) for step in eulernet.steps(layer)]
         [('<root>:0', 2, 0.1), ('<root>:1', 2, 0.2)]
     """
-    return Steps([step for step, _ in bound(model, "steps")])
+    return Steps([step for _, step, _ in bound(model, "steps")])
 
 
 def set_h(model: Model, h: HLike) -> Model:
@@ -567,19 +567,19 @@ def set_h(model: Model, h: HLike) -> Model:
         >>> [step.h for step in eulernet.steps(eulernet.set_h(layer, {"<root>:0": 0.5, "*": 0.25}))]
         [0.5, 0.25]
     """
-    assign(model, h)
-    for doubt in _doubts.rounded_away((module, step.h) for module, _, step in slots(model) if step.h is not None):
+    for doubt in _doubts.rounded_away(model, assign(model, h)):
         warnings.warn(doubt, EulernetWarning, stacklevel=2)
     return model
 
 
-def assign(model: nn.Module, h: HLike) -> None:
-    """Give the steps new step factors, after all checks."""
-    pairs = bound(model, "set_h")
-    hs = values(h, [step for step, _ in pairs])
-    check_shared([(step, factor, value) for (step, factor), value in zip(pairs, hs, strict=True)])
-    for (_, factor), value in zip(pairs, hs, strict=True):
+def assign(model: nn.Module, h: HLike) -> list[tuple[nn.Module, float]]:
+    """Give the steps new step factors, after all checks: each step's module and its h."""
+    held = bound(model, "set_h")
+    hs = values(h, [step for _, step, _ in held])
+    check_shared([(step, factor, value) for (_, step, factor), value in zip(held, hs, strict=True)])
+    for (_, _, factor), value in zip(held, hs, strict=True):
         factor.set(value)
+    return [(module, value) for (module, _, _), value in zip(held, hs, strict=True)]
 
 
 def unpatch(model: Model) -> Model:
@@ -619,17 +619,17 @@ def is_patched(model: nn.Module) -> bool:
     return any(isinstance(module, Patched) for module in model.modules())
 
 
-def bound(model: nn.Module, caller: str) -> list[tuple[Step, _factor.StepFactor | _factor.LearnedFactor]]:
-    """The steps of a patched model, each with its factor, in the order of execution."""
+def bound(model: nn.Module, caller: str) -> list[tuple[Any, Step, _factor.StepFactor | _factor.LearnedFactor]]:
+    """The steps of a patched model, each with its module and its factor, in the order of execution."""
     if not isinstance(model, nn.Module):
         raise EulernetError(f"eulernet.{caller} takes a torch.nn.Module, not {type(model).__name__}")
-    pairs = [(step, module._euler[slot].at(module)) for module, slot, step in slots(model)]
-    if not pairs:
+    held = [(module, step, module._euler[slot].at(module)) for module, slot, step in slots(model)]
+    if not held:
         raise EulernetError(
             f"{type(model).__name__} is not patched; call eulernet.patch(model, h=0.1) first "
             "(eulernet.find_steps(model) shows what that would change)"
         )
-    return sorted(pairs, key=lambda pair: pair[0].index)
+    return sorted(held, key=lambda one: one[1].index)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -81,6 +81,8 @@ class Probe:
         self.name = type(model).__name__
         if any(t.is_meta for t in (*model.parameters(), *model.buffers())):
             raise EulernetError(f"{self.name} is on the meta device and has no values to measure: give it some first")
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+            raise EulernetError(f"seed must be a whole number from 0 to 2**63 - 1, not {seed!r}; for example seed=0")
         if loss_fn is not None and not (isinstance(batch, tuple | list) and len(batch) == 2):
             raise EulernetError(
                 f"with loss_fn the batch is a pair: eulernet.{caller}(model, (inputs, targets), loss_fn), where inputs "
@@ -271,8 +273,12 @@ class Probe:
 
 def stream(calls: Sequence[Call]) -> list[Call]:
     """The calls in the deepest residual stream."""
-    numbers = [c.step.stream for c in calls]
-    return [c for c in calls if c.step.stream == max(numbers, key=numbers.count)]
+    deepest = most_frequent([c.step.stream for c in calls])
+    return [c for c in calls if c.step.stream == deepest]
+
+
+def most_frequent(numbers: Sequence[int]) -> int | None:
+    return max(numbers, key=numbers.count, default=None)
 
 
 def growth(calls: Sequence[Call]) -> float | None:

@@ -118,6 +118,10 @@ def values(h: Any, steps: Sequence[Step]) -> list[float]:
                 f"Pass one number for all, or a sequence of {len(steps)}."
             )
         return [_checked(value, s.name) for value, s in zip(h, steps, strict=True)]
+    if isinstance(h, type):
+        raise EulernetError(
+            f"h={h.__name__} is a class, not a rule: make one of it, as in eulernet.schedules.inverse()"
+        )
     if callable(h):
         return [_checked(h(s), s.name) for s in steps]
     value = _checked(h, None)

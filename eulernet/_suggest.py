@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from eulernet._errors import EulernetError
-from eulernet._patch import find_steps
+from eulernet._patch import find_steps, unwrapped
 from eulernet._report import ROOT, Step, as_text
 from eulernet._select import positive
 from eulernet.schedules import constant, decreasing, inverse, inverse_sqrt
@@ -30,7 +30,7 @@ class Bounds:
     Attributes:
         rule: the rule.
         depth: D.
-        h: the step factor of each of the D steps.
+        h: the step factor of each of the D steps; a module that runs several times has one value for all its runs.
         log10_gradient: log10 of prod(1 + h W), which is (1 + h W)^D where all h are equal.
         noise: sum(h W), which is h D W where all h are equal.
     """
@@ -51,14 +51,14 @@ class Suggestion:
         notes: what else is to be known before h is chosen, one sentence each.
     """
 
-    def __init__(self, depths: dict[int, str], gain: float, notes: Sequence[str]) -> None:
-        self.bounds = tuple(_bounds(rule, depth, gain) for depth in depths for rule in _RULES)
+    def __init__(self, streams: dict[str, list[Step]], gain: float, notes: Sequence[str]) -> None:
+        self.bounds = tuple(_bounds(rule, stream, gain) for stream in streams.values() for rule in _RULES)
         self.gain = gain
         self.notes = tuple(notes)
-        self._streams = depths
+        self._depths = {title: len(stream) for title, stream in streams.items()}
 
     def __repr__(self) -> str:
-        return f"<Suggestion: h for D = {', '.join(map(str, self._streams))}>"
+        return f"<Suggestion: h for D = {', '.join(map(str, self._depths.values()))}>"
 
     def __str__(self) -> str:
         return as_text(self)
@@ -69,7 +69,7 @@ class Suggestion:
         from rich.text import Text
 
         parts: list[Any] = []
-        for depth, title in self._streams.items():
+        for title, depth in self._depths.items():
             table = Table(box=None, pad_edge=False, header_style="bold")
             for column in ("rule", "h", "gradients, at most", "noise, at most"):
                 table.add_column(column, justify="left" if column == "rule" else "right")
@@ -125,14 +125,15 @@ def suggest_h(model_or_depth: nn.Module | int, *, example_inputs: Any = None, ga
     """
     positive(gain, "gain", "gain=1.0")
     if isinstance(model_or_depth, nn.Module):
-        steps = find_steps(model_or_depth, example_inputs=example_inputs)
+        model = unwrapped(model_or_depth)
+        steps = find_steps(model, example_inputs=example_inputs)
         if not len(steps):
             raise EulernetError(
-                f"{type(model_or_depth).__name__} has no residual steps, so there is no h to choose; "
+                f"{type(model).__name__} has no residual steps, so there is no h to choose; "
                 "print(eulernet.find_steps(model, example_inputs=...)) shows what was seen"
             )
-        depths = _streams(steps)
-        notes = _notes_of_model(model_or_depth, steps)
+        streams = _streams(steps)
+        notes = _notes_of_model(model, steps)
     else:
         depth = model_or_depth
         if isinstance(depth, bool) or not isinstance(depth, int) or depth < 1:
@@ -140,26 +141,31 @@ def suggest_h(model_or_depth: nn.Module | int, *, example_inputs: Any = None, ga
                 f"suggest_h takes a model or the number of its residual steps, at least 1, not {depth!r}; for example "
                 "eulernet.suggest_h(54)"
             )
-        depths = {depth: f"D = {depth}"}
+        stream = [Step(i, str(i), "", "identity", (), 1, 0, depth, position=i + 1) for i in range(depth)]
+        streams = {f"D = {depth}": stream}
         notes = ["Whether the branches are zero at initialisation cannot be told from a depth: pass the model."]
-    return Suggestion(depths, float(gain), [*(_shallow(d) for d in depths if d <= _SHALLOW), *notes])
+    shallow = [_shallow(len(stream)) for stream in streams.values() if len(stream) <= _SHALLOW]
+    return Suggestion(streams, float(gain), [*shallow, *notes])
 
 
-def _bounds(rule: Any, depth: int, gain: float) -> Bounds:
-    stream = [Step(i, str(i), "", "identity", (), 1, 0, depth, position=i + 1) for i in range(depth)]
+def _bounds(rule: Any, stream: list[Step], gain: float) -> Bounds:
     h = tuple(rule(step) for step in stream)
-    return Bounds(rule, depth, h, sum(math.log10(1 + x * gain) for x in h), sum(x * gain for x in h))
+    return Bounds(rule, len(stream), h, sum(math.log10(1 + x * gain) for x in h), sum(x * gain for x in h))
 
 
-def _streams(steps: Sequence[Step]) -> dict[int, str]:
-    """Each depth that there is, the largest first, with the streams that have it."""
-    titles = {}
+def _streams(steps: Sequence[Step]) -> dict[str, list[Step]]:
+    """For each depth D that there is, the largest first: what streams have it, and the D steps of one of them."""
+    found = {}
     for depth in sorted({s.depth for s in steps}, reverse=True):
         mine = [s for s in steps if s.depth == depth]
         streams = len({s.stream for s in mine})
         where = mine[0].name if len(mine) == 1 else f"{mine[0].name} to {mine[-1].name}"
-        titles[depth] = f"D = {depth}: {where}" + (f", {streams} streams" if streams > 1 else "")
-    return titles
+        title = f"D = {depth}: {where}" + (f", {streams} streams" if streams > 1 else "")
+        one = [s for s in steps if s.stream == mine[0].stream and s.position <= depth]
+        first = {s.position: s for s in sorted(one, key=lambda s: (s.position, s.depth == depth))}
+        again = [s for s in one for _ in range(s.calls - 1)]  # runs that have no position of their own
+        found[title] = [*first.values(), *again][:depth]
+    return found
 
 
 def _shallow(depth: int) -> str:

@@ -208,7 +208,11 @@ def _groups(model: nn.Module, layers: str | Iterable[str] | None) -> dict[str, l
     if layers is None:
         for steps in _patch.by_module(model).values():
             chosen |= {_nearest(step.name.partition(":")[0], named): None for step in steps}
+    if layers is not None and not isinstance(layers, Iterable):
+        raise EulernetError(f"layers={layers!r} is no pattern on names, nor several; for example layers='layer1.*'")
     for pattern in [layers] if isinstance(layers, str) else layers or ():
+        if not isinstance(pattern, str):
+            raise EulernetError(f"layers: {pattern!r} is no pattern on names; for example layers='layer1.*'")
         found = [name for name in named if name.count(".") == pattern.count(".") and matches(pattern, name)]
         if not found:
             raise EulernetError(

@@ -14,15 +14,17 @@ from __future__ import annotations
 
 import math
 import operator
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from torch import nn
 
-from eulernet._errors import EulernetError
+from eulernet._doubts import rounded_away
+from eulernet._errors import EulernetError, EulernetWarning
 from eulernet._factor import LearnedFactor
-from eulernet._patch import bound, by_module
+from eulernet._patch import bound
 from eulernet._report import Step
 from eulernet._select import HLike, positive, values
 
@@ -199,6 +201,9 @@ class HScheduler:
     Raises:
         EulernetError: the model is not patched, its h is learned, or an argument is wrong; then nothing is changed.
 
+    Warns:
+        EulernetWarning: `start` or `end` is lost to rounding in half precision.
+
     Example:
         >>> import torch, eulernet
         >>> model = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
@@ -221,18 +226,21 @@ class HScheduler:
     ) -> None:
         self.total_steps = _count(total_steps, "total_steps", 1)
         self.kind = _kind(kind)
-        pairs = bound(model, "HScheduler")
-        if any(isinstance(factor, LearnedFactor) for _, factor in pairs):
+        held = bound(model, "HScheduler")
+        if any(isinstance(factor, LearnedFactor) for _, _, factor in held):
             raise EulernetError(
                 f"the h of this {type(model).__name__} is learned (it was patched with trainable=), and the optimiser "
                 "moves it. To have a schedule instead: eulernet.HScheduler(eulernet.patch(model, h=0.1), ...)"
             )
-        self._steps = [step for step, _ in pairs]
-        self._factors = [factor for _, factor in pairs]
-        self._modules = list(by_module(model))
+        self._steps = [step for _, step, _ in held]
+        self._factors = [factor for _, _, factor in held]
+        self._modules = list(dict.fromkeys(module for module, _, _ in held))
         self._held = self._factors_of_modules()
         self.start = self._endpoint(start, "start")
         self.end = self._endpoint(end, "end")
+        least = map(min, self.start, self.end)
+        for doubt in rounded_away(model, [(module, h) for (module, _, _), h in zip(held, least, strict=True)]):
+            warnings.warn(doubt, EulernetWarning, stacklevel=2)
         self.last_step = 0
         self._set()
 

@@ -1,10 +1,8 @@
 """Bayesian optimisation of h and the learning rate, which the paper leaves as future work, with Optuna.
 
-`python examples/optuna_h.py study.db --trials 30` trains residual networks of 50 steps on two moons. Poor trials are
-pruned. Killed, and called again, it goes on with what the file holds. Needs `pip install "eulernet[tune]"`.
+Residual networks of 50 steps are trained on two moons, and poor trials are pruned. The study is kept in `h.db`: killed,
+and called again, it goes on with what the file holds. Needs `pip install "eulernet[tune]"`.
 """
-
-import argparse
 
 import optuna
 import torch
@@ -13,34 +11,29 @@ from torch import Tensor, nn
 
 import eulernet
 
-EPOCHS = 20
+STORAGE, TRIALS, EPOCHS = "sqlite:///h.db", 30, 20
 
 
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.branch = nn.Sequential(nn.Linear(2, 16), nn.ReLU(), nn.Linear(16, 2))
-
+class Block(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.branch(x)
+        return x + super().forward(x)
 
 
-def two_moons(points: int, noise: float = 0.25) -> tuple[Tensor, Tensor]:
+def two_moons(points: int) -> tuple[Tensor, Tensor]:
     """Points on two interleaving half circles, with noise, and their classes."""
     y = torch.arange(points) % 2
     angle = torch.pi * (torch.rand(points) + y)
     x = torch.stack([angle.cos() + y - 0.5, angle.sin() + 0.5 * y - 0.25], dim=1)
-    return x + noise * torch.randn_like(x), y
+    return x + 0.25 * torch.randn_like(x), y
 
 
 def objective(trial: optuna.Trial) -> float:
     torch.manual_seed(0)
     (x, y), (test_x, test_y) = two_moons(256), two_moons(1000)
-    model = nn.Sequential(*(Block() for _ in range(50)), nn.Linear(2, 2))
+    model = nn.Sequential(*(Block(nn.Linear(2, 16), nn.ReLU(), nn.Linear(16, 2)) for _ in range(50)), nn.Linear(2, 2))
     eulernet.patch(model, h=trial.suggest_float("h", 0.01, 1.0, log=True), example_inputs=x)
     lr = trial.suggest_float("lr", 1e-3, 1.0, log=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
-    accuracy = 0.0
     for epoch in range(EPOCHS):
         for batch in torch.randperm(256).split(64):
             optimizer.zero_grad()
@@ -55,16 +48,13 @@ def objective(trial: optuna.Trial) -> float:
 
 
 def main() -> optuna.Study:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("file", help="the SQLite file that keeps the study")
-    parser.add_argument("--trials", type=int, default=30, help="how many trials the study shall have in the end")
-    arguments = parser.parse_args()
-    storage = f"sqlite:///{arguments.file}"
-    study = optuna.create_study(study_name="h", storage=storage, direction="maximize", load_if_exists=True)
-    done = len(study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED)))
-    study.sampler = optuna.samplers.TPESampler(seed=done)  # not the first numbers again when it goes on
-    study.pruner = optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=5)
-    study.optimize(objective, n_trials=max(0, arguments.trials - done))
+    pruner = optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=5)
+    study = optuna.create_study(
+        storage=STORAGE, study_name="h", direction="maximize", pruner=pruner, load_if_exists=True
+    )
+    done = study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED))
+    study.sampler = optuna.samplers.TPESampler(seed=len(done))  # not the first numbers again when it goes on
+    study.optimize(objective, n_trials=max(0, TRIALS - len(done)))
     print(f"h = {study.best_params['h']:.3f}, lr = {study.best_params['lr']:.3f}: accuracy {study.best_value:.3f}")
     return study
 

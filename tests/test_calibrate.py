@@ -222,7 +222,12 @@ def test_a_growth_that_jumps_over_the_target() -> None:
         ({"tolerance": 0}, "tolerance must be"),
         ({"noise": -0.1}, "noise must be"),
         ({"quantity": "loss"}, 'quantity=\'loss\' is neither "gradient" nor "noise"'),
-        *[({"bounds": b}, "are no two positive numbers in order") for b in ((1, 0.1), (0, 1), (0.1,), 1, (1, 1))],
+        *[
+            ({"bounds": b}, "are no two positive numbers in order")
+            for b in ((1, 0.1), (0, 1), (0.1,), 1, (1, 1), ("a", "b"))
+        ],
+        *[({"seed": seed}, "seed must be a whole number") for seed in ("a", -1, 2**63, 1.0, True)],
+        ({"rule": "auto"}, "rule='auto' is no function of a step"),
         ({"rule": lambda step: -1.0}, "h of 0 must be a positive"),
         ({"loss_fn": nn.functional.mse_loss}, r"eulernet.calibrate\(model, \(inputs, targets\), loss_fn\)"),
     ],

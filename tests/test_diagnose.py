@@ -218,6 +218,7 @@ def test_noise_reaches_a_second_tower_with_the_same_table() -> None:
     found = eulernet.diagnose(TwoTowers(), tokens)
     assert found.depth == 4 and found.noise_amplification is not None
     assert sorted({row.stream for row in found.rows}) == [0, 1]
+    assert "the deepest of 2 streams, decoder.layers.0:0 to decoder.layers.1:1:\ngrowth of gradients" in str(found)
 
 
 def test_noise_that_cannot_reach_the_first_step_is_not_measured() -> None:
@@ -390,25 +391,46 @@ def test_advice_holds_when_measured_again() -> None:
     assert "with so few steps" in eulernet.diagnose(linear(8, 0.5), X).advice
 
 
+def test_advice_where_branches_are_huge() -> None:
+    advice = eulernet.diagnose(linear(50, 100.0), X).advice
+    assert "from the last block to the first: h = 0.00014 makes it " in advice
+
+
 def test_advice_where_gradients_overflow() -> None:
     advice = eulernet.diagnose(linear(50, 10.0, dtype=torch.float32), X.float()).advice
     assert advice.startswith("50 steps, gradients overflow on the way from the last block to the first: h = 0.001")
 
 
+class Projection(nn.Module):
+    """A step whose skip has an orthogonal map times `skip`, and its branch one times `branch`, after another."""
+
+    def __init__(self, skip: float, branch: float) -> None:
+        super().__init__()
+        self.skip, self.a, self.b = (nn.Linear(4, 4, bias=False) for _ in range(3))
+        for layer, gain in ((self.skip, skip), (self.a, 1.0), (self.b, branch)):
+            nn.init.orthogonal_(layer.weight, gain)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.skip(x) + self.b(torch.relu(self.a(x)))
+
+
 def test_advice_where_no_h_helps() -> None:
     """The projection alone lets gradients grow."""
+    advice = eulernet.diagnose(nn.Sequential(Projection(10, 1), Projection(10, 1)), X.float()).advice
+    assert re.search(r"; at h = 1e-06 that is 100-fold: it does not come from the branches$", advice)
 
-    class Projection(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.skip, self.a, self.b = nn.Linear(4, 4, bias=False), nn.Linear(4, 4), nn.Linear(4, 4)
-            nn.init.constant_(self.skip.weight, 10.0)
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.skip(x) + self.b(torch.relu(self.a(x)))
-
-    advice = eulernet.diagnose(nn.Sequential(Projection(), Projection()), X.float()).advice
-    assert re.search(r"; at h = 0.001 that is \d+-fold: it does not come from the branches alone$", advice)
+def test_advice_where_h_helps_in_part() -> None:
+    """Two projections make gradients grow 4-fold, branches much more: the advice is an h at which they double it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(Projection(2, 10), *linear(12, 0.5, dtype=torch.float32), Projection(2, 10))
+    advice = eulernet.diagnose(model, X.float()).advice
+    matched = re.search(r"fold .*: h = ([\d.]+) makes it ([\d.]+), of which ([\d.]+) does not come from the br", advice)
+    assert matched is not None
+    h, growth, rest = map(float, matched.groups())
+    assert rest == pytest.approx(4, rel=0.01) and growth == pytest.approx(2 * rest, rel=0.05)
+    found = eulernet.diagnose(eulernet.patch(model, h=h, example_inputs=X.float()), X.float())
+    assert found.gradient_growth == pytest.approx(growth, rel=0.05)
 
 
 # ---- what is printed, written and drawn
@@ -432,6 +454,8 @@ def test_plot(tmp_path: Path) -> None:
     drawn = [axes.lines[0].get_ydata().tolist() for axes in figure.axes]
     assert drawn == [[getattr(row, name) for row in found.rows] for name in ("gradient", "step_size", "skip")]
     assert found.advice in figure.get_suptitle()
+    assert [axes.get_yscale() for axes in figure.axes] == ["linear"] * 3  # a logarithmic axis would have no second tick
+    assert eulernet.diagnose(linear(12, 0.3), X).plot().axes[0].get_yscale() == "log"
 
 
 def test_plot_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,11 +37,10 @@ def test_a_study_that_was_killed_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A killed process leaves its finished trials; the next one adds what is missing, with other parameters."""
-    file = tmp_path / "study.db"
-    start = "import sys; sys.path.insert(0, sys.argv.pop(1)); import optuna_h; optuna_h.EPOCHS = 1; optuna_h.main()"
-    process = subprocess.Popen(
-        [sys.executable, "-c", start, EXAMPLES, file, "--trials", "1000"], stderr=subprocess.DEVNULL
-    )
+    file = tmp_path / "h.db"
+    monkeypatch.chdir(tmp_path)
+    start = "import sys; sys.path.insert(0, sys.argv[1]); import optuna_h; optuna_h.EPOCHS, optuna_h.TRIALS = 1, 1000"
+    process = subprocess.Popen([sys.executable, "-c", f"{start}; optuna_h.main()", EXAMPLES], stderr=subprocess.DEVNULL)
     try:
         while len(trials(file)) < 2:
             assert process.poll() is None
@@ -54,12 +53,11 @@ def test_a_study_that_was_killed_goes_on(
 
     example = load("optuna_h")
     monkeypatch.setattr(example, "EPOCHS", 1)
-    total = len(before) + 2
-    monkeypatch.setattr(sys, "argv", ["optuna_h.py", str(file), "--trials", str(total)])
+    monkeypatch.setattr(example, "TRIALS", len(before) + 2)
     study = example.main()
     after = trials(file)
     assert after[: len(before)] == before
-    assert len(after) == total == len({parameters["h"] for parameters, _ in after})
+    assert len(after) == len(before) + 2 == len({parameters["h"] for parameters, _ in after})
     assert all(0.01 <= parameters["h"] <= 1 for parameters, _ in after)
     assert study.best_value == max(value for _, value in after if value is not None) > 0.5
     assert f"accuracy {study.best_value:.3f}" in capsys.readouterr().out

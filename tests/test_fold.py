@@ -831,6 +831,10 @@ def test_a_trained_model_is_not_changed_silently() -> None:
     with pytest.warns(EulernetWarning, match=words):
         eulernet.patch(model, 0.1, example_inputs=X, include=FOLDABLE)
     saved = eulernet.steps(model)
+    eulernet.unpatch(model)
+    with pytest.raises(EulernetWarning):  # where warnings are errors, as in these tests, nothing is changed
+        eulernet.patch(model, 0.1, example_inputs=X, include=FOLDABLE)
+    assert not eulernet.is_patched(model)
     for h, kwargs in ((1, {}), (0.1, {"preserve": True}), (saved, {})):  # no warning, which would be an error
         eulernet.patch(model, h, example_inputs=X, include=FOLDABLE, **kwargs)
     eulernet.patch(net(), 0.1, example_inputs=X)
@@ -858,4 +862,24 @@ def test_half_precision_and_a_small_h(dtype: torch.dtype, h: float, least: str) 
     eulernet.patch(model, 2 * h, example_inputs=x)
     with pytest.warns(EulernetWarning, match=words):
         eulernet.set_h(model, h)
+    with pytest.warns(EulernetWarning, match=words):
+        eulernet.HScheduler(model, start=1.0, end=h, total_steps=3)
+    eulernet.HScheduler(model, start=1.0, end=2 * h, total_steps=3)
     eulernet.patch(model, h, example_inputs=x, preserve=True)  # the increment is what it was
+
+
+def test_half_precision_of_a_step_in_a_module_without_parameters() -> None:
+    class Add(nn.Module):
+        def forward(self, x: Tensor, f: Tensor) -> Tensor:
+            return x + f
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f, self.add = linear(), Add()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.add(x, self.f(x))
+
+    with pytest.warns(EulernetWarning, match="1 step has an h down to 0.01 in bfloat16"):
+        eulernet.patch(Block().bfloat16(), 0.01, example_inputs=X.bfloat16())

@@ -151,6 +151,12 @@ def test_positions_go_to_json() -> None:
     assert eulernet.Steps.from_json(steps.to_json()) == steps
 
 
+def test_a_rule_that_was_not_called_is_refused() -> None:
+    model = net()
+    rule = schedules.inverse
+    refused(model, lambda: eulernet.patch(model, rule, example_inputs=X), "h=inverse is a class", r"inverse\(\)")
+
+
 @pytest.mark.parametrize("word", ["Auto", "", "inverse", "0.1"])
 def test_another_word_than_auto_is_refused(word: str) -> None:
     model = net()
@@ -194,9 +200,33 @@ def test_each_depth_of_a_model_has_its_rows() -> None:
     assert "D = 3: a.0 to a.2" in str(suggestion) and "D = 2: b.0 to b.1" in str(suggestion)
 
 
+def test_a_module_that_is_called_several_times_has_one_value_in_all_its_runs() -> None:
+    model = Repeated()
+    for row in eulernet.suggest_h(model, example_inputs=X).bounds:
+        steps = eulernet.steps(eulernet.patch(model, row.rule, example_inputs=X))
+        assert sorted(row.h) == sorted(step.h for step in steps for _ in range(step.calls))
+        assert row.depth == len(row.h) == 5
+
+
+def test_a_side_branch_of_a_stream_has_the_steps_that_lead_to_it() -> None:
+    class Fork(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.trunk, self.long, self.side = net(2), net(3), net(1)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            x = self.trunk(x)
+            return self.long(x), self.side(x)
+
+    rows = eulernet.suggest_h(Fork(), example_inputs=X).bounds
+    expected = [schedules.decreasing()(step) for step in eulernet.find_steps(net(5), example_inputs=X)]
+    assert [row.h for row in rows if row.rule == schedules.decreasing()] == [tuple(expected), tuple(expected[:3])]
+
+
 def test_a_model_stays_as_it_is_and_may_be_patched() -> None:
     model = patched(3, [0.1, 0.2, 0.3])
-    assert eulernet.suggest_h(model, example_inputs=X).bounds[0].depth == 3
+    for one in (model, nn.DataParallel(model)):
+        assert eulernet.suggest_h(one, example_inputs=X).bounds[0].depth == 3
     assert factors(model) == [0.1, 0.2, 0.3]
 
 

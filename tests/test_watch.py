@@ -370,6 +370,8 @@ def test_without_step_sizes_any_model_can_be_watched() -> None:
         (None, {"every": True}, "every=True must be"),
         (None, {"layers": "layer1"}, "pattern 'layer1' names no module or parameter. There are for example <root>, 0"),
         (None, {"layers": ["0", "0.map.bias"]}, "pattern '0.map.bias' names no"),
+        (None, {"layers": 3}, "layers=3 is no pattern on names"),
+        (None, {"layers": [3]}, "layers: 3 is no pattern on names"),
         (None, {"layers": []}, "layers names nothing"),
         (None, {"writer": 3}, "int without add_scalar"),
         (None, {"path": "missing/log.jsonl"}, "there is no folder"),
