@@ -220,7 +220,9 @@ def norm_backward(
         d = g - z * (tl.sum(g * z, 1) / C)[:, None]
         if mean is not None:
             d = d - (tl.sum(g, 1) / C)[:, None]
-        d = d * r + _load(stream_grad + here, inside, T)
+        d = d * r
+        if stream_grad is not None:
+            d += _load(stream_grad + here, inside, T)
         if skip_grad is not None:
             _store(skip_grad + here, d, inside)
         unscaled = alpha * _small(mask, MASK, outer, middle, column, rows, columns, T)
