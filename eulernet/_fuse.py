@@ -227,6 +227,7 @@ class Later:
 
 
 def _version(tensor: Tensor) -> int:
+    """How often it was written into; in inference mode nobody counts, and what the source shows must do."""
     return 0 if tensor.is_inference() else tensor._version
 
 
