@@ -462,7 +462,7 @@ def test_h_may_be_on_the_cpu() -> None:
     torch.testing.assert_close(h.grad, x.detach().sum().cpu())
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning", "ignore:.*torch.jit.*:DeprecationWarning")
 def test_transforms_never_meet_a_kernel(launches: list[str]) -> None:
     skip, branch, scale = random(3, 4, grad=False), random(3, 4, grad=False), random(4, grad=False)
 
