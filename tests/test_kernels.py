@@ -300,8 +300,8 @@ def test_offsets_beyond_32_bits(launches: list[str]) -> None:
 
 
 @pytest.mark.skipif(not GPU, reason="2**31 elements take the interpreter hours")
-def test_more_than_2_to_31_elements() -> None:
-    n = 2**31 + 2**12 + 1
+@pytest.mark.parametrize("n", [2**31 - 1, 2**31 + 2**12 + 1])
+def test_more_than_2_to_31_elements(n: int) -> None:
     skip = torch.randn(n, dtype=torch.float16, device=DEVICE)
     branch = torch.randn(n, dtype=torch.float16, device=DEVICE)
     with kernels.mode("triton"):
