@@ -12,12 +12,18 @@ from benchmarks import gpu, performance
 pytest.importorskip("triton")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there it would measure")
+without_gpu = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="there it measures, and kernels do not run on the CPU"
+)
+
+
+@without_gpu
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu.main([]) == 1
     assert "There is no CUDA device here" in capsys.readouterr().err
 
 
+@without_gpu
 @pytest.mark.parametrize(
     ("pattern", "count"),
     [
@@ -40,6 +46,7 @@ def test_smoke(pattern: str, count: int, tmp_path: Path, monkeypatch: pytest.Mon
     assert "measurement" in performance.page(shown)  # the tables name the device, which is none
 
 
+@without_gpu
 def test_what_fails_does_not_keep_the_rest_from_being_measured(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -52,6 +59,7 @@ def test_what_fails_does_not_keep_the_rest_from_being_measured(
     assert "Not measured, the errors stand above: models/resnet10t/inference/eager" in capsys.readouterr().err
 
 
+@without_gpu
 def test_the_counted_bytes() -> None:
     """Of 2**16 bytes an operand in float32 and bfloat16: three streams are 4 + 2 + 4 bytes an element."""
     sizes = gpu.Sizes("cpu", (2**-4,), calls=1, rounds=1, backend="eager", models={})
@@ -61,6 +69,7 @@ def test_the_counted_bytes() -> None:
     assert backward["bytes"] == elements * (4 + 2 + 2)  # the gradient and the branch read, its gradient written
 
 
+@without_gpu
 def test_what_moves_less_is_not_counted_as_more(monkeypatch: pytest.MonkeyPatch) -> None:
     """Liger's addition has no h, so that branch and skip have one gradient, written once."""
     monkeypatch.setattr(gpu, "_seconds", lambda calls, sizes: 1.0)
