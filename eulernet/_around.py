@@ -2,7 +2,8 @@
 
 Before the addition: LayerScale, drop path and batch norm, called in the expression of the branch or in the statements
 that lead to it. After it: the activation or the norm of the sum. Whether they are fused is decided at each call, by
-`eulernet._fuse`. Here only one thing must be right: where a name may hold a branch that waits, it is read with NOW.
+`eulernet._fuse`. Here two things must be right: where a name may hold a branch that waits, it is read with NOW; and
+nothing waits whose input could be written into until the addition, by another name that it has.
 """
 
 from __future__ import annotations
@@ -49,8 +50,14 @@ def around(
     found = Around(tail=_fuse.after(method.called(tail(definition, addition)[0])))
     found.edits, operand = method.chain(branch)
     block, i, plainly = _standing(definition, addition)
-    if isinstance(operand, ast.Name) and plainly:
-        found.edits += method.statements(operand, block, i)
+    calls = [node for node in ast.walk(addition) if isinstance(node, ast.Call)]
+    others = [call for call in calls if not any(call is node for node in ast.walk(branch))]  # of the other operand
+    if isinstance(operand, ast.Name):
+        alone = len(_names(addition, operand.id, ast.Load)) == 1 and _alone(operand.id, _before(definition, block[i]))
+        if found.edits and any(_start(call) > _start(branch) for call in others) and not alone:
+            found.edits = []
+        elif plainly:
+            found.edits += method.statements(operand, block, i, calm=not others)
     match block[i]:
         case ast.Assign(targets=[ast.Name(id=name)], value=value) if value is addition and not found.tail:
             call = method.norm_of(name, block[i + 1 :])
@@ -132,8 +139,11 @@ class _Method:
         edits, innermost = self.chain(inner)
         return [(kind, node), *edits], innermost
 
-    def statements(self, operand: ast.Name, block: list[ast.stmt], i: int) -> list[Edit]:
-        """What is applied to a name in the statements before the one that adds it, and where else it is read."""
+    def statements(self, operand: ast.Name, block: list[ast.stmt], i: int, calm: bool) -> list[Edit]:
+        """What is applied to a name in the statements before the one that adds it, and where else it is read.
+
+        `calm`: that one calls nothing before the addition.
+        """
         name, last = operand.id, block[i]
         if name not in self.code.co_varnames or name in self.code.co_cellvars:
             return []
@@ -152,12 +162,14 @@ class _Method:
             if any(len(each) > 1 for each in assignments):
                 break
             old = nested or not any(assignments)  # whether after it the name may hold what it held before it
-            for each in assignments:
+            for inner, each in zip(blocks, assignments, strict=True):
                 match each:
-                    case [ast.Assign(targets=[ast.Name()], value=value)]:
+                    case [ast.Assign(targets=[ast.Name()], value=value) as assignment]:
                         found, innermost = self.chain(value)
                         same = isinstance(innermost, ast.Name) and innermost.id == name
-                        if isinstance(innermost, ast.Name) and not same and j + 1 < i:
+                        at_once = calm and j + 1 == i and inner[-1] is assignment
+                        alone = at_once or (same and _alone(name, _before(self.definition, assignment)))
+                        if isinstance(innermost, ast.Name) and not alone:
                             continue  # until the addition others may write into what this name holds
                         if found:
                             edits, begin = edits + found, j
@@ -195,6 +207,35 @@ class _Method:
                         return call
             return None
         return None
+
+
+def _alone(name: str, statements: list[ast.stmt]) -> bool:
+    """Whether after these statements a name holds the result of an expression that no statement has read since."""
+    for n in reversed(range(len(statements))):
+        match statements[n]:
+            case ast.Assign(targets=[ast.Name(id=target)], value=ast.Call() | ast.BinOp()) if target == name:
+                return True
+            case ast.If(test=test, body=body, orelse=orelse) as choice if _assignments([choice], name):
+                ways = [statements[:n] + way for way in (body, orelse)]
+                return not _names(test, name, ast.Load) and all(_alone(name, way) for way in ways)
+            case statement if any(isinstance(node, ast.Name) and node.id == name for node in ast.walk(statement)):
+                return False
+    return False
+
+
+def _before(node: ast.AST, statement: ast.stmt) -> list[ast.stmt]:
+    """The statements that run before one that stands in a node, as far as only `if`s lead from them to it."""
+    for block in _blocks(node):
+        for n, each in enumerate(block):
+            if each is statement:
+                return block[:n]
+            if any(inner is statement for inner in ast.walk(each)):
+                return (block[:n] if isinstance(each, ast.If) else []) + _before(each, statement)
+    return []
+
+
+def _start(node: ast.AST) -> tuple[int, int]:
+    return getattr(node, "lineno", 0), getattr(node, "col_offset", 0)
 
 
 def _first_call(node: ast.AST) -> ast.Call | None:

@@ -227,6 +227,7 @@ class Later:
 
 
 def _version(tensor: Tensor) -> int:
+    """How often it was written into; in inference mode nobody counts, and what the source shows must do."""
     return 0 if tensor.is_inference() else tensor._version
 
 
@@ -364,7 +365,7 @@ def _fused(
         small = (known.running_mean, known.running_var, known.weight, known.bias)
         result = _bn.step_bn(skip, branch, alpha * h, *small, known.eps, name)
         return None if result is None else (result,)
-    factor, scale = _factors(h, scale, dtype)
+    factor, scale = _factors(h, scale, dtype, skip.device)
     factor *= alpha * number
     if after_norm is not None:
         return _step_norm(after_norm, skip, branch, factor, scale, mask, dtype)
@@ -378,8 +379,6 @@ def _step_norm(
     known: Norm, skip: Tensor, branch: Tensor, h: float, scale: Tensor | None, mask: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor] | None:
     if skip.dim() == 0 or skip.shape[-1] != known.columns:
-        return None
-    if not all(t is None or kernels.plain(t) for t in (known.weight, known.bias)):
         return None
     from eulernet.kernels import _norm
 

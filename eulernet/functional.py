@@ -69,7 +69,7 @@ def euler_step(
     if out is not None and torch.is_grad_enabled() and any(_differentiable(skip, branch, h, layer_scale)):
         raise EulernetError("out= has no gradient; call euler_step without it, or under torch.no_grad()")
     dtype = _promoted(skip, branch, layer_scale, mask, h if isinstance(h, Tensor) else None)
-    number, scale = _factors(h, layer_scale, dtype)
+    number, scale = _factors(h, layer_scale, dtype, skip.device)
     plain = activation is None and scale is None and mask is None  # one kernel of ATen's
     if kernels.chosen(skip, branch, worth=not plain):
         from eulernet.kernels import _step
@@ -126,7 +126,7 @@ def euler_step_norm(
         raise EulernetError("rms_norm has no bias; call euler_step_norm(..., bias=None, kind='rms_norm')")
     mask = _mask(branch, layer_scale, drop_path)
     dtype = _promoted(skip, branch, layer_scale, mask, h if isinstance(h, Tensor) else None)
-    number, scale = _factors(h, layer_scale, dtype)
+    number, scale = _factors(h, layer_scale, dtype, skip.device)
     if kernels.chosen(skip, branch):
         from eulernet.kernels import _norm
 
@@ -202,10 +202,14 @@ def _add(
     return torch.addcmul(skip, branch, factor, value=number)
 
 
-def _factors(h: float | Tensor, layer_scale: Tensor | None, dtype: torch.dtype) -> tuple[float, Tensor | None]:
+def _factors(
+    h: float | Tensor, layer_scale: Tensor | None, dtype: torch.dtype, device: torch.device
+) -> tuple[float, Tensor | None]:
     """h and gamma as a number and a tensor."""
     if not isinstance(h, Tensor):
         return h, layer_scale
+    if h.dim() == 0:
+        h = h.to(device)  # an operator takes it from the CPU, addcmul and a kernel do not
     if layer_scale is None:
         return 1.0, h
     least = torch.promote_types(dtype, torch.float32)

@@ -24,6 +24,7 @@ VARIANTS: list[tuple[Any, dict[str, Any]]] = [
     (_device.norm_forward, {"SCALE": 2, "MASK": 0, "EPS": 1e-5} | TILE),
     (_device.norm_forward, BARE | {"EPS": 1e-5, "mean": None, "bias": None} | TILE),
     (_device.norm_backward, {"SCALE": 2, "MASK": 0} | TILE),
+    (_device.norm_backward, {"SCALE": 2, "MASK": 0, "stream_grad": None} | TILE),
     (_device.norm_backward, BARE | {"mean": None, "scale_parts": None, "branch": None} | TILE),
     (_device.bn_forward, {"CHANNEL": 2, "WEIGHT": 2, "BIAS": -1, "EPS": 1e-5, "ACT": 3} | TILE),
 ]

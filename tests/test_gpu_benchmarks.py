@@ -12,18 +12,25 @@ from benchmarks import gpu, performance
 pytest.importorskip("triton")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there it would measure")
+without_gpu = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="there it measures, and kernels do not run on the CPU"
+)
+
+
+@without_gpu
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu.main([]) == 1
     assert "There is no CUDA device here" in capsys.readouterr().err
 
 
+@without_gpu
 @pytest.mark.parametrize(
     ("pattern", "count"),
     [
         ("operations/.*/bfloat16$", 2 * len(gpu.OPERATIONS) - 1),
         ("launch", 4),
         ("models/deit3", 4),
+        ("models/resnet10t/inference/eager", 1),
     ],
 )
 @pytest.mark.filterwarnings("ignore::Warning:torch")
@@ -39,6 +46,20 @@ def test_smoke(pattern: str, count: int, tmp_path: Path, monkeypatch: pytest.Mon
     assert "measurement" in performance.page(shown)  # the tables name the device, which is none
 
 
+@without_gpu
+def test_what_fails_does_not_keep_the_rest_from_being_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The time on a GPU is short; the exit status tells."""
+    shown: list[dict[str, Any]] = []
+    monkeypatch.setattr(gpu, "show", shown.extend)
+    monkeypatch.setitem(gpu.TINY, "resnet10t", gpu._timm("no such model", 2))
+    assert gpu.main(["--smoke", "-k", "models/.*/inference/eager"]) == 1
+    assert [row["name"] for row in shown] == ["deit3"]
+    assert "Not measured, the errors stand above: models/resnet10t/inference/eager" in capsys.readouterr().err
+
+
+@without_gpu
 def test_the_counted_bytes() -> None:
     """Of 2**16 bytes an operand in float32 and bfloat16: three streams are 4 + 2 + 4 bytes an element."""
     sizes = gpu.Sizes("cpu", (2**-4,), calls=1, rounds=1, backend="eager", models={})
@@ -46,6 +67,17 @@ def test_the_counted_bytes() -> None:
     elements = 2**16 // 4
     assert forward["bytes"] == elements * (4 + 2 + 4)
     assert backward["bytes"] == elements * (4 + 2 + 2)  # the gradient and the branch read, its gradient written
+
+
+@without_gpu
+def test_what_moves_less_is_not_counted_as_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Liger's addition has no h, so that branch and skip have one gradient, written once."""
+    monkeypatch.setattr(gpu, "_seconds", lambda calls, sizes: 1.0)
+    monkeypatch.setattr(gpu, "liger", lambda: lambda s, b, w: (s + b, (s + b) * w))
+    sizes = gpu.Sizes("cpu", (2**-4,), calls=1, rounds=1, backend="eager", models={})
+    _, backward = gpu.measure_operation("step, RMSNorm", "float32", 2**-4, sizes)
+    assert backward["fused GB/s"] == backward["bytes"] / 1e9 == 5 * 2**16 / 1e9
+    assert backward["Liger GB/s"] == 4 * 2**16 / 1e9
 
 
 def test_a_later_run_replaces_the_rows_of_the_same_name(tmp_path: Path) -> None:

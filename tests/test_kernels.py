@@ -300,8 +300,8 @@ def test_offsets_beyond_32_bits(launches: list[str]) -> None:
 
 
 @pytest.mark.skipif(not GPU, reason="2**31 elements take the interpreter hours")
-def test_more_than_2_to_31_elements() -> None:
-    n = 2**31 + 2**12 + 1
+@pytest.mark.parametrize("n", [2**31 - 1, 2**31 + 2**12 + 1])
+def test_more_than_2_to_31_elements(n: int) -> None:
     skip = torch.randn(n, dtype=torch.float16, device=DEVICE)
     branch = torch.randn(n, dtype=torch.float16, device=DEVICE)
     with kernels.mode("triton"):
@@ -412,7 +412,57 @@ def test_broadcasting_operands_are_left_to_torch(launches: list[str]) -> None:
     assert launches == []
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+def test_tensors_whose_memory_is_not_what_they_say_are_left_to_torch(launches: list[str]) -> None:
+    x, scale = random(3, 4, grad=False), random(4, grad=False)
+    negative = torch.complex(scale, scale).conj().imag
+    assert negative.is_neg()
+    asked: list[Any] = []
+
+    class Asked(Tensor):
+        @classmethod
+        def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            asked.append(function)
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    with kernels.mode("triton"):
+        actual = euler_step(x, x, 0.5, layer_scale=negative)
+        torch.testing.assert_close(actual, x - 0.5 * scale * x)
+        actual = euler_step(x, torch.complex(x, x).conj().imag, 0.5, activation="relu")
+        torch.testing.assert_close(actual, F.relu(0.5 * x))
+        assert type(euler_step(x, x, 0.5, layer_scale=scale.as_subclass(Asked))) is Asked and asked
+        torch.testing.assert_close(euler_step(x.to_sparse(), x.to_sparse(), 0.5).to_dense(), 1.5 * x)
+        meta = x.to("meta")
+        assert euler_step(meta, meta, 0.5, activation="relu").is_meta
+        with pytest.raises(RuntimeError, match="device"):
+            euler_step(x, x, 0.5, out=meta)
+    assert launches == []
+
+
+def test_a_number_of_any_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton knows Python's only, and compiles a kernel for each of some integers."""
+    given: list[Any] = []
+    monkeypatch.setattr(_step, "launch", lambda kernel, programs, on, *args: given.append(args[5]))
+    with kernels.mode("triton"), torch.no_grad():
+        for h in (2, torch.tensor(0.5).numpy()[()]):
+            euler_step(random(3), random(3), h, activation="relu")
+    assert given == [2.0, 0.5] and {type(h) for h in given} == {float}
+
+
+def test_h_may_be_on_the_cpu() -> None:
+    """As for an operator of torch, which takes a tensor without dimensions from there."""
+    with torch._subclasses.FakeTensorMode():  # which knows of devices, and needs none
+        x, gamma, h = torch.empty(4, 8, device="cuda"), torch.empty(8, device="cuda"), torch.empty(())
+        assert (x + h * x).is_cuda
+        for scale in (None, gamma):
+            assert euler_step(x, x, h, layer_scale=scale, activation="relu").is_cuda
+            assert euler_step_norm(x, x, h, gamma, layer_scale=scale)[1].is_cuda
+    x, h = random(3, 4), torch.tensor(0.5, requires_grad=True)
+    with kernels.mode("triton"):
+        euler_step(x, x, h).sum().backward()
+    torch.testing.assert_close(h.grad, x.detach().sum().cpu())
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning", "ignore:.*torch.jit.*:DeprecationWarning")
 def test_transforms_never_meet_a_kernel(launches: list[str]) -> None:
     skip, branch, scale = random(3, 4, grad=False), random(3, 4, grad=False), random(4, grad=False)
 
@@ -469,6 +519,25 @@ def test_step_and_norm(
         inputs[3] = random(shape[-1], dtype=dtype) if kind == "layer_norm" else None
     check(*norms(kind), inputs)
     assert launches == ["norm_forward", "norm_backward"]
+
+
+@pytest.mark.parametrize("kind", ["layer_norm", "rms_norm"])
+@pytest.mark.parametrize("output", [0, 1], ids=["state", "norm"])
+def test_one_output_of_step_and_norm_alone(kind: str, output: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a norm after the block only its result is used: the gradient of the state is not made, nor read, as zeros."""
+    read: list[bool] = []
+
+    def watched(kernel: Any, programs: int, on: Tensor, *args: Any, **options: Any) -> None:
+        read.extend([args[0] is not None] if kernel is _device.norm_backward else [])
+        _layout.launch(kernel, programs, on, *args, **options)
+
+    monkeypatch.setattr(_norm, "launch", watched)
+    ours, eager = norms(kind)
+    inputs = [random(6, 24), random(6, 24), random(24), random(24) if kind == "layer_norm" else None, random()]
+    if output == 0:  # which takes neither weight nor bias
+        inputs[2:4] = None, None
+    check(lambda *x: ours(*x)[output], lambda *x: eager(*x)[output], inputs)
+    assert read == [output == 0]
 
 
 @pytest.mark.parametrize("kind", ["layer_norm", "rms_norm"])
@@ -613,6 +682,24 @@ def test_errors_say_what_to_call(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with kernels.mode("triton"), pytest.raises(EulernetError, match="TRITON_INTERPRET=1 before Python starts"):
         euler_step(x, x, 0.1)
+
+
+def test_where_triton_does_not_run_torch_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a C compiler, for one; the original, which needs none, runs there too."""
+    from triton.runtime import driver
+
+    def missing(self: Any) -> Any:
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(type(driver), "active", property(missing))
+    kernels._works.cache_clear()
+    with pytest.warns(eulernet.EulernetWarning, match=r'C compiler.*mode\("torch"\)'):
+        assert not kernels._works()
+    assert not kernels._works()  # and says so once
+    kernels._works.cache_clear()
+    x = torch.ones(kernels.MIN_ELEMENTS, device=DEVICE)
+    monkeypatch.setattr(kernels, "_works", lambda: False)
+    assert not kernels.chosen(x, x)
 
 
 def test_every_kernel_compiles_for_a_gpu_with_accesses_of_16_bytes(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import warnings
 from functools import cache
 from types import TracebackType
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from eulernet._errors import EulernetError
+from eulernet._errors import EulernetError, EulernetWarning
 
 __all__ = ["mode"]
 
@@ -67,6 +68,26 @@ def _triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+@cache
+def _works() -> bool:
+    """Whether Triton is there and finds what it needs on a GPU: a C compiler, with which it builds its launchers."""
+    if not _triton():
+        return False
+    from triton.runtime import driver
+
+    try:
+        driver.active.get_current_device()
+    except Exception as error:
+        warnings.warn(
+            f"Triton does not run here, so that eulernet computes with ATen, which is slower: {error}. Mend that, or "
+            'call eulernet.kernels.mode("torch"), which does not ask for it',
+            EulernetWarning,
+            stacklevel=2,
+        )
+        return False
+    return True
+
+
 def chosen(skip: Any, branch: Any, worth: bool = True) -> bool:
     """Whether a kernel is to compute a step of these operands. `worth`: it does more than one kernel of ATen's."""
     if torch.compiler.is_compiling() or _mode == "torch":
@@ -74,9 +95,11 @@ def chosen(skip: Any, branch: Any, worth: bool = True) -> bool:
     if not (plain(skip) and plain(branch)):
         return False
     if _mode == "auto":
-        if not (worth and skip.is_cuda and skip.numel() >= MIN_ELEMENTS and _triton()):
+        if not (worth and skip.is_cuda and skip.numel() >= MIN_ELEMENTS and _works()):
             return False
-    elif not skip.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+    elif skip.device.type not in ("cuda", "cpu"):
+        return False  # on the meta device there is nothing to compute
+    elif skip.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         raise EulernetError(
             "Triton runs on the CPU only under its interpreter: set TRITON_INTERPRET=1 before Python starts, or "
             'call eulernet.kernels.mode("auto")'
@@ -90,5 +113,6 @@ def chosen(skip: Any, branch: Any, worth: bool = True) -> bool:
 
 
 def plain(tensor: Any) -> bool:
-    """A tensor with memory of its own kind: none of a subclass, which would have to be asked first."""
-    return type(tensor) is Tensor or type(tensor) is nn.Parameter
+    """A tensor whose memory holds its elements: none of a subclass, which would have to be asked first."""
+    known = type(tensor) is Tensor or type(tensor) is nn.Parameter
+    return known and tensor.layout is torch.strided and not (tensor.is_nested or tensor.is_neg())

@@ -25,6 +25,12 @@ def _rows(tile, M, R, SPLIT: tl.constexpr, BR: tl.constexpr):
 
 
 @triton.jit
+def _blocks(C, BC: tl.constexpr):
+    """Those of BC columns in a row. `tl.cdiv` would add to C first, which can go beyond 32 bits."""
+    return (C - 1) // BC + 1
+
+
+@triton.jit
 def _columns(block, C, BC: tl.constexpr):
     column = tl.cast(block, tl.int64) * BC + tl.arange(0, BC)
     return column, column < C
@@ -94,7 +100,7 @@ def step_forward(
     BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """out = act(skip + alpha * scale * mask * branch)"""
-    pid, blocks = tl.program_id(0), tl.cdiv(C, BC)
+    pid, blocks = tl.program_id(0), _blocks(C, BC)
     row, outer, middle, rows = _rows(pid // blocks, M, R, SPLIT, BR)
     column, columns = _columns(pid % blocks, C, BC)
     inside = rows[:, None] & columns[None, :]
@@ -117,7 +123,7 @@ def step_backward(
     A program goes over `tiles` tiles of the same columns. The parts are one for each program and column where scale
     varies along the columns, one for each row and block of columns where it varies along rows, else one a program.
     """
-    pid, blocks = tl.program_id(0), tl.cdiv(C, BC)
+    pid, blocks = tl.program_id(0), _blocks(C, BC)
     block, lane, lanes = pid % blocks, pid // blocks, tl.num_programs(0) // blocks
     column, columns = _columns(block, C, BC)
     total = tl.zeros([BR, BC], T)
@@ -220,7 +226,9 @@ def norm_backward(
         d = g - z * (tl.sum(g * z, 1) / C)[:, None]
         if mean is not None:
             d = d - (tl.sum(g, 1) / C)[:, None]
-        d = d * r + _load(stream_grad + here, inside, T)
+        d = d * r
+        if stream_grad is not None:
+            d += _load(stream_grad + here, inside, T)
         if skip_grad is not None:
             _store(skip_grad + here, d, inside)
         unscaled = alpha * _small(mask, MASK, outer, middle, column, rows, columns, T)
@@ -246,7 +254,7 @@ def bn_forward(
     SPLIT: tl.constexpr, T: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """out = act(skip + alpha * ((branch - mean) / sqrt(var + EPS) * weight + bias)), these four along CHANNEL"""
-    pid, blocks = tl.program_id(0), tl.cdiv(C, BC)
+    pid, blocks = tl.program_id(0), _blocks(C, BC)
     row, outer, middle, rows = _rows(pid // blocks, M, R, SPLIT, BR)
     column, columns = _columns(pid % blocks, C, BC)
     inside = rows[:, None] & columns[None, :]

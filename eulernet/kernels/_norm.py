@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eulernet.kernels import _device
+from eulernet.kernels import _device, plain
 from eulernet.kernels._layout import INNER, PROGRAMS, SINGLE, Layout, cdiv, launch, layout, power_of_two, room, varying
 from eulernet.kernels._step import FLOATS, computed_in, differentiable_once, in_double, ordered
 
@@ -30,7 +30,9 @@ def step_norm(
     columns = skip.shape[-1] if skip.dim() else 0
     affine = [t for t in (weight, bias) if t is not None]
     given = [skip, branch, *affine, *(t for t in (scale, mask) if t is not None)]
-    if any(t.dtype not in FLOATS or t.device != skip.device for t in given) or skip.shape != branch.shape:
+    if any(t.dtype not in FLOATS or t.device != skip.device or not plain(t) for t in given):
+        return None
+    if skip.shape != branch.shape:
         return None
     if not 0 < columns <= MOST or skip.numel() == 0 or any(t.shape != (columns,) for t in affine):
         return None
@@ -52,7 +54,7 @@ def step_norm(
         scale, h = in_double(h, scale, skip), 1.0
         way = way._replace(axes=(way.axes[0], way.axes[1] if along >= 0 else SINGLE, way.axes[2]))
     both: tuple[Tensor, Tensor] = _StepNorm.apply(
-        skip, branch, h, scale, mask, weight, bias, eps, kind == "layer_norm", way, dtype, normed_dtype
+        skip, branch, float(h), scale, mask, weight, bias, eps, kind == "layer_norm", way, dtype, normed_dtype
     )
     return both
 
@@ -78,6 +80,7 @@ class _StepNorm(torch.autograd.Function):
         dtype: torch.dtype,
         normed_dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)  # where only the norm takes the state, no zeros are made and read
         stream = room(way, skip, dtype)
         normed = torch.empty_like(stream, dtype=normed_dtype)
         rstd = skip.new_empty(way.rows, dtype=torch.promote_types(dtype, torch.float32))
@@ -102,13 +105,14 @@ class _StepNorm(torch.autograd.Function):
         return stream, normed
 
     @staticmethod
-    def backward(ctx: Any, stream_grad: Tensor, normed_grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, stream_grad: Tensor | None, normed_grad: Tensor | None) -> tuple[Tensor | None, ...]:
         differentiable_once()
         stream, branch, scale, mask, weight, mean, rstd = ctx.saved_tensors
         way, block = ctx.way, ctx.block
         skip_dtype, branch_dtype, dtype = ctx.dtypes
         wants_skip, wants_branch, _, wants_scale, _, wants_weight, wants_bias, *_ = ctx.needs_input_grad
-        stream_grad, normed_grad = (ordered(grad, way.strides) for grad in (stream_grad, normed_grad))
+        stream_grad = None if stream_grad is None else ordered(stream_grad, way.strides)
+        normed_grad = torch.zeros_like(stream) if normed_grad is None else ordered(normed_grad, way.strides)
         unscaled = ctx.h == 1 and scale is None and mask is None
         shared = wants_branch and unscaled and skip_dtype == branch_dtype  # one gradient for both
         skip_grad = torch.empty_like(stream, dtype=skip_dtype) if wants_skip or shared else None

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from eulernet._errors import EulernetError
-from eulernet.kernels import _device
+from eulernet.kernels import _device, plain
 from eulernet.kernels._layout import INNER, MIDDLE, OUTER, PROGRAMS, SINGLE, Layout, cdiv, launch, room, walk
 
 ACTIVATIONS = {None: 0, "relu": 1, "silu": 2, "gelu": 3}
@@ -30,18 +30,20 @@ def step(
     small = [t for t in (scale, mask) if t is not None]
     if any(t.dtype not in FLOATS for t in (skip, branch, *small)):
         return None
-    if any(t.device != skip.device for t in small) or (mask is not None and mask.requires_grad):
+    if not all(plain(t) and t.device == skip.device for t in small) or (mask is not None and mask.requires_grad):
         return None
     way = walk(skip, branch, scale, mask)
     if way is None:
         return None
-    if out is not None and (out.dtype != dtype or out.shape != skip.shape):
+    if out is not None and not (
+        plain(out) and out.dtype == dtype and out.shape == skip.shape and out.device == skip.device
+    ):
         return None
     if dtype == torch.float64 and h != 1:  # a number reaches a kernel in fp32
         scale, h = in_double(h, scale, skip), 1.0
         way = walk(skip, branch, scale, mask)
         assert way is not None
-    code = ACTIVATIONS[activation]
+    h, code = float(h), ACTIVATIONS[activation]
     if out is not None:
         if out.stride() != way.strides:
             return None
@@ -77,7 +79,7 @@ def _forward(
 
 def in_double(h: float, scale: Tensor | None, like: Tensor) -> Tensor:
     """h * scale as a tensor."""
-    return like.new_tensor(h, dtype=torch.float64) if scale is None else scale.double() * h
+    return like.new_full((), h, dtype=torch.float64) if scale is None else scale.double() * h
 
 
 def _constants(way: Layout, dtype: torch.dtype) -> tuple[Any, ...]:
