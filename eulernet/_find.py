@@ -240,7 +240,16 @@ def _origin(addition: Addition) -> Any:
 
 def _spot(event: Event, sandbox: Sandbox, spots: dict[Any, _Spot]) -> _Spot:
     if not event.supported:
+        if event.coupled:
+            raise Unsupported(
+                "it and another step run through each other's branches, as in a reversible network, of which eulernet "
+                "scales but one half"
+            )
         raise Unsupported(f"{event.addition.op} adds and does something else in one operation")
+    if event.addition.function is not None:
+        raise Unsupported(
+            f"it runs in {event.addition.function}, a torch.autograd.Function, whose own backward knows nothing of h"
+        )
     error = None
     try:
         twin, site = locate(event.addition, event.skip_is_left)

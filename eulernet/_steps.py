@@ -61,6 +61,7 @@ class Event:
     within: set[int] = field(default_factory=set)  # the nodes on the way from the state to the branch
     weak: bool = False  # maps away from what its module was given: no step of its own inside another step's branch
     long: bool = False
+    coupled: bool = False  # with the step whose branch it is in, and which is in its branch
     first: Event | None = None  # parallel: the event of the first place
     before: tuple[Event, ...] = ()  # the events before it in its stream
     position: int = 1  # in its stream, from 1
@@ -69,7 +70,7 @@ class Event:
 
     @property
     def supported(self) -> bool:
-        return self.addition.op in ADDITIONS
+        return self.addition.op in ADDITIONS and not self.coupled
 
 
 class _Graph:
@@ -267,9 +268,20 @@ def _parallel(graph: _Graph, skip: int, branch: int, start: int, results: dict[i
 def _keep(graph: _Graph, events: list[Event]) -> list[Event]:
     """Decide which steps are long, and leave out what is no step of the stream."""
     _mark_long([e for e in events if e.supported], strong_only=True)
-    events = [e for e in events if not (e.long and _is_passed_down(graph, e, events)) and e.kind != "decomposition"]
+    of_the_state = []
+    for event in events:
+        holder = _holder(event, events) if event.long else None
+        # What else is handed down, positions, biases and scores, has another shape than the stream's state.
+        event.coupled = (
+            holder is not None
+            and holder.kind != "decomposition"
+            and graph.nodes[event.state].shape == graph.nodes[holder.state].shape
+        )
+        handed_down = event.long and (graph.constant[event.state] or (holder is not None and not event.coupled))
+        if not handed_down and event.kind != "decomposition":
+            of_the_state.append(event)
     kept: list[Event] = []
-    for event in reversed(events):  # what ends later is outside
+    for event in reversed(of_the_state):  # what ends later is outside
         inside = any(event.addition.result in outer.within and not outer.long for outer in kept)
         if not (event.weak and inside):
             kept.append(event)
@@ -289,11 +301,11 @@ def _mark_long(events: list[Event], *, strong_only: bool) -> None:
             results.add(event.addition.result)
 
 
-def _is_passed_down(graph: _Graph, event: Event, events: list[Event]) -> bool:
-    """Whether the "skip" is a position, a bias or a score that one layer hands to the next, not the stream's state."""
-    if graph.constant[event.state]:
-        return True
-    return any(event.state in e.within and e.addition.result in event.within and not e.long for e in events)
+def _holder(event: Event, events: list[Event]) -> Event | None:
+    """The step in whose branch the "skip" of an event is, while the step is in the event's branch."""
+    return next(
+        (e for e in events if event.state in e.within and e.addition.result in event.within and not e.long), None
+    )
 
 
 def _streams(graph: _Graph, events: list[Event]) -> None:

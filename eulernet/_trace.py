@@ -14,6 +14,7 @@ import contextlib
 import copy
 import functools
 import gc
+import inspect
 import logging
 import random
 import sys
@@ -86,6 +87,7 @@ class Addition:
     call: int
     frames: list[Frame]
     in_place: bool
+    function: str | None = None  # the torch.autograd.Function that it is made in
 
 
 @dataclass(slots=True)
@@ -124,6 +126,7 @@ class _Recorder(TorchFunctionMode):
         self.alive: list[Tensor] = []  # keeps those ids from being used again
         self._writes: dict[int, int] = {}  # storage -> the node that last wrote into it
         self._views: dict[Any, int] = {}  # the same view of the same node is one node
+        self.functions = _forwards()
         self.parameters = {id(t) for module in all_modules(model) for t in _own(module)}
 
     # ---- nodes
@@ -244,6 +247,7 @@ class _Recorder(TorchFunctionMode):
                 call=self.stack[-1] if self.stack else 0,
                 frames=list(_frames(frame)),
                 in_place=in_place,
+                function=next((self.functions[c] for c in _codes(frame) if c in self.functions), None),
             )
         )
 
@@ -537,3 +541,20 @@ def _frames(frame: Any) -> Iterator[Frame]:
             first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
             yield Frame(code, frame.f_lasti, first if isinstance(first, nn.Module) else None)
         frame = frame.f_back
+
+
+def _codes(frame: Any) -> Iterator[CodeType]:
+    while frame is not None:
+        yield frame.f_code
+        frame = frame.f_back
+
+
+def _forwards(cls: type[torch.autograd.Function] = torch.autograd.Function) -> dict[CodeType, str]:
+    """The forwards of all kinds of `torch.autograd.Function` but torch's own, whose backwards run modules again."""
+    found: dict[CodeType, str] = {}
+    for kind in cls.__subclasses__():
+        code = getattr(inspect.unwrap(kind.forward), "__code__", None)
+        if code is not None and not kind.__module__.startswith("torch."):
+            found[code] = kind.__qualname__
+        found.update(_forwards(kind))
+    return found

@@ -15,8 +15,11 @@ QUICK = "bert llama t5 clip".split()
 
 # Stacks of convolutions; hyper-connections (DeepSeek-V4, GLM-5), whose skip is a mixture of streams by a matrix that
 # depends on the input; I-BERT, which adds in its quantiser, two modules below the one whose caller began the branch;
-# ZAYA, whose skip has a learned bias besides its scale.
-WITHOUT_STEPS = "deepseek_v4 glm5_next glm5_next_text ibert mobilenet_v1 pp_lcnet slanet superpoint zaya".split()
+# Reformer, whose layers run in an autograd function with a backward of its own; ZAYA, whose skip has a learned bias
+# besides its scale.
+WITHOUT_STEPS = """
+    deepseek_v4 glm5_next glm5_next_text ibert mobilenet_v1 pp_lcnet reformer slanet superpoint zaya
+""".split()
 
 # What the original itself cannot do: run in float64, since it computes some of it in float32 whatever it is given; run
 # under autocast on a CPU; train on these inputs.
@@ -26,7 +29,7 @@ CANNOT = {
     inkling2_loop_text inkling2_text mimi mra slanext xglm
     """.split(),
     "autocast": "deberta".split(),
-    "train": "fastspeech2_conformer fastspeech2_conformer_with_hifigan reformer wavtokenizer_encoder".split(),
+    "train": "fastspeech2_conformer fastspeech2_conformer_with_hifigan wavtokenizer_encoder".split(),
 }
 
 # Types that end a branch in float32: sum their experts in it, or norm the branch.

@@ -290,6 +290,40 @@ def test_what_cannot_be_rewritten_is_named_and_left_alone(cls: type[Trap]) -> No
     assert type(model) is cls and not eulernet.is_patched(model)
 
 
+class Coupled(nn.Module):
+    """A reversible block: two streams, each changed by what is computed from the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.g = traps.linear(), traps.linear()
+
+    def forward(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        a = a + self.f(b)
+        b = b + self.g(a)
+        return a, b
+
+
+class Reversible(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Coupled() for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        a, b = x.chunk(2, dim=-1)
+        for block in self.blocks:
+            a, b = block(a, b)
+        return torch.cat((a, b), dim=-1)
+
+
+def test_of_coupled_streams_the_half_that_is_not_scaled_is_named() -> None:
+    model, x = Reversible(), torch.randn(2, 5, 2 * traps.DIM)
+    found = eulernet.find_steps(model, example_inputs=x)
+    assert [step.name for step in found] == ["blocks.0", "blocks.1", "blocks.2"] and not found.long
+    assert [line.split()[0] for line in found.unsupported] == ["blocks.1", "blocks.2"]
+    with pytest.warns(UserWarning, match="not scaled.*blocks.1.*reversible network"):
+        eulernet.patch(model, 0.3, example_inputs=x)
+
+
 def test_a_graph_of_fx_is_named_and_left_alone() -> None:
     """Its forward is written anew by `deepcopy`, `recompile` and, in torchvision's feature extractors, `train`."""
     model, x = torch.fx.symbolic_trace(traps.Block()), torch.randn(2, 5, traps.DIM)
