@@ -37,7 +37,7 @@ from eulernet._rewrite import (
     rebuild,
     rewrite,
 )
-from eulernet._select import HLike, Selector, select, values
+from eulernet._select import HLike, Selector, names_given, select, values
 from eulernet._trace import undisturbed
 
 # What makes a patched class: for each place its targets, its step's number in the module, and its form.
@@ -45,6 +45,7 @@ Plan = tuple[tuple[Targets, int, bool, bool], ...]
 # The entries of a patched module's __dict__.
 _FACTORS, _STEPS = "_euler", "_euler_steps"
 Model = TypeVar("Model", bound=nn.Module)
+_Held = tuple[Any, Step, _factor.StepFactor | _factor.LearnedFactor]  # a step with its module and its factor
 
 
 class Patched:
@@ -567,19 +568,29 @@ def set_h(model: Model, h: HLike) -> Model:
         >>> [step.h for step in eulernet.steps(eulernet.set_h(layer, {"<root>:0": 0.5, "*": 0.25}))]
         [0.5, 0.25]
     """
-    for doubt in _doubts.rounded_away(model, assign(model, h)):
+    held, hs = _planned(model, h)
+    for doubt in _doubts.rounded_away(model, [(module, value) for (module, _, _), value in zip(held, hs, strict=True)]):
         warnings.warn(doubt, EulernetWarning, stacklevel=2)
+    for (_, _, factor), value in zip(held, hs, strict=True):
+        factor.set(value)
     return model
 
 
-def assign(model: nn.Module, h: HLike) -> list[tuple[nn.Module, float]]:
-    """Give the steps new step factors, after all checks: each step's module and its h."""
-    held = bound(model, "set_h")
-    hs = values(h, [step for _, step, _ in held])
-    check_shared([(step, factor, value) for (_, step, factor), value in zip(held, hs, strict=True)])
+def assign(model: nn.Module, h: HLike) -> None:
+    """`set_h` without its warnings."""
+    held, hs = _planned(model, h)
     for (_, _, factor), value in zip(held, hs, strict=True):
         factor.set(value)
-    return [(module, value) for (module, _, _), value in zip(held, hs, strict=True)]
+
+
+def _planned(model: nn.Module, h: HLike) -> tuple[list[_Held], list[float]]:
+    """The steps of a patched model and their new step factors, after all checks."""
+    held = bound(model, "set_h")
+    steps = [step for _, step, _ in held]
+    names_given(h, steps)
+    hs = values(h, steps)
+    check_shared([(step, factor, value) for (_, step, factor), value in zip(held, hs, strict=True)])
+    return held, hs
 
 
 def unpatch(model: Model) -> Model:
@@ -595,6 +606,7 @@ def unpatch(model: Model) -> Model:
         >>> type(eulernet.unpatch(layer)) is torch.nn.TransformerEncoderLayer
         True
     """
+    _check_module(model, "unpatch")
     for module in model.modules():
         if _sharding(module):
             raise EulernetError(
@@ -616,13 +628,18 @@ def is_patched(model: nn.Module) -> bool:
         >>> eulernet.is_patched(torch.nn.Linear(2, 2))
         False
     """
+    _check_module(model, "is_patched")
     return any(isinstance(module, Patched) for module in model.modules())
 
 
-def bound(model: nn.Module, caller: str) -> list[tuple[Any, Step, _factor.StepFactor | _factor.LearnedFactor]]:
-    """The steps of a patched model, each with its module and its factor, in the order of execution."""
+def _check_module(model: object, caller: str) -> None:
     if not isinstance(model, nn.Module):
         raise EulernetError(f"eulernet.{caller} takes a torch.nn.Module, not {type(model).__name__}")
+
+
+def bound(model: nn.Module, caller: str) -> list[_Held]:
+    """The steps of a patched model, each with its module and its factor, in the order of execution."""
+    _check_module(model, caller)
     held = [(module, step, module._euler[slot].at(module)) for module, slot, step in slots(model)]
     if not held:
         raise EulernetError(
@@ -645,8 +662,7 @@ def _sharding(module: nn.Module) -> bool:
 
 
 def check_model(model: nn.Module, caller: str) -> None:
-    if not isinstance(model, nn.Module):
-        raise EulernetError(f"eulernet.{caller} takes a torch.nn.Module, not {type(model).__name__}")
+    _check_module(model, caller)
     name = type(model).__name__
     if unwrapped(model) is not model:
         inner, again = ("_orig_mod", "torch.compile") if name == "OptimizedModule" else ("module", name)

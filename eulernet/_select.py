@@ -41,14 +41,7 @@ def select(
 
     Without either, `Steps` as `h` restore the selection that they were made with.
     """
-    named = {s.name for s in h if s.h is not None} if isinstance(h, Steps) else None
-    if named and include is None and exclude is None:
-        unknown = sorted(named - {s.name for s in steps})
-        if unknown:
-            raise EulernetError(
-                f"h=Steps has values for {_list(unknown)}, which are no steps of this model. The steps are: "
-                f"{_names(steps)}"
-            )
+    if include is None and exclude is None and (named := names_given(h, steps)):
         return [s for s in steps if s.name in named]
     chosen = [s for s in steps if s.kind != "long"] if include is None else _which(steps, modules, include, "include")
     dropped = {s.index for s in _which(steps, modules, exclude, "exclude")} if exclude is not None else set()
@@ -58,6 +51,17 @@ def select(
             f"include={include!r} and exclude={exclude!r} leave no step of {len(steps)}. The steps are: {_names(steps)}"
         )
     return kept
+
+
+def names_given(h: Any, steps: Sequence[Step]) -> set[str]:
+    """The steps that `Steps` as `h` have values for, all of them steps of the model; none for other `h`."""
+    named = {s.name for s in h if s.h is not None} if isinstance(h, Steps) else set()
+    unknown = sorted(named - {s.name for s in steps})
+    if unknown:
+        raise EulernetError(
+            f"h=Steps has values for {_list(unknown)}, which are no steps of this model. The steps are: {_names(steps)}"
+        )
+    return named
 
 
 def _which(steps: Sequence[Step], modules: Sequence[nn.Module], selector: Selector, argument: str) -> list[Step]:

@@ -188,6 +188,8 @@ def _hugging_face(name: str) -> Callable[[], nn.Module]:
             config = transformers.AutoConfig.from_pretrained(name, local_files_only=True)
         except (OSError, ValueError) as error:
             raise EulernetError(f"the folder {name} holds no configuration of transformers: {error}") from error
+    elif os.sep in name:
+        raise EulernetError(f"there is no folder {name}; nothing is downloaded from the hub")
     else:
         types = list(transformers.CONFIG_MAPPING)
         hint = "AutoConfig's list; a local folder is written hf:./folder, and nothing is downloaded from the hub"

@@ -267,6 +267,7 @@ def test_the_number_of_a_step(name: str, parts: tuple[str, str, str]) -> None:
         ("timm:resnet5", ["no timm model 'resnet5'", "did you mean", "resnet50", "timm.list_models()"]),
         ("torchvision:swin", ["no torchvision model 'swin'", "did you mean", "swin_t"]),
         ("hf:brt", ["no Hugging Face model type 'brt'", "did you mean", "bert", "hf:./folder"]),
+        ("hf:./missing", ["there is no folder ./missing"]),
         ("hf:.", ["the folder . holds no configuration"]),
         ("no_such_package.models:build", ["no module 'no_such_package'", "timm:NAME"]),
     ],

@@ -576,3 +576,27 @@ def test_patching_again_with_an_error_keeps_the_patch() -> None:
     refused(model, lambda: eulernet.patch(model, 0.1, example_inputs=torch.zeros(2, 5)), "example_inputs")
     assert [step.h for step in eulernet.steps(model)] == [0.5] * 3
     assert torch.equal(model(X), output)
+
+
+@pytest.mark.parametrize("name", ["patch", "find_steps", "steps", "set_h", "unpatch", "is_patched"])
+def test_what_is_no_module_is_refused(name: str) -> None:
+    arguments = (3, 0.1) if name in ("patch", "set_h") else (3,)
+    with pytest.raises(EulernetError, match=rf"eulernet\.{name} takes a torch\.nn\.Module, not int"):
+        getattr(eulernet, name)(*arguments)
+
+
+def test_steps_of_another_model_are_no_new_h() -> None:
+    model = eulernet.patch(Net(), 0.5, example_inputs=X, include="layer.0")
+    whole = eulernet.steps(eulernet.patch(Net(), 0.1, example_inputs=X))
+    with pytest.raises(EulernetError, match=r"h=Steps has values for layer\.1, layer\.10, which are no steps of this"):
+        eulernet.set_h(model, whole)
+    assert [step.h for step in eulernet.steps(model)] == [0.5]
+
+
+def test_set_h_warns_before_it_changes_anything() -> None:
+    model = eulernet.patch(Net().bfloat16(), 0.5, example_inputs=X.bfloat16())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(EulernetWarning, match="rounding"):
+            eulernet.set_h(model, 1e-4)
+    assert [step.h for step in eulernet.steps(model)] == [0.5, 0.5, 0.5]
