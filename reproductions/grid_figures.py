@@ -173,7 +173,9 @@ def _select(results: Results, preset: str) -> Figure | None:
     networks = [
         (model, n)
         for model, n in select.NETWORKS[preset]
-        if results.has(select.short(preset, model, n, h) for h in select.grid_of(preset, model))
+        if results.has(
+            one(preset, model, n, h) for h in select.grid_of(preset, model) for one in (select.cell, select.short)
+        )
     ]
     if not networks:
         return None
