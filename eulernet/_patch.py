@@ -45,7 +45,7 @@ Plan = tuple[tuple[Targets, int, bool, bool], ...]
 # The entries of a patched module's __dict__.
 _FACTORS, _STEPS = "_euler", "_euler_steps"
 Model = TypeVar("Model", bound=nn.Module)
-_Held = tuple[Any, Step, _factor.StepFactor | _factor.LearnedFactor]  # a step with its module and its factor
+_Factor = _factor.StepFactor | _factor.LearnedFactor
 
 
 class Patched:
@@ -475,7 +475,7 @@ def patch(
             seen = "".join(f"\n  seen and not supported: {line}" for line in result.steps.unsupported)
             raise EulernetError(
                 f"no residual step was found in {type(model).__name__}: no addition of a tensor and a function "
-                f"of it.{seen} "
+                f"of it{' that can be scaled' if seen else ''}.{seen}\n"
                 "eulernet.find_steps(model, example_inputs=...) shows what was seen; "
                 "eulernet.functional.euler_step(skip, branch, h) writes a step by hand."
             )
@@ -568,29 +568,28 @@ def set_h(model: Model, h: HLike) -> Model:
         >>> [step.h for step in eulernet.steps(eulernet.set_h(layer, {"<root>:0": 0.5, "*": 0.25}))]
         [0.5, 0.25]
     """
-    held, hs = _planned(model, h)
-    for doubt in _doubts.rounded_away(model, [(module, value) for (module, _, _), value in zip(held, hs, strict=True)]):
+    planned = _planned(model, h)
+    for doubt in _doubts.rounded_away(model, [(module, value) for module, _, value in planned]):
         warnings.warn(doubt, EulernetWarning, stacklevel=2)
-    for (_, _, factor), value in zip(held, hs, strict=True):
+    for _, factor, value in planned:
         factor.set(value)
     return model
 
 
 def assign(model: nn.Module, h: HLike) -> None:
     """`set_h` without its warnings."""
-    held, hs = _planned(model, h)
-    for (_, _, factor), value in zip(held, hs, strict=True):
+    for _, factor, value in _planned(model, h):
         factor.set(value)
 
 
-def _planned(model: nn.Module, h: HLike) -> tuple[list[_Held], list[float]]:
-    """The steps of a patched model and their new step factors, after all checks."""
+def _planned(model: nn.Module, h: HLike) -> list[tuple[nn.Module, _Factor, float]]:
+    """For each step of a patched model its module, its factor and the new value, after all checks."""
     held = bound(model, "set_h")
     steps = [step for _, step, _ in held]
     names_given(h, steps)
     hs = values(h, steps)
     check_shared([(step, factor, value) for (_, step, factor), value in zip(held, hs, strict=True)])
-    return held, hs
+    return [(module, factor, value) for (module, _, factor), value in zip(held, hs, strict=True)]
 
 
 def unpatch(model: Model) -> Model:
@@ -606,7 +605,7 @@ def unpatch(model: Model) -> Model:
         >>> type(eulernet.unpatch(layer)) is torch.nn.TransformerEncoderLayer
         True
     """
-    _check_module(model, "unpatch")
+    check_module(model, "unpatch")
     for module in model.modules():
         if _sharding(module):
             raise EulernetError(
@@ -628,18 +627,18 @@ def is_patched(model: nn.Module) -> bool:
         >>> eulernet.is_patched(torch.nn.Linear(2, 2))
         False
     """
-    _check_module(model, "is_patched")
+    check_module(model, "is_patched")
     return any(isinstance(module, Patched) for module in model.modules())
 
 
-def _check_module(model: object, caller: str) -> None:
+def check_module(model: object, caller: str) -> None:
     if not isinstance(model, nn.Module):
         raise EulernetError(f"eulernet.{caller} takes a torch.nn.Module, not {type(model).__name__}")
 
 
-def bound(model: nn.Module, caller: str) -> list[_Held]:
+def bound(model: nn.Module, caller: str) -> list[tuple[Any, Step, _Factor]]:
     """The steps of a patched model, each with its module and its factor, in the order of execution."""
-    _check_module(model, caller)
+    check_module(model, caller)
     held = [(module, step, module._euler[slot].at(module)) for module, slot, step in slots(model)]
     if not held:
         raise EulernetError(
@@ -662,7 +661,7 @@ def _sharding(module: nn.Module) -> bool:
 
 
 def check_model(model: nn.Module, caller: str) -> None:
-    _check_module(model, caller)
+    check_module(model, caller)
     name = type(model).__name__
     if unwrapped(model) is not model:
         inner, again = ("_orig_mod", "torch.compile") if name == "OptimizedModule" else ("module", name)

@@ -75,8 +75,7 @@ class watch:
         path: str | PathLike[str] | None = None,
         writer: Any = None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise EulernetError(f"eulernet.watch takes a torch.nn.Module, not {type(model).__name__}")
+        _patch.check_module(model, "watch")
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise EulernetError(f"every={every!r} must be a positive integer: record each every-th iteration")
         if writer is not None and not callable(getattr(writer, "add_scalar", None)):

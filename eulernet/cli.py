@@ -189,7 +189,10 @@ def _hugging_face(name: str) -> Callable[[], nn.Module]:
         except (OSError, ValueError) as error:
             raise EulernetError(f"the folder {name} holds no configuration of transformers: {error}") from error
     elif os.sep in name:
-        raise EulernetError(f"there is no folder {name}; nothing is downloaded from the hub")
+        raise EulernetError(
+            f"there is no folder {name}, and nothing is downloaded from the hub. Write hf:FOLDER with a folder that "
+            "holds a config.json, or hf:TYPE, for example hf:bert"
+        )
     else:
         types = list(transformers.CONFIG_MAPPING)
         hint = "AutoConfig's list; a local folder is written hf:./folder, and nothing is downloaded from the hub"

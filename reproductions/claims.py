@@ -16,6 +16,7 @@ from reproductions.records import Record, mean_interval
 from reproductions.trial import Trial
 
 SEEDS = range(10)
+POINT = 0.01  # the margin of what is to be less than a point of accuracy
 SUPPORTED, REFUTED, UNDECIDED, NOT_RUN = "supported", "refuted", "undecided", "not run"
 
 # What stands beside the test accuracy after the last epoch.

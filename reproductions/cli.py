@@ -39,6 +39,7 @@ console = Console()
 errors = Console(stderr=True)
 RESULTS = Path(__file__).parent / "results"
 
+DATA = Path("data")
 Out = Annotated[Path | None, typer.Option("--out", help="Folder for records and figures; default: runs/STUDY.")]
 
 
@@ -82,7 +83,7 @@ def two_moon(
 def cifar10(
     data_root: Annotated[
         Path, typer.Option(help="The folder that holds cifar-10-batches-bin or cifar-10-batches-py.")
-    ] = Path("data"),
+    ] = DATA,
     model: Annotated[str, typer.Option(help="A model of timm.")] = "resnet18",
     h: Annotated[float, typer.Option("--h", help="The step factor.")] = 0.1,
     steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 100,
@@ -142,7 +143,7 @@ TRIALS = Path("runs/trials")
 
 @app.command()
 def dynamics(
-    data_root: DataRoot = Path("data"),
+    data_root: DataRoot = DATA,
     preset: Preset = "smoke",
     device: Device = "",
     seeds: Seeds = 0,
@@ -167,7 +168,7 @@ def dynamics(
 
 @app.command()
 def bounds(
-    data_root: DataRoot = Path("data"),
+    data_root: DataRoot = DATA,
     preset: Preset = "smoke",
     device: Device = "",
     seeds: Seeds = 0,
@@ -186,7 +187,7 @@ def bounds(
 
 def _grid_command(name: str, about: str) -> None:
     def command(
-        data_root: DataRoot = Path("data"),
+        data_root: DataRoot = DATA,
         preset: Preset = "smoke",
         device: Device = "",
         seeds: Seeds = 0,
@@ -262,7 +263,7 @@ def _grid(
 
 @app.command()
 def throughput(
-    data_root: DataRoot = Path("data"),
+    data_root: DataRoot = DATA,
     device: Device = "",
     data: Annotated[str, typer.Option(help="cifar10 or ag-news.")] = "cifar10",
     depth: Annotated[int, typer.Option(help="Of the network; 0: 20 for images, 9 for texts.")] = 0,

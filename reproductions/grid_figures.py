@@ -187,6 +187,9 @@ def _select(results: Results, preset: str) -> Figure | None:
         counts = [failures(results, select.short(preset, model, n, h)) for h in grid]
         shares = [failed / total if total else np.nan for failed, total in counts]
         axes.bar(range(len(grid)), shares, color=VERMILLION, alpha=0.25, label="share of failed trainings")
+        uncounted = [x for x, share in enumerate(shares) if np.isnan(share)]
+        if uncounted:
+            axes.scatter(uncounted, [0.03] * len(uncounted), color=GREY, marker="$?$", label="failures not counted")
         for rule in select.CHOICES[model]:
             landed = results.column(select.cell(preset, model, n, rule), "h")
             if landed:

@@ -54,9 +54,10 @@ def run(
                 group = pending.pop(done)
                 try:
                     records = ray.get(done)
-                except ray.exceptions.WorkerCrashedError as error:
+                except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
                     raise DataError(
-                        f"{grid.name(group)}: its worker died {RETRIES + 1} times, as one without memory does"
+                        f"{grid.name(group)}: its worker died {RETRIES + 1} times, as one that lacks memory does. "
+                        "What is done is kept: give the command again, on machines with more memory, to go on"
                     ) from error
                 for record in records:
                     grid.settle(place, record)

@@ -10,7 +10,7 @@ from itertools import product
 
 import numpy as np
 
-from reproductions.claims import Results, Row, compare
+from reproductions.claims import POINT, Results, Row, compare
 from reproductions.scales import EULER, IMAGES, PLAIN, Part
 from reproductions.trial import Trial
 
@@ -31,7 +31,6 @@ REMEDIES: dict[str, Part] = {
     "weight decay 5e-4": {"weight_decay": 5e-4},
 }
 NO_NORM: Part = {"norm": False}
-HARM = 0.01  # of the accuracy: what adding a remedy may cost
 
 
 def cell(preset: str, arm: Part, *changes: Part) -> Trial:
@@ -82,7 +81,7 @@ def claims(results: Results, preset: str) -> list[Row]:
             continue
         pair = [(cell(preset, EULER), cell(preset, EULER, change))]
         claim = f"h = 0.1 goes with {name}: adding it costs less than a point"
-        rows.append(compare(results, claim, pair, "test_accuracy", margin=HARM))
+        rows.append(compare(results, claim, pair, "test_accuracy", margin=POINT))
         pair = [(cell(preset, PLAIN, change), cell(preset, EULER))]
         rows.append(compare(results, f"h = 0.1 alone tests better than h = 1 with {name}", pair, "test_accuracy"))
     return rows

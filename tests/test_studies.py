@@ -590,7 +590,8 @@ from dataclasses import replace
 torch.set_num_threads(1)
 from reproductions import data, grid, on_ray
 from reproductions.trial import Trial
-root, folder = Path(sys.argv[2]), Path(sys.argv[1])
+root, folder, always = Path(sys.argv[2]), Path(sys.argv[1]), len(sys.argv) > 3
+on_ray.RETRIES = 1
 base = Trial(depth=8, size=8, batch_size=32, train=72, test=24, epochs=6, milestones=(0.5,), learning_rate=0.05)
 trials = [replace(base, log=True, seed=seed, h=0.1) for seed in range(3)]
 whole = grid.train
@@ -599,7 +600,7 @@ def train(place, group, keep):
     data.IMAGES_PER_FILE = 40
     mark = folder / f"killed-{group[0].key}"
     def show(label, share, work):
-        if share > 0.5 and group[0].seed == 1 and not mark.exists():
+        if share > 0.5 and group[0].seed == 1 and (always or not mark.exists()):
             mark.touch()
             os.kill(os.getpid(), signal.SIGKILL)
     return whole(place, group, keep, show)
@@ -609,22 +610,32 @@ on_ray.run("local", grid.Place(folder, root, torch.device("cpu")), trials)
 """
 
 
-def test_on_ray_a_killed_worker_changes_nothing(root: Path, tmp_path: Path) -> None:
+def run_on_ray(folder: Path, root: Path, *options: str) -> subprocess.CompletedProcess[str]:
     pytest.importorskip("ray")
-    environment = {**os.environ, "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
-    folder = tmp_path / "ray"
     folder.mkdir()
-    subprocess.run(
-        [sys.executable, "-c", RAY, str(folder), str(root)],
-        check=True,
+    return subprocess.run(
+        [sys.executable, "-c", RAY, str(folder), str(root), *options],
         timeout=300,
         cwd=Path(__file__).parents[1],
-        env=environment,
-        stdout=subprocess.DEVNULL,
+        env={**os.environ, "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"},
+        capture_output=True,
+        text=True,
     )
+
+
+def test_on_ray_a_killed_worker_changes_nothing(root: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "ray"
+    assert run_on_ray(folder, root).returncode == 0
     assert list(folder.glob("killed-*")) == [folder / f"killed-{LONG[1].key}"]
     spread = grid.recorded(grid.Place(folder, root, CPU), LONG)
     assert comparable(spread) == comparable(grid.run(grid.Place(tmp_path / "here", root, CPU), LONG))
+
+
+def test_on_ray_a_worker_that_always_dies_is_named(root: Path, tmp_path: Path) -> None:
+    ended = run_on_ray(tmp_path / "ray", root, "always")
+    assert ended.returncode == 1
+    assert f"DataError: {grid.name([LONG[1]])}: its worker died 2 times" in ended.stderr
+    assert "give the command again, on machines with more memory" in ended.stderr
 
 
 # ---- bounds
