@@ -13,10 +13,11 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from eulernet._errors import EulernetError
+from eulernet._graph import Event
 from eulernet._inputs import as_call, guess_inputs
 from eulernet._report import ROOT, Place, Step, Steps
 from eulernet._rewrite import Site, Unsupported, locate, nowhere
-from eulernet._steps import Event, classify
+from eulernet._steps import classify
 from eulernet._trace import Addition, Record, Sandbox, all_modules, no_fakes_left, undisturbed
 
 

@@ -22,8 +22,8 @@ from torch import nn
 
 from eulernet._errors import EulernetError
 from eulernet._find import Run, Search
+from eulernet._graph import CASTS, VIEWS, Event
 from eulernet._report import ROOT, Step
-from eulernet._steps import CASTS, VIEWS, Event
 from eulernet._trace import Node, Record, Ref
 
 

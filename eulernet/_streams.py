@@ -1,0 +1,213 @@
+"""Sums inside sums: which of them carry a stream, which belong to a branch, and which are long.
+
+A *chain* is sums that follow one another from skip to result through at most one map. A *stream* is a chain of two or
+more: the places of one parallel step count once, and two projections alone are none.
+
+1. A sum whose branch comes from its skip only through the branches of other sums is no step: a position, a score, an
+   input that is injected again. The other half of a reversible network, whose skip is a sum itself, is named.
+2. A sum with sums inside its branch is long (a) where, with their branches cut, nothing is left of its own (no map,
+   norm or pooling), or what is left passes another resolution; (b) around a stream that begins at its own skip, through
+   no map; (c) around a stream, or around several sums that are no projections, where it is in no stream itself.
+3. Inside the branch of a step that is not long a sum counts only where that branch holds a stream; otherwise it belongs
+   to the branch.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
+
+from eulernet._graph import NORMS, POOLS, UPSAMPLES, Event, Graph
+
+_Sums = Mapping[int, Event]  # by the node of the result
+
+
+def steps_of(graph: Graph, events: list[Event]) -> list[Event]:
+    """The sums that are steps, long and unsupported ones included, in the order in which they ran."""
+    sums = _with_first(_of_the_skip(graph, events))
+    ends = {e.addition.result: e for e in sums if e.supported and e.kind != "decomposition"}
+    links = _links(graph, ends)
+    kept: list[Event] = []
+    for event in reversed(sums):  # what ends later is outside
+        if event.kind == "decomposition":
+            continue
+        around = [o for o in kept if o.supported and not o.long and event.addition.result in o.within]
+        if event.coupled or all(_holds_stream(outer, links) for outer in around):
+            event.long = event.supported and _is_long(graph, event, ends, links)
+            kept.append(event)
+        else:
+            event.reason = "it belongs to the branch of the step around it"
+    return _with_first(kept[::-1])
+
+
+def _with_first(events: list[Event]) -> list[Event]:
+    """Without the further branches of what is no step."""
+    still = {id(e) for e in events}
+    return [e for e in events if e.first is None or id(e.first) in still]
+
+
+# ---- rule 1
+
+
+def _of_the_skip(graph: Graph, events: list[Event]) -> list[Event]:
+    """Without what comes from its skip only through the branches of other sums; the other half of a pair is marked."""
+    sums: list[Event] = []
+    for event in events:
+        inner = [e for e in sums if e.supported and e.addition.result in event.within]
+        if inner and graph.constant[event.state]:
+            event.reason = "what is added to was not computed from the model's input"
+        elif inner and _own(graph, event, inner) is None:
+            event.coupled = _is_other_half(graph, event, inner)
+            event.reason = "its branch comes from its skip only through the branches of other steps"
+            if event.coupled:
+                sums.append(event)
+        else:
+            sums.append(event)
+    return sums
+
+
+def _is_other_half(graph: Graph, event: Event, inner: list[Event]) -> bool:
+    """Whether two streams are changed in turn: the skip is a sum too, of the shape of the step's whose branch it is."""
+    holder = next((e for e in inner if event.state in e.within), None)
+    alike = holder is not None and graph.nodes[event.state].shape == graph.nodes[holder.state].shape
+    return alike and any(node in graph.sums for node in graph.same(event.skip, 0))
+
+
+class _Own(NamedTuple):
+    """What is left of a branch with the branches of the sums inside it cut."""
+
+    nothing: bool  # no map, norm or pooling
+    resized: bool
+
+
+def _own(graph: Graph, event: Event, inner: Iterable[Event]) -> _Own | None:
+    """What is left of the branch; None where it does not come from the skip any more."""
+    cut = {e.addition.result: e.skip for e in inner}
+
+    def inputs(node: int) -> tuple[int, ...]:
+        return (cut[node],) if node in cut else graph.nodes[node].inputs
+
+    reached = {event.state}
+    for node in sorted(event.within):
+        if not reached.isdisjoint(inputs(node)):
+            reached.add(node)
+    if event.branch not in reached:
+        return None
+    leads = {event.branch}
+    for node in sorted(reached, reverse=True):
+        if node in leads and node != event.state:
+            leads.update(i for i in inputs(node) if i in reached)
+    own = [node for node in leads if node != event.state and node not in cut]
+    ops = [graph.nodes[node].op for node in own]
+    return _Own(
+        nothing=not any(graph.is_map(n) for n in own) and not any(op in NORMS or POOLS.search(op) for op in ops),
+        resized=any(UPSAMPLES.search(op) for op in ops),
+    )
+
+
+# ---- chains and streams
+
+
+def _head(event: Event) -> Event:
+    return event.first or event
+
+
+def _links(graph: Graph, ends: _Sums) -> dict[Event, set[Event]]:
+    """Each sum's neighbours in its chain; those without one are in no stream."""
+    links: dict[Event, set[Event]] = defaultdict(set)
+    for event in {_head(e) for e in ends.values()}:
+        earlier = (ends[n] for n in _back(graph, event.skip, ends) if n in ends and ends[n] is not event)
+        before = next((_head(e) for e in earlier), event)
+        if before is not event and {event.kind, before.kind} != {"projection"}:
+            links[event].add(before)
+            links[before].add(event)
+    return dict(links)
+
+
+def _back(graph: Graph, node: int, ends: _Sums, most: int = 1) -> Iterator[int]:
+    """A node and what it comes from by shape-matching maps only, norms written by hand included."""
+    source: int | None = node
+    while source is not None:
+        chain = list(graph.matched(source, 0, most))
+        yield from (n for n, _ in chain)
+        last, passed = chain[-1]
+        most -= passed
+        by_hand = last not in ends and not graph.is_map(last) and len(graph.state_inputs(last)) > 1
+        source = _one_source(graph, last, ends) if by_hand else None
+
+
+def _one_source(graph: Graph, node: int, ends: _Sums, most: int = 64) -> int | None:
+    """The one node that all inputs of a node come from without a map, as `x` and its mean do in a norm by hand."""
+    frontier = set(graph.state_inputs(node))
+    for _ in range(most):
+        if len(frontier) <= 1:
+            return next(iter(frontier), None)
+        last = max(frontier)  # the nodes are in the order of execution: the latest comes from the others
+        if last in ends or not graph.nodes[last].inputs or graph.is_map(last) or graph.nodes[last].op == "embedding":
+            return None
+        frontier.remove(last)
+        frontier.update(graph.state_inputs(last))
+    return None
+
+
+def _holds_stream(outer: Event, links: Mapping[Event, set[Event]]) -> bool:
+    def inside(event: Event) -> bool:
+        return event.addition.result in outer.within
+
+    return any(inside(event) and any(map(inside, near)) for event, near in links.items())
+
+
+# ---- rule 2
+
+
+def _is_long(graph: Graph, event: Event, ends: _Sums, links: Mapping[Event, set[Event]]) -> bool:
+    inner = [e for e in ends.values() if e.addition.result in event.within]
+    own = _own(graph, event, inner) if inner else None
+    if own is None:
+        return False
+    if own.nothing or own.resized:
+        return True
+    in_streams = [e for e in inner if any(o.addition.result in event.within for o in links.get(_head(e), ()))]
+    in_one_itself = any(o.addition.result not in event.within for o in links.get(_head(event), ()))
+    begins_here = any(event.state in _back(graph, e.state, {}, 0) for e in inner if _head(e) in links)
+    several = len({_head(e) for e in inner if e.kind != "projection"}) > 1
+    return (bool(in_streams) and begins_here) or ((bool(in_streams) or several) and not in_one_itself)
+
+
+# ---- the depth
+
+
+def number_streams(graph: Graph, events: list[Event]) -> None:
+    """Number the streams, the chains from skip to result, and count the calls in each.
+
+    A step and the steps inside its branch are streams of their own.
+    """
+    inside = {id(e): frozenset(id(o) for o in events if e.addition.result in o.within) for e in events}
+    ends = {e.addition.result: e for e in events if e.supported}
+    streams = 0
+    for long in (False, True):
+        before: list[frozenset[Event]] = []  # for each node, the nearest steps of this kind that it comes from
+        for index, node in enumerate(graph.nodes):
+            event = ends.get(index)
+            if event is None:
+                before.append(frozenset().union(*(before[i] for i in node.inputs)))
+            elif event.long != long:
+                before.append(before[event.skip])
+            else:
+                nearest = event.first.before if event.first is not None else before[event.skip]
+                event.before = tuple(e for e in nearest if inside[id(e)] == inside[id(event)])
+                event.position = 1 + max((e.position for e in event.before), default=0)
+                before.append(frozenset((event,)))
+        members = [e for e in events if e.long == long]
+        for event in members:
+            start = max(event.before, key=lambda e: e.position, default=event.first)
+            event.stream = streams if start is None else start.stream
+            streams += start is None
+            event.depth = event.position
+        for event in reversed(members):  # D is the length of the longest chain through the step
+            for other in (*event.before, *([event.first] if event.first is not None else [])):
+                other.depth = max(other.depth, event.depth)
+        for event in members:
+            if event.first is not None:
+                event.depth = event.first.depth
