@@ -15,7 +15,7 @@ more: the places of one parallel step count once, and two projections alone are 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from eulernet._graph import NORMS, POOLS, UPSAMPLES, Event, Graph
@@ -78,32 +78,41 @@ class _Own(NamedTuple):
     """What is left of a branch with the branches of the sums inside it cut."""
 
     nothing: bool  # no map, norm or pooling
-    resized: bool
+    resized: bool  # all of it passes another resolution
 
 
 def _own(graph: Graph, event: Event, inner: Iterable[Event]) -> _Own | None:
     """What is left of the branch; None where it does not come from the skip any more."""
     cut = {e.addition.result: e.skip for e in inner}
+    way = _way(graph, event, cut)
+    if not way:
+        return None
+    own = [node for node in way if node != event.state and node not in cut]
+    ops = [graph.nodes[node].op for node in own]
+    upsampled = {node for node in own if UPSAMPLES.search(graph.nodes[node].op)}
+    return _Own(
+        nothing=not any(graph.is_map(n) for n in own) and not any(op in NORMS or POOLS.search(op) for op in ops),
+        resized=bool(upsampled) and not _way(graph, event, cut, without=upsampled),
+    )
+
+
+def _way(graph: Graph, event: Event, cut: Mapping[int, int], without: Collection[int] = ()) -> set[int]:
+    """The nodes from the state to the branch, where a result that is cut comes from its skip only; none: no way."""
 
     def inputs(node: int) -> tuple[int, ...]:
         return (cut[node],) if node in cut else graph.nodes[node].inputs
 
     reached = {event.state}
-    for node in sorted(event.within):
+    for node in sorted(event.within.difference(without)):
         if not reached.isdisjoint(inputs(node)):
             reached.add(node)
     if event.branch not in reached:
-        return None
+        return set()
     leads = {event.branch}
     for node in sorted(reached, reverse=True):
         if node in leads and node != event.state:
             leads.update(i for i in inputs(node) if i in reached)
-    own = [node for node in leads if node != event.state and node not in cut]
-    ops = [graph.nodes[node].op for node in own]
-    return _Own(
-        nothing=not any(graph.is_map(n) for n in own) and not any(op in NORMS or POOLS.search(op) for op in ops),
-        resized=any(UPSAMPLES.search(op) for op in ops),
-    )
+    return leads
 
 
 # ---- chains and streams
