@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reproductions.data import DataError
+from reproductions.errors import DataError
 
 CLASSES = 4
 TEST_ROWS = 7600

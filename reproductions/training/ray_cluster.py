@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby
 
-from reproductions import grid
-from reproductions.data import DataError
-from reproductions.grid import Place, Show
+from reproductions.errors import DataError
 from reproductions.records import Record
+from reproductions.training import grid
+from reproductions.training.grid import Place, Show
 from reproductions.trial import Trial
 
 RETRIES = 5  # of a group whose worker died

@@ -1,34 +1,19 @@
-"""Fig. 4: a residual network without normalisation on noisy two-moon points, with h = 1 and with h = 0.1.
-
-What the paper does not say (width, depth, noise, optimiser) is chosen in `Protocol`, and the learning rate is swept.
-All trainings with one h run at once, stacked by `torch.func.vmap`: the networks are that small.
-"""
+"""Small networks on noisy two-moon points: those with one h are trained at once, stacked by `torch.func.vmap`."""
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from itertools import groupby, product
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from rich.table import Table
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import eulernet
-from reproductions.data import two_moons
+from reproductions.data.two_moons import two_moons
 from reproductions.models import ResidualMLP
-from reproductions.records import Record, environment, mean_interval
-
-NETWORKS = "networks.pt"
-LEARNING_RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
-PICTURED_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -48,12 +33,6 @@ class Protocol:
     epochs: int = 80
     batch_size: int = 64
     momentum: float = 0.9
-
-
-PRESETS = {
-    "smoke": Protocol(steps=10, hidden=8, train_points=64, test_points=100, epochs=8, batch_size=32),
-    "small": Protocol(),
-}
 
 
 @dataclass(frozen=True)
@@ -81,10 +60,6 @@ class Arm:
         return f"h = {self.h:g}"
 
 
-PLAIN, EULER = Arm(), Arm(h=0.1)
-ARMS = (PLAIN, EULER, Arm(initial=0.1), Arm(rate=0.01))
-
-
 @dataclass(frozen=True)
 class Trial:
     """One training: data, initial values and the order of the points follow from the seed."""
@@ -92,51 +67,6 @@ class Trial:
     arm: Arm
     learning_rate: float
     seed: int
-
-
-def trials(seeds: int) -> list[Trial]:
-    """All trainings of the study."""
-    return [Trial(*choice) for choice in product(ARMS, LEARNING_RATES, range(seeds))]
-
-
-def run(
-    protocol: Protocol, seeds: int, progress: Callable[[str, float], None] = lambda label, share: None
-) -> tuple[list[Record], dict[str, Any]]:
-    """All trainings, and the networks of the picture.
-
-    Args:
-        protocol: what is the same in all trainings.
-        seeds: how many trainings an arm and learning rate get.
-        progress: called with what is being trained and the share of it that is done.
-
-    Returns:
-        The records, one a training, and by the arm's name the pictured networks: for h = 1 and for h = 0.1 that of seed
-        0 at the arm's best learning rate.
-    """
-    records: dict[Trial, Record] = {}
-    pictures: dict[Trial, Tensor] = {}
-    for h, together in groupby(sorted(trials(seeds), key=lambda trial: -trial.arm.h), key=lambda trial: trial.arm.h):
-        group = list(together)
-        started = time.perf_counter()
-        results, parameters = train(group, protocol, lambda share, h=h: progress(f"h = {h:g}", share))  # type: ignore[misc]
-        seconds = (time.perf_counter() - started) / len(group)
-        for index, (trial, result) in enumerate(zip(group, results, strict=True)):
-            config = {**asdict(trial.arm), "learning_rate": trial.learning_rate, "seed": trial.seed, **asdict(protocol)}
-            records[trial] = {
-                "study": "two-moon",
-                "config": config,
-                "result": result,
-                "seconds": seconds,
-                "environment": environment(),
-            }
-            if trial.arm in (PLAIN, EULER) and trial.seed == PICTURED_SEED:
-                pictures[trial] = parameters_to_vector(value[index] for value in parameters.values())
-    ordered = [records[trial] for trial in trials(seeds)]
-    pictured = {}
-    for arm in (PLAIN, EULER):
-        trial = Trial(arm, best_learning_rate(select(ordered, arm)), PICTURED_SEED)
-        pictured[str(arm)] = {"config": records[trial]["config"], "parameters": pictures[trial]}
-    return ordered, pictured
 
 
 # ---- one group of trainings
@@ -271,103 +201,3 @@ def _amplification(
         "noise_amplification": amplification,
         "relative_noise_amplification": amplification * spread(x) / spread(clean),
     }
-
-
-# ---- what came out
-def select(records: Sequence[Record], arm: Arm, learning_rate: float | None = None) -> list[Record]:
-    """The records of an arm, at all learning rates or at one."""
-    return [
-        record
-        for record in records
-        if Arm(*(record["config"][name] for name in ("h", "initial", "rate"))) == arm
-        and learning_rate in (None, record["config"]["learning_rate"])
-    ]
-
-
-def best_learning_rate(records: Sequence[Record]) -> float:
-    """The learning rate with the highest median validation accuracy; the test points have no part in it."""
-    rates: list[float] = sorted({record["config"]["learning_rate"] for record in records})
-    return max(rates, key=lambda rate: float(np.median(values(records, "validation_accuracy", rate))))
-
-
-def values(
-    records: Sequence[Record], name: str, learning_rate: float | None = None, trained: bool = False
-) -> list[float]:
-    """One number of each record, at one learning rate, of the trainings that did not fail if `trained`."""
-    return [
-        math.nan if record["result"][name] is None else record["result"][name]
-        for record in records
-        if learning_rate in (None, record["config"]["learning_rate"]) and not (trained and record["result"]["failed"])
-    ]
-
-
-def statements(records: Sequence[Record]) -> list[str | Table]:
-    """What was measured."""
-    rates = sorted({record["config"]["learning_rate"] for record in records})
-    number = len(select(records, PLAIN, rates[0]))
-    failures = _table(f"Failed trainings of {number}, by learning rate", [f"{rate:g}" for rate in rates])
-    for arm in ARMS:
-        failures.add_row(str(arm), *(str(sum(values(select(records, arm), "failed", rate))) for rate in rates))
-
-    names = ("test_accuracy", "noise_amplification", "relative_noise_amplification")
-    best = {arm: select(records, arm, best_learning_rate(select(records, arm))) for arm in ARMS}
-    summary = _table(
-        "At the learning rate with the best median validation accuracy: median, quartiles",
-        ["learning\nrate", "test\naccuracy", "noise\namplification", "relative noise\namplification"],
-    )
-    for arm, own in best.items():
-        spreads = [_spread(values(own, name, trained="noise" in name)) for name in names]
-        summary.add_row(str(arm), f"{own[0]['config']['learning_rate']:g}", *spreads)
-    differences = [f"  {name.replace('_', ' ')}: {_difference(best[PLAIN], best[EULER], name)}" for name in names]
-    heading = f"\n{EULER} minus {PLAIN}, each at that rate, paired by seed: mean (95 % interval)"
-    return [failures, summary, heading, *differences]
-
-
-def _table(title: str, columns: Sequence[str]) -> Table:
-    table = Table(
-        title=f"\n{title}", title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 1)
-    )
-    table.add_column("", no_wrap=True)
-    for column in columns:
-        table.add_column(column, justify="right")
-    return table
-
-
-def _difference(plain: Sequence[Record], euler: Sequence[Record], name: str) -> str:
-    """Whether the second is higher, over the seeds for which neither training failed."""
-    pairs = [
-        (a["result"][name], b["result"][name])
-        for a, b in zip(plain, euler, strict=True)
-        if not a["result"]["failed"] and not b["result"]["failed"]
-    ]
-    if len(pairs) < 2:
-        return "fewer than two seeds to compare"
-    mean, low, high = mean_interval([b - a for a, b in pairs])
-    found = "higher" if low > 0 else "lower" if high < 0 else "no difference shown"
-    return f"{mean:+.3g} ({low:+.3g} to {high:+.3g}), {found}"
-
-
-def _spread(numbers: Sequence[float]) -> str:
-    """Median and quartiles."""
-    if not numbers:
-        return "not measured"
-    low, middle, high = np.quantile(numbers, [0.25, 0.5, 0.75])
-    return f"{middle:.3g}\n{low:.3g}-{high:.3g}"
-
-
-# ---- the picture's networks
-def save_networks(folder: Path, networks: dict[str, Any]) -> Path:
-    torch.save(networks, folder / NETWORKS)
-    return folder / NETWORKS
-
-
-def load_networks(folder: Path) -> dict[str, tuple[ResidualMLP, dict[str, Any]]]:
-    """The pictured networks by the name of their arm, each with its configuration."""
-    networks = {}
-    for name, saved in torch.load(folder / NETWORKS, weights_only=True).items():
-        config = saved["config"]
-        protocol = Protocol(**{field: config[field] for field in asdict(Protocol())})
-        network = build(Arm(h=config["h"]), protocol)
-        vector_to_parameters(saved["parameters"], network.parameters())
-        networks[name] = network, config
-    return networks

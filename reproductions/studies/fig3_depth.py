@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import product
 
-from reproductions.claims import POINT, Pair, Results, Row, compare, compare_spreads
-from reproductions.scales import AUTO, EULER, IMAGES, PLAIN, RATE, START, TEXTS, Part
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+from reproductions.evidence.claims import POINT, Pair, Results, Row, compare, compare_spreads
+from reproductions.evidence.style import LOOKS, by_preset, finish, points, ticks
+from reproductions.presets import AUTO, EULER, IMAGES, PLAIN, RATE, START, TEXTS, Part
 from reproductions.trial import Trial
 
+TITLE = "Fig. 3: depth"
 RESNETS = {"smoke": (20,), "cpu": (20, 56, 110), "small": (20, 56, 110), "paper": (20, 56, 110, 218)}
 VDCNNS = {"smoke": (9,), "cpu": (9, 17), "small": (9, 29), "paper": (9, 17, 29, 49)}
 DECISIVE = {"smoke": (20,), "cpu": (56,), "small": (110,), "paper": (110, 218)}
@@ -93,3 +99,27 @@ def claims(results: Results, preset: str) -> list[Row]:
     for claim, pair, margin in beyond(preset):
         rows.append(compare(results, f"{claim} (beyond the paper)", [pair], "test_accuracy", margin=margin))
     return rows
+
+
+def figures(results: Results) -> Iterator[tuple[str, Figure]]:
+    return by_preset("depth", results, _figure)
+
+
+def _figure(results: Results, preset: str) -> Figure | None:
+    data = [("resnet", "CIFAR-10", RESNETS[preset]), ("vdcnn", "AG-NEWS", VDCNNS[preset])]
+    quantities = (("test_accuracy", "test accuracy"), ("train_loss", "train loss"))
+    data = [d for d in data if results.has(cell(preset, d[0], n, EULER) for n in d[2])]
+    if not data:
+        return None
+    figure, grid = plt.subplots(len(data), 2, figsize=(9.6, 3.6 * len(data)), squeeze=False)
+    panels = list(grid.flat)
+    for index, axes in enumerate(panels):
+        model, title, depths = data[index // 2]
+        name, words = quantities[index % 2]
+        for number, (label, (arm, look)) in enumerate(LOOKS.items()):
+            cells = {float(x): cell(preset, model, n, arm) for x, n in enumerate(depths)}
+            points(axes, results, cells, name, label, look, shift=0.06 * (number - 2))
+        ticks(axes, depths)
+        axes.set_title(f"{title}: {words}, last epoch", loc="left")
+        axes.set_xlabel("depth")
+    return finish(figure, panels)

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import eulernet
-from reproductions.data import CLASSES, Images
+from reproductions.data.cifar10 import CLASSES, MEAN, STD, Images
 from reproductions.records import Record, environment
 
-MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+TITLE = "A network of timm on CIFAR-10"
 SHOWN = 10  # steps over which the train loss is averaged, at the start and at the end
 
 

@@ -10,12 +10,13 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
+from reproductions.data.batches import load
+from reproductions.presets import IMAGES, TEXTS
 from reproductions.records import Record, environment
-from reproductions.scales import IMAGES, TEXTS
-from reproductions.sources import load
-from reproductions.train import WARM_UP, SideBySide, Training, settings
+from reproductions.training.loop import WARM_UP, SideBySide, Training, settings
 from reproductions.trial import Trial
 
+TITLE = "Samples a second"
 AT_ONCE = (1, 4, 8, 16)
 PRECISIONS = ("fp32", "tf32", "bf16")
 

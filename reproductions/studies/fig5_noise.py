@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import product
 
-from reproductions.claims import Results, Row, compare, compare_spreads
-from reproductions.scales import EULER, IMAGES, PLAIN, TEXTS, Part
+from matplotlib.figure import Figure
+
+from reproductions.evidence.claims import Results, Row, compare, compare_spreads
+from reproductions.evidence.style import BOTH, LOOKS, by_preset, finish, points, row_of_panels, ticks
+from reproductions.presets import EULER, IMAGES, PLAIN, TEXTS, Part
 from reproductions.trial import Trial
 
+TITLE = "Fig. 5: noise"
 # Five levels each, clean first: sides of tiles in pixels, standard deviations as shares of the range, shares.
 LEVELS: dict[str, tuple[float, ...]] = {
     "mosaic": (0, 2, 4, 8, 16),
@@ -61,3 +66,27 @@ def claims(results: Results, preset: str) -> list[Row]:
         claim = f"Trained on clean data, h = 0.1 tests better on inputs with {kind} {level:g} (beyond the paper)"
         rows.append(compare(results, claim, pair, f"{kind} {level:g}"))
     return rows
+
+
+def figures(results: Results) -> Iterator[tuple[str, Figure]]:
+    return by_preset("noise", results, _figure)
+
+
+def _figure(results: Results, preset: str) -> Figure | None:
+    shown = {
+        kind: levels
+        for kind, levels in kinds(preset).items()
+        if results.has(cell(preset, kind, level, EULER) for level in levels[1:])
+    }
+    if not shown:
+        return None
+    figure, panels = row_of_panels(len(shown))
+    for axes, (kind, levels) in zip(panels, shown.items(), strict=True):
+        for number, label in enumerate(BOTH):
+            arm, look = LOOKS[label]
+            cells = {float(x): cell(preset, kind, level, arm) for x, level in enumerate(levels)}
+            points(axes, results, cells, "test_accuracy", label, look, shift=0.06 * (number - 0.5))
+        ticks(axes, levels)
+        axes.set_title(f"trained with {kind}: test accuracy", loc="left")
+        axes.set_xlabel("level")
+    return finish(figure, panels)

@@ -6,10 +6,11 @@ as it was with h^2 times the learning rate in the last maps, which by theory is 
 
 from __future__ import annotations
 
-from reproductions.claims import Results, Row, compare
-from reproductions.scales import EULER, IMAGES, PLAIN, RATE, Part
+from reproductions.evidence.claims import Results, Row, compare
+from reproductions.presets import EULER, IMAGES, PLAIN, RATE, Part
 from reproductions.trial import Trial
 
+TITLE = "Beyond the paper: fine-tuning a patched network"
 DEPTH = {"smoke": 20, "cpu": 20, "small": 56, "paper": 110}
 NOISE: Part = {"noise": "gaussian", "level": 0.1}
 LEARNING_RATES = (0.01, 0.1)

@@ -9,10 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
-from reproductions.records import Record, mean_interval
+from reproductions.evidence.statistics import mean_interval
+from reproductions.records import Record
 from reproductions.trial import Trial
 
 SEEDS = range(10)
@@ -39,10 +41,21 @@ class Row:
 
 
 class Results:
-    """Records of trials, by key."""
+    """Records: those of trials by key, those of other studies by the study's name.
 
-    def __init__(self, records: Iterable[Record]) -> None:
-        self.records = {record["key"]: record for record in records if "key" in record}
+    Attributes:
+        records: the trials' records, by key.
+        folder: where they lie, with what else a study has left there; None for records of several folders.
+    """
+
+    def __init__(self, records: Iterable[Record], folder: Path | None = None) -> None:
+        self.folder = folder
+        self._all = list(records)
+        self.records = {record["key"]: record for record in self._all if "key" in record}
+
+    def of(self, study: str) -> list[Record]:
+        """The records of a study that is no grid of trials."""
+        return [record for record in self._all if record["study"] == study]
 
     def values(self, cell: Trial, name: str) -> dict[int, float]:
         """By seed, one number of the trials that differ from `cell` in the seed alone; what is null is not a number."""

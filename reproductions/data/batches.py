@@ -14,10 +14,9 @@ import torch
 from einops import reduce
 from torch import Tensor, nn
 
-from reproductions import corrupt
-from reproductions.cifar10 import MEAN, STD
-from reproductions.data import load_cifar10
-from reproductions.texts import encode, load_ag_news, near_duplicates
+from reproductions.data import noise as corrupt
+from reproductions.data.ag_news import encode, load_ag_news, near_duplicates
+from reproductions.data.cifar10 import MEAN, STD, load_cifar10
 from reproductions.trial import CLASSES, Trial
 
 Samples = tuple[Tensor, Tensor]  # inputs as uint8, labels as int64

@@ -15,23 +15,29 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import eulernet
-from reproductions.claims import NOT_RUN, REFUTED, SUPPORTED, Row, verdict
+from reproductions.data.batches import load
+from reproductions.evidence.claims import NOT_RUN, REFUTED, SUPPORTED, Results, Row, verdict
+from reproductions.evidence.statistics import mean_interval
+from reproductions.evidence.style import BLUE, GREEN, ORANGE, VERMILLION
 from reproductions.models import CifarResNet, ConvBlock
-from reproductions.records import Record, environment, mean_interval
-from reproductions.scales import IMAGES
-from reproductions.sources import load
-from reproductions.trial import Trial, build
+from reproductions.presets import IMAGES
+from reproductions.records import Record, environment
+from reproductions.training.network import build
+from reproductions.trial import Trial
 
+TITLE = "Eq. 6, Propositions 1 and 2"
 DEPTHS = {"smoke": (20,), "cpu": (20, 56, 110), "small": (20, 56, 110, 218), "paper": (20, 56, 110, 218)}
 H = (1.0, 0.3, 0.1, 0.01)
 BEST = {20: (0.1, 2.0), 110: (0.05, 0.2), 218: (0.05, 0.2)}  # the paper's best h, "near" read as within a factor of 2
@@ -161,24 +167,24 @@ def spectral_norm(
     return float(y.norm())
 
 
-def claims(records: Sequence[Record], preset: str) -> list[Row]:
+def claims(results: Results, preset: str) -> list[Row]:
     """What is said of the bounds: an inequality is refuted by one number that breaks it."""
-    own = [record for record in records if record["config"]["preset"] == preset]
+    own = [record for record in results.of("bounds") if record["config"]["preset"] == preset]
     if not own:
         return [Row("Eq. 6 and Propositions 1 and 2 hold", "", "", NOT_RUN)]
     seeds = {record["config"]["seed"] for record in own}
     depths = sorted({record["config"]["depth"] for record in own})
     run = f"ResNet-{', '.join(map(str, depths))}, first stage, at the start; h = {', '.join(f'{h:g}' for h in H)}; "
     run += f"{len(seeds)} seeds"
-    results = [record["result"] for record in own]
+    found = [record["result"] for record in own]
 
     def holds(broken: bool) -> str:
         return REFUTED if broken else SUPPORTED
 
-    tight = [g / b for r in results for g, b in zip(r["gains"], r["gain_bounds"], strict=True)]
-    loose = [r["log10_growth_bound"] - math.log10(r["growth"]) for r in results]
-    printed = [r["log10_printed_bound"] - math.log10(r["growth"]) for r in results]
-    noise = [r["noise_bound"] / r["noise"] for r in results]
+    tight = [g / b for r in found for g, b in zip(r["gains"], r["gain_bounds"], strict=True)]
+    loose = [r["log10_growth_bound"] - math.log10(r["growth"]) for r in found]
+    printed = [r["log10_printed_bound"] - math.log10(r["growth"]) for r in found]
+    noise = [r["noise_bound"] / r["noise"] for r in found]
     rows = [
         Row(
             "Eq. 6: no gradient grows by more than 1 + h W_n in a block",
@@ -197,7 +203,7 @@ def claims(records: Sequence[Record], preset: str) -> list[Row]:
             "Proposition 2: the noise after all blocks is within e + h D W",
             run,
             f"bound / measured: median {np.median(noise):.2f}, largest {max(noise):.2f}",
-            holds(not all(r["noise_holds"] for r in results)),
+            holds(not all(r["noise_holds"] for r in found)),
         ),
     ]
     chosen = {depth: [r["result"]["calibrated_h"] or math.nan for r in own if _is(r, depth, H[0])] for depth in depths}
@@ -230,3 +236,33 @@ def claims(records: Sequence[Record], preset: str) -> list[Row]:
 
 def _is(record: Record, depth: int, h: float) -> bool:
     return bool(record["config"]["depth"] == depth and record["config"]["h"] == h)
+
+
+def figures(results: Results) -> Iterator[tuple[str, Figure]]:
+    if records := results.of("bounds"):
+        yield "bounds", _figure(records)
+
+
+def _figure(records: Sequence[Record]) -> Figure:
+    """Measured growth of gradients and of noise over the first stage (lines), and the bounds (dotted)."""
+    figure, panels = plt.subplots(1, 2, figsize=(9.6, 3.8))
+    for h, color in zip((1.0, 0.3, 0.1, 0.01), (VERMILLION, ORANGE, BLUE, GREEN), strict=True):
+        own = [record for record in records if record["config"]["h"] == h]
+        blocks = sorted({record["result"]["blocks"] for record in own})
+
+        def medians(name: str, own: Sequence[Record] = own, blocks: Sequence[int] = blocks) -> list[float]:
+            return [float(np.median([r["result"][name] for r in own if r["result"]["blocks"] == n])) for n in blocks]
+
+        growth_bounds = [10**exponent for exponent in medians("log10_growth_bound")]
+        pairs = ((medians("growth"), growth_bounds), (medians("noise"), medians("noise_bound")))
+        for axes, (measured, bound) in zip(panels, pairs, strict=True):
+            axes.plot(blocks, measured, color=color, marker="o", label=f"h = {h:g}")
+            axes.plot(blocks, bound, color=color, linestyle=":")
+            axes.set(xscale="log", yscale="log", xlabel="blocks")
+            axes.set_xticks(blocks, [str(n) for n in blocks])
+            axes.minorticks_off()
+    panels[0].set_title("Growth of the gradient, and Proposition 1 (dotted)", loc="left")
+    panels[1].set_title("Growth of noise, and Proposition 2 (dotted)", loc="left")
+    panels[0].legend()
+    figure.tight_layout(w_pad=2.0)
+    return figure

@@ -1,4 +1,4 @@
-"""The data sets: two noisy moons, made here, and CIFAR-10 from a local folder."""
+"""CIFAR-10, from a local folder."""
 
 from __future__ import annotations
 
@@ -13,39 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from reproductions.errors import DataError
 
-class DataError(ValueError):
-    """A data file is missing or damaged; the message names it and says what was expected."""
-
-
-# ---- two moons
-def two_moons(points: int, noise: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Points on two interleaving half circles of radius 1, centred at the origin, with Gaussian noise.
-
-    The half circles are those of scikit-learn's `make_moons`, with angles drawn at random.
-
-    Args:
-        points: how many; the classes alternate.
-        noise: standard deviation of the noise of each coordinate.
-        generator: where the randomness comes from.
-
-    Returns:
-        The points, float32 of shape (points, 2), and their classes 0 and 1, int64 of shape (points,).
-
-    Example:
-        >>> x, y = two_moons(4, noise=0.0, generator=torch.Generator().manual_seed(0))
-        >>> x.shape, y.tolist()
-        (torch.Size([4, 2]), [0, 1, 0, 1])
-    """
-    angle = math.pi * torch.rand(points, generator=generator)
-    labels = torch.arange(points) % 2
-    upper = torch.stack([angle.cos() - 0.5, angle.sin() - 0.25], dim=1)
-    moons = torch.where(labels[:, None] == 0, upper, -upper)
-    return moons + noise * torch.randn(points, 2, generator=generator), labels
-
-
-# ---- CIFAR-10
 CLASSES = 10
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)  # of the training images, by channel
 IMAGES_PER_FILE = 10_000
 _SHAPE = (3, 32, 32)
 _RECORD = 1 + math.prod(_SHAPE)  # a label, then the pixels

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 import eulernet
+from reproductions.data.batches import Source
 from reproductions.models import ConvBlock
-from reproductions.sources import Source
-from reproductions.trial import CALIBRATE, Network, Trial, build, layers, learning_rate, make_optimizer
+from reproductions.training.network import Network, build, layers, learning_rate, make_optimizer
+from reproductions.trial import CALIBRATE, Trial
 
 WARM_UP = 3  # iterations before a CUDA graph is captured: they set up libraries and the optimiser's state
 EVALUATED = 1000  # samples at once

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reproductions.data import DataError
+from reproductions.data.batches import load
+from reproductions.errors import DataError
 from reproductions.records import FILE, Record, append_record, environment, read_records
-from reproductions.sources import load
-from reproductions.train import SideBySide, Training, settings
+from reproductions.training.loop import SideBySide, Training, settings
 from reproductions.trial import Trial
 
 Show = Callable[

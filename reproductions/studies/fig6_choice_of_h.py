@@ -5,15 +5,29 @@ h is chosen on training samples held out, never on the test set.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import product
 
 import numpy as np
+from matplotlib.figure import Figure
 
-from reproductions.claims import NOT_RUN, REFUTED, SUPPORTED, UNDECIDED, Results, Row, compare, describe, failures
-from reproductions.records import mean_interval
-from reproductions.scales import IMAGES, TEXTS, Part
+from reproductions.evidence.claims import (
+    NOT_RUN,
+    REFUTED,
+    SUPPORTED,
+    UNDECIDED,
+    Results,
+    Row,
+    compare,
+    describe,
+    failures,
+)
+from reproductions.evidence.statistics import mean_interval
+from reproductions.evidence.style import BLUE, GREY, VERMILLION, by_preset, finish, points, row_of_panels, ticks
+from reproductions.presets import IMAGES, TEXTS, Part
 from reproductions.trial import CALIBRATE, RULES, Trial
 
+TITLE = "Fig. 6: the choice of h"
 IMAGE_H = (0.001, 0.01, 0.03, 0.1, 0.3, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0)
 TEXT_H = (0.001, 0.01, 0.1, 0.3, 0.5, 0.8, 1.0)
 NETWORKS: dict[str, tuple[tuple[str, int], ...]] = {
@@ -135,3 +149,39 @@ def _place(results: Results, preset: str, model: str, depth: int, chosen: float 
             doubtful |= bool(gaps) and (len(gaps) < 2 or mean_interval(gaps)[1] <= 0)
     outcome = f"best median on held-out samples at h = {chosen:g}" + (", others as good" if doubtful else "")
     return Row(claim, run, outcome, UNDECIDED if doubtful else SUPPORTED if inside else REFUTED)
+
+
+def figures(results: Results) -> Iterator[tuple[str, Figure]]:
+    return by_preset("select", results, _figure)
+
+
+def _figure(results: Results, preset: str) -> Figure | None:
+    networks = [
+        (model, n)
+        for model, n in NETWORKS[preset]
+        if results.has(one(preset, model, n, h) for h in grid_of(preset, model) for one in (cell, short))
+    ]
+    if not networks:
+        return None
+    figure, panels = row_of_panels(len(networks))
+    for axes, (model, n) in zip(panels, networks, strict=True):
+        grid = [h for h in grid_of(preset, model) if not isinstance(h, str)]
+        cells = {float(x): cell(preset, model, n, h) for x, h in enumerate(grid)}
+        points(axes, results, cells, "test_accuracy", "test accuracy", (BLUE, "s", "-"))
+        counts = [failures(results, short(preset, model, n, h)) for h in grid]
+        shares = [failed / total if total else np.nan for failed, total in counts]
+        axes.bar(range(len(grid)), shares, color=VERMILLION, alpha=0.25, label="share of failed trainings")
+        uncounted = [x for x, share in enumerate(shares) if np.isnan(share)]
+        if uncounted:
+            axes.scatter(uncounted, [0.03] * len(uncounted), color=GREY, marker="$?$", label="failures not counted")
+        for rule in CHOICES[model]:
+            landed = results.column(cell(preset, model, n, rule), "h")
+            if landed:
+                x = float(np.interp(np.log(np.median(landed)), np.log(grid), range(len(grid))))
+                axes.axvline(x, color=GREY, linewidth=0.8, linestyle=":")
+                axes.text(x, 0.99, f" {rule}", rotation=90, ha="right", va="top", fontsize=7, color=GREY)
+        ticks(axes, grid)
+        axes.tick_params(axis="x", labelrotation=60)
+        axes.set(xlabel="h", ylim=(0, 1))
+        axes.set_title(f"{model} {n}", loc="left")
+    return finish(figure, panels)

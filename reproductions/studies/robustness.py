@@ -5,15 +5,18 @@ And: "warm-up, clipping and weight decay need tuning, h does not, and goes with 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import product
 
 import numpy as np
+from matplotlib.figure import Figure
 
-from reproductions.claims import POINT, Results, Row, compare
-from reproductions.scales import EULER, IMAGES, PLAIN, Part
+from reproductions.evidence.claims import POINT, Results, Row, compare
+from reproductions.evidence.style import BOTH, LOOKS, by_preset, finish, points, row_of_panels, ticks
+from reproductions.presets import EULER, IMAGES, PLAIN, Part
 from reproductions.trial import Trial
 
+TITLE = "Learning rates, optimisers, no BN, other remedies"
 DEPTH = {"smoke": 20, "cpu": 56, "small": 56, "paper": 110}
 RATES = {"smoke": (0.1,), "cpu": (0.01, 0.1, 1.0), "small": (0.01, 0.1, 0.3, 1.0), "paper": (0.01, 0.03, 0.1, 0.3, 1.0)}
 OPTIMIZERS: dict[str, Part] = {  # each at PyTorch's own learning rate, SGD at the paper's
@@ -85,3 +88,29 @@ def claims(results: Results, preset: str) -> list[Row]:
         pair = [(cell(preset, PLAIN, change), cell(preset, EULER))]
         rows.append(compare(results, f"h = 0.1 alone tests better than h = 1 with {name}", pair, "test_accuracy"))
     return rows
+
+
+def figures(results: Results) -> Iterator[tuple[str, Figure]]:
+    return by_preset("robust", results, _figure)
+
+
+def _figure(results: Results, preset: str) -> Figure | None:
+    rates = RATES[preset]
+    panels_of = {"with BN": (), "without BN": (NO_NORM,)}
+    shown = {
+        title: changes
+        for title, changes in panels_of.items()
+        if results.has(cell(preset, EULER, *changes, {"learning_rate": rate}) for rate in rates)
+    }
+    if not shown:
+        return None
+    figure, panels = row_of_panels(len(shown))
+    for axes, (title, changes) in zip(panels, shown.items(), strict=True):
+        for number, label in enumerate(BOTH):
+            arm, look = LOOKS[label]
+            cells = {float(x): cell(preset, arm, *changes, {"learning_rate": r}) for x, r in enumerate(rates)}
+            points(axes, results, cells, "test_accuracy", label, look, shift=0.06 * (number - 0.5))
+        ticks(axes, rates)
+        axes.set_title(f"ResNet-{DEPTH[preset]} {title}: test accuracy", loc="left")
+        axes.set_xlabel("learning rate")
+    return finish(figure, panels)
