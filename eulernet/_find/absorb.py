@@ -273,7 +273,7 @@ def _check_reached(step: Step, unreached: tuple[str, ...]) -> None:
 def _scales(
     traced: list[_TracedRun], paths: Mapping[int, list[tuple[int, Path]]], factors: Mapping[int, float]
 ) -> tuple[dict[nn.Parameter, float], dict[int, str]]:
-    """What each parameter is multiplied by, and the steps whose paths pass what would be multiplied in two paths."""
+    """What each parameter is multiplied by, and the steps whose paths pass what would be multiplied in two ways."""
     passing: dict[tuple[int, int], list[tuple[int, Path]]] = defaultdict(list)  # run and node -> the steps' paths
     users: dict[Any, set[int]] = defaultdict(set)
     for index, runs in paths.items():

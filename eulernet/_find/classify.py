@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
 
 from eulernet._find.trace import ADDITIONS, SLICES, Addition, Trace
 
@@ -48,12 +49,16 @@ _SAME = VIEWS | CASTS | _DROPOUTS | _ACTIVATIONS
 _MATCHING = _SAME | _NORMS | _PADS | _SCALES | _REDUCTIONS
 
 
+# A decomposition, x - pool(x), is seen here and is no step.
+MatchKind = Literal["identity", "projection", "parallel", "decomposition"]
+
+
 @dataclass(eq=False)
 class StepCall:
     """One addition that is a step, as it ran once."""
 
     addition: Addition
-    kind: str  # identity, projection, parallel, or decomposition, x - pool(x), which is seen here and is no step
+    kind: MatchKind
     skip: int  # the node of the skip operand
     branch: int
     skip_is_left: bool
@@ -62,8 +67,8 @@ class StepCall:
     weak: bool = False  # maps away from what its module was given: no step of its own inside another step's branch
     long: bool = False
     coupled: bool = False  # with the step whose branch it is in, and which is in its branch
-    first: StepCall | None = None  # parallel: the step_call of the first place
-    before: tuple[StepCall, ...] = ()  # the step_calls before it in its stream
+    first: StepCall | None = None  # parallel: the call of the first place
+    before: tuple[StepCall, ...] = ()  # the calls before it in its stream
     position: int = 1  # in its stream, from 1
     stream: int = 0
     depth: int = 1
@@ -214,7 +219,14 @@ def _step_call(graph: _Graph, trace: Trace, addition: Addition, results: dict[in
     return None
 
 
-Match = tuple[str, int, set[int], bool, StepCall | None]
+class Match(NamedTuple):
+    """What an addition is found to be; the fields are those of `StepCall`."""
+
+    kind: MatchKind
+    state: int
+    within: set[int]
+    weak: bool
+    first: StepCall | None = None
 
 
 def _identity(graph: _Graph, skip: int, branch: int, start: int) -> Match | None:
@@ -226,7 +238,7 @@ def _identity(graph: _Graph, skip: int, branch: int, start: int) -> Match | None
             if graph.mixes(path, state):
                 given, maps = list(graph.matched(state, start, most=math.inf))[-1]
                 weak = given < start and maps > 0
-                return "identity", state, set(path) - {state}, weak, None
+                return Match("identity", state, set(path) - {state}, weak)
     return None
 
 
@@ -238,7 +250,7 @@ def _projection(graph: _Graph, skip: int, branch: int, start: int) -> Match | No
             path = graph.path(state, branch, ancestors)
             resized = any(n != state and _UPSAMPLES.search(graph.nodes[n].op) for n in path)
             if path and path[branch] > maps and not resized and not _are_other_parts(graph, state, after, path):
-                return "projection", state, set(path) - {state}, True, None
+                return Match("projection", state, set(path) - {state}, weak=True)
     return None
 
 
@@ -260,7 +272,7 @@ def _parallel(graph: _Graph, skip: int, branch: int, start: int, results: dict[i
             if first.state in ancestors and node not in ancestors:
                 path = graph.path(first.state, branch, ancestors)
                 if graph.mixes(path, first.state):
-                    return "parallel", first.state, set(path) - {first.state}, first.weak, first.first or first
+                    return Match("parallel", first.state, set(path) - {first.state}, first.weak, first.first or first)
             return None
     return None
 
@@ -304,7 +316,7 @@ def _mark_long(step_calls: list[StepCall], *, strong_only: bool) -> None:
 
 
 def _holder(step_call: StepCall, step_calls: list[StepCall]) -> StepCall | None:
-    """The step in whose branch the "skip" of an step_call is, while the step is in the step_call's branch."""
+    """The step in whose branch the "skip" of a call is, while that step is in the call's branch."""
     return next(
         (e for e in step_calls if step_call.state in e.within and e.addition.result in step_call.within and not e.long),
         None,

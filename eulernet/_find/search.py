@@ -184,10 +184,8 @@ def _collect(model: nn.Module, runs: list[Run], traces: list[Trace], notes: list
     names = _names(model)
     sites: dict[Any, _TracedSite] = {}
     unsupported: dict[str, None] = {}
-    everything: list[StepCall] = []
     for run, trace in zip(runs, traces, strict=True):
         step_calls = classify(trace)
-        everything += step_calls
         runs_at = Counter(_origin(a) for a in trace.additions)
         steps_at = Counter(_origin(e.addition) for e in step_calls)
         for step_call in step_calls:
@@ -210,8 +208,7 @@ def _collect(model: nn.Module, runs: list[Run], traces: list[Trace], notes: list
             _step(numbers[id(group)], group, groups, names),
             group[0].module,
             tuple(
-                Site(s.location, s.skip_is_left, s.subtracts, (len(s.step_calls[False]), len(s.step_calls[True])))
-                for s in group
+                Site(s.location, s.skip_is_left, s.subtracts, s.calls) for s in group
             ),
             next((s.error for s in group if s.error is not None), None),
         )
