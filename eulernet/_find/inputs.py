@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from eulernet._errors import EulernetError
 
-Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
+Arguments: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 
 _BATCH = 2  # the least with which batch normalisation trains
 _TEXT_LENGTH = 16
 
 
-def as_call(example_inputs: Any) -> Call:
+def as_arguments(example_inputs: Any) -> Arguments:
     """The positional and keyword arguments that `example_inputs` stands for.
 
     Args:
@@ -35,7 +35,7 @@ def as_call(example_inputs: Any) -> Call:
         EulernetError: `example_inputs` is something else.
 
     Example:
-        >>> as_call({"input_ids": 1})
+        >>> as_arguments({"input_ids": 1})
         ((), {'input_ids': 1})
     """
     if isinstance(example_inputs, Tensor):
@@ -51,7 +51,7 @@ def as_call(example_inputs: Any) -> Call:
     )
 
 
-def guess_inputs(model: nn.Module, training: bool = False) -> Call | None:
+def guess_inputs(model: nn.Module, training: bool = False) -> Arguments | None:
     """Example arguments for `model`, from what it says of itself, or None where it says nothing.
 
     Understood are Lightning's `example_input_array`, the configurations of Hugging Face and timm models, and the
@@ -107,15 +107,15 @@ def _in_channels(model: nn.Module, name: str | None = None) -> int:
 # Lightning ------------------------------------------------------------------------------------------------------------
 
 
-def _lightning(model: nn.Module, training: bool) -> Call | None:
+def _lightning(model: nn.Module, training: bool) -> Arguments | None:
     example = getattr(model, "example_input_array", None)
-    return None if example is None else as_call(example)
+    return None if example is None else as_arguments(example)
 
 
 # timm -----------------------------------------------------------------------------------------------------------------
 
 
-def _timm(model: nn.Module, training: bool) -> Call | None:
+def _timm(model: nn.Module, training: bool) -> Arguments | None:
     settings = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
     if not isinstance(settings, Mapping) or "input_size" not in settings:
         return None
@@ -139,7 +139,7 @@ _CLIP_SIZES = {"resnet": 112}  # the other video models take 224
 _DETECTION_SIZE = 320
 
 
-def _torchvision(model: nn.Module, training: bool) -> Call | None:
+def _torchvision(model: nn.Module, training: bool) -> Arguments | None:
     module = _defined_in(model, "torchvision.models")
     if module is None:
         return None
@@ -172,7 +172,7 @@ def _target() -> dict[str, Tensor]:
 # Hugging Face ---------------------------------------------------------------------------------------------------------
 
 
-def _hugging_face(model: nn.Module, training: bool) -> Call | None:
+def _hugging_face(model: nn.Module, training: bool) -> Arguments | None:
     if _defined_in(model, "transformers.modeling_utils") is None or not hasattr(model, "config"):
         return None
     wanted = _wanted(model)

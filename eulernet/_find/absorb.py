@@ -2,10 +2,10 @@
 
 Multiplying a branch by a positive number is the same as multiplying certain parameters by it: those that are reached
 from the branch's end, against the direction of computation, through operations that are homogeneous of degree one, such
-as views, dropout, ReLU, pooling, and products with what does not change. The way ends at weights and biases: of a
+as views, dropout, ReLU, pooling, and products with what does not change. The path ends at weights and biases: of a
 convolution, a linear map, a norm, a LayerScale.
 
-It is sound where each tensor on the way is read by the way alone, in eval and in train mode, and each parameter only
+It is sound where each tensor on the path is read by the path alone, in eval and in train mode, and each parameter only
 by branches that are multiplied alike.
 """
 
@@ -21,10 +21,10 @@ import torch
 from torch import nn
 
 from eulernet._errors import EulernetError
-from eulernet._find import Run, Search
-from eulernet._report import ROOT, Step
-from eulernet._steps import CASTS, VIEWS, Event
-from eulernet._trace import Node, Record, Ref
+from eulernet._find.classify import CASTS, VIEWS, StepCall
+from eulernet._find.search import Run, Search
+from eulernet._find.trace import Node, Ref, Trace
+from eulernet._step import ROOT, Step
 
 
 @dataclass(frozen=True)
@@ -88,92 +88,92 @@ _OUTPUT = -1  # who reads what the model returns
 _SHOWN = 4  # the steps that an error names
 
 
-class _No(Exception):
+class NotAbsorbable(Exception):
     """Why a factor cannot be moved into parameters."""
 
 
-_Way = Counter[tuple[int, int]]  # (reader, node): how often the way leads from an operation to one of its operands
+Path = Counter[tuple[int, int]]  # (reader, node): how often the path leads from an operation to one of its operands
 
 
-class _Traced:
+class _TracedRun:
     """One run of the model, with what the rules ask of it."""
 
-    def __init__(self, record: Record, run: Run, names: Mapping[nn.Module, str]) -> None:
-        self.record = record
-        self.nodes = record.nodes
+    def __init__(self, trace: Trace, run: Run, names: Mapping[nn.Module, str]) -> None:
+        self.trace = trace
+        self.nodes = trace.nodes
         self.run = run
         self.names = names
         self.parameters: dict[int, nn.Parameter] = {}
         for twin, module in run.sandbox.original.items():
             for name, parameter in twin._parameters.items():
                 original = module._parameters.get(name)
-                if parameter is not None and original is not None and id(parameter) in record.used:
-                    self.parameters[record.used[id(parameter)]] = original
+                if parameter is not None and original is not None and id(parameter) in trace.used:
+                    self.parameters[trace.used[id(parameter)]] = original
         self.readers: dict[int, Counter[int]] = defaultdict(Counter)
         for number, node in enumerate(self.nodes):
             if _BESIDES.get(node.op) != node.output:
                 for read in _refs((node.args, list(node.kwargs.values()))):
                     self.readers[read][number] += 1
-        for number in record.outputs:
+        for number in trace.outputs:
             self.readers[number][_OUTPUT] += 1
 
-    def way(self, event: Event) -> _Way:
+    def path(self, step_call: StepCall) -> Path:
         """From the branch of a step back to the parameters that scale it."""
-        way: _Way = Counter()
-        self._follow(event.addition.result, event.branch, way)
-        return way
+        path: Path = Counter()
+        self.trace_back(step_call.addition.result, step_call.branch, path)
+        return path
 
-    def _follow(self, reader: int, node: int, way: _Way) -> None:
+    def trace_back(self, reader: int, node: int, path: Path) -> None:
         if self.nodes[node].op in _ZEROS:
             return
-        new = all(n != node for _, n in way)
-        way[reader, node] += 1
+        new = all(n != node for _, n in path)
+        path[reader, node] += 1
         if new and node not in self.parameters:
-            self._carry(node, way)
+            self.through(node, path)
 
-    def _carry(self, node: int, way: _Way) -> None:
+    def through(self, node: int, path: Path) -> None:
         rule, arguments = self._rule(node)
         for name in rule.addends:
             for value in _flat(arguments.get(name)):
                 if isinstance(value, Ref):
-                    self._follow(node, value, way)
+                    self.trace_back(node, value, path)
                 elif value:
-                    raise _No(f"{self.told(node)} adds or inserts a number, {value!r}")
+                    raise NotAbsorbable(f"{self.told(node)} adds or inserts a number, {value!r}")
         if not rule.factors:
             return
         candidates = [v for name in rule.factors for v in _flat(arguments.get(name)) if isinstance(v, Ref)]
         candidates.sort(key=lambda n: not self.nodes[n].constant)  # a LayerScale rather than what it scales
         reasons = []
         for candidate in candidates:
-            trial = way.copy()
+            trial = path.copy()
             try:
-                self._follow(node, candidate, trial)
+                self.trace_back(node, candidate, trial)
                 if len(candidates) > 1:
-                    self._check_alone(trial, {n for _, n in way})
-            except _No as reason:
+                    self._check_alone(trial, {n for _, n in path})
+            except NotAbsorbable as reason:
                 reasons.append(reason)
             else:
-                way.update(trial - way)
+                path.update(trial - path)
                 return
-        raise _No("; ".join(map(str, reasons)) or f"{self.told(node)} has no weight")
+        raise NotAbsorbable("; ".join(map(str, reasons)) or f"{self.told(node)} has no weight")
 
     def _rule(self, number: int) -> tuple[_Rule, dict[str, Any]]:
         node = self.nodes[number]
         rule = _RULES.get(node.op)
         if node.op == "input":
-            raise _No("no map with parameters of its own lies behind it, only the input")
+            raise NotAbsorbable("no map with parameters of its own lies behind it, only the input")
         if node.op == "parameter":
-            raise _No(f"{self.told(number)} is a buffer, not a parameter")
+            raise NotAbsorbable(f"{self.told(number)} is a buffer, not a parameter")
         if rule is None or _BESIDES.get(node.op) == node.output:
-            raise _No(f"{self.told(number)} is not homogeneous: a factor cannot be moved through it")
+            raise NotAbsorbable(f"{self.told(number)} is not homogeneous: a factor cannot be moved through it")
         return rule, _bound(node, rule)
 
-    def _check_alone(self, way: _Way, before: set[int]) -> None:
-        """No other operation reads what the way passes, or the way was the wrong one of two."""
-        for node in sorted({n for _, n in way} - before):
+    def _check_alone(self, path: Path, before: set[int]) -> None:
+        """No other operation reads what the path passes, or the path was the wrong one of two."""
+        for node in sorted({n for _, n in path} - before):
             for reader, times in self.readers[node].items():
-                if way[reader, node] != times and node not in self.parameters:
-                    raise _No(self.shared(node, reader))
+                if path[reader, node] != times and node not in self.parameters:
+                    raise NotAbsorbable(self.shared(node, reader))
 
     def shared(self, node: int, reader: int) -> str:
         by = "returned by the model" if reader == _OUTPUT else f"read by {self.told(reader)}"
@@ -182,11 +182,11 @@ class _Traced:
     def told(self, number: int) -> str:
         """An operation and the module that makes it, for a message."""
         node = self.nodes[number]
-        calls = [c for c in self.record.calls if c.start <= number < c.end]
+        calls = [c for c in self.trace.calls if c.start <= number < c.end]
         twin = calls[-1].module if calls else self.run.sandbox.copy
         name = self.names.get(self.run.sandbox.original.get(twin, twin), type(twin).__name__)
         if node.op == "parameter":
-            ids = {node: key for key, node in self.record.used.items()}
+            ids = {node: key for key, node in self.trace.used.items()}
             of = ((m, n) for m in self.run.sandbox.original for n, t in _tensors_of(m) if id(t) == ids.get(number))
             module, tensor = next(of, (twin, "a tensor"))
             return f"{self.names.get(self.run.sandbox.original.get(module, module), '')}.{tensor}".lstrip(".")
@@ -240,24 +240,24 @@ def absorbing(
         parameters are those of the other steps.
     """
     names = {module: name or ROOT for name, module in model.named_modules()}
-    traced = [_Traced(r, run, names) for r, run in zip(search.records, search.runs, strict=True)]
+    traced = [_TracedRun(r, run, names) for r, run in zip(search.traces, search.runs, strict=True)]
     refused: dict[int, str] = {}
-    ways: dict[int, list[tuple[int, _Way]]] = {}  # of each step, with the run
+    paths: dict[int, list[tuple[int, Path]]] = {}  # of each step, with the run
     for found in search.found:
         index = found.step.index
         if factors.get(index, 1.0) != 1.0:
             try:
                 _check_reached(found.step, search.steps.unreached)
-                ways[index] = [(run, traced[run].way(event)) for run, event in search.events[index]]
-            except _No as reason:
+                paths[index] = [(run, traced[run].path(step_call)) for run, step_call in search.step_calls[index]]
+            except NotAbsorbable as reason:
                 refused[index] = str(reason)
     while True:
-        scales, conflicts = _scales(traced, ways, factors)
+        scales, conflicts = _scales(traced, paths, factors)
         if not conflicts:
             return scales, refused
         refused.update(conflicts)
         for index in conflicts:
-            del ways[index]
+            del paths[index]
 
 
 def _check_reached(step: Step, unreached: tuple[str, ...]) -> None:
@@ -265,25 +265,27 @@ def _check_reached(step: Step, unreached: tuple[str, ...]) -> None:
     name = step.name.partition(":")[0]
     inside = [n for n in unreached if name == ROOT or (n + ".").startswith(name + ".")]
     if inside:
-        raise _No(f"the example inputs never reached {', '.join(inside)}, which may hold further maps of the branch")
+        raise NotAbsorbable(
+            f"the example inputs never reached {', '.join(inside)}, which may hold further maps of the branch"
+        )
 
 
 def _scales(
-    traced: list[_Traced], ways: Mapping[int, list[tuple[int, _Way]]], factors: Mapping[int, float]
+    traced: list[_TracedRun], paths: Mapping[int, list[tuple[int, Path]]], factors: Mapping[int, float]
 ) -> tuple[dict[nn.Parameter, float], dict[int, str]]:
-    """What each parameter is multiplied by, and the steps whose ways pass what would be multiplied in two ways."""
-    passing: dict[tuple[int, int], list[tuple[int, _Way]]] = defaultdict(list)  # run and node -> the steps' ways
+    """What each parameter is multiplied by, and the steps whose paths pass what would be multiplied in two ways."""
+    passing: dict[tuple[int, int], list[tuple[int, Path]]] = defaultdict(list)  # run and node -> the steps' paths
     users: dict[Any, set[int]] = defaultdict(set)
-    for index, runs in ways.items():
-        for run, way in runs:
-            for node in {n for _, n in way}:
-                passing[run, node].append((index, way))
+    for index, runs in paths.items():
+        for run, path in runs:
+            for node in {n for _, n in path}:
+                passing[run, node].append((index, path))
                 users[traced[run].parameters.get(node, (run, node))].add(index)
 
     def scale(run: int, node: int, reader: int) -> float:
         steps = []  # several where a step lies in the branch of another one
-        for index, way in passing[run, node]:
-            if reads := way[reader, node]:
+        for index, path in passing[run, node]:
+            if reads := path[reader, node]:
                 steps.append(factors[index] if reads == traced[run].readers[node][reader] else math.nan)
         return math.prod(sorted(steps))
 
@@ -305,7 +307,7 @@ def refusal(search: Search, refused: Mapping[int, str], instead: str) -> Eulerne
     steps = [f.step for f in search.found if f.step.index in refused]
     lines = [f"  {s.name} ({s.module_class}): {refused[s.index]}" for s in steps[:_SHOWN]]
     more = [f"  and {len(steps) - _SHOWN} more"] if len(steps) > _SHOWN else []
-    count = f"{len(steps)} of the {len(search.events)} steps have" if len(steps) > 1 else "one step has"
+    count = f"{len(steps)} of the {len(search.step_calls)} steps have" if len(steps) > 1 else "one step has"
     return EulernetError(
         "\n".join((f"{count} no last affine map of the branch's own that can take over h:", *lines, *more, instead))
     )

@@ -1,9 +1,9 @@
 """What stands around a patched addition: batch norm, LayerScale, drop path before it, an activation or norm after it.
 
-The rewriting hands their modules over instead of calling them; `eulernet._around` finds them. At each call it is
-decided anew: where a kernel is to run (see `eulernet.kernels`) and no hook, replaced module or forward of its own would
-be skipped, they are part of the step's one operation; else they are called as they were, in their order. With h = 1 the
-bits are the original's, so nothing is put off: a kernel rounds once where several operations round each.
+The rewriting hands their modules over instead of calling them; `eulernet._find.surroundings` finds them. At each call
+it is decided anew: where a kernel is to run (see `eulernet.kernels`) and no hook, replaced module or forward of its own
+would be skipped, they are part of the step's one operation; else they are called as they were, in their order. With
+h = 1 the bits are the original's, so nothing is put off: a kernel rounds once where several operations round each.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from eulernet import _factor, kernels
+from eulernet import kernels
 from eulernet._errors import EulernetError
+from eulernet._run.factor import StepFactor, scaled_add, scaled_add_
 from eulernet.functional import _factors, _mask, _promoted
 from eulernet.kernels._layout import SEVERAL, varying
 
@@ -133,7 +134,7 @@ def _bare(module: nn.Module) -> bool:
 # ---- before the addition
 
 
-class Later:
+class DeferredBranch:
     """A branch, and what is yet to be done to it."""
 
     def __init__(self, branch: Tensor) -> None:
@@ -231,26 +232,26 @@ def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def _waiting(branch: Any, factor: Any) -> Later | None:
+def _waiting(branch: Any, factor: Any) -> DeferredBranch | None:
     """A branch to put something off for, None where nothing is put off."""
-    if type(branch) is Later:
+    if type(branch) is DeferredBranch:
         return branch
     if torch.compiler.is_compiling() or not kernels.chosen(branch, branch):
         return None
-    return None if isinstance(factor, _factor.StepFactor) and factor.value == 1 else Later(branch)
+    return None if isinstance(factor, StepFactor) and factor.value == 1 else DeferredBranch(branch)
 
 
-def later(module: Any, branch: Any, factor: Any) -> Any:
+def defer(module: Any, branch: Any, factor: Any) -> Any:
     """`module(branch)`, put off if a kernel may do it together with the addition of this step factor."""
     waiting = _waiting(branch, factor)
     if waiting is None:
         return module(branch)
     if waiting.take(module):
         return waiting
-    return later(module, branch.run(), factor) if waiting is branch else module(branch)
+    return defer(module, branch.run(), factor) if waiting is branch else module(branch)
 
 
-def times(left: Any, right: Any, gamma_first: bool, factor: Any) -> Any:
+def defer_mul(left: Any, right: Any, gamma_first: bool, factor: Any) -> Any:
     """`left * right`, one of which is gamma, put off likewise."""
     branch, gamma = (right, left) if gamma_first else (left, right)
     waiting = _waiting(branch, factor)
@@ -260,12 +261,12 @@ def times(left: Any, right: Any, gamma_first: bool, factor: Any) -> Any:
     def product(branch: Any) -> Any:
         return gamma * branch if gamma_first else branch * gamma
 
-    return waiting if waiting.multiply(gamma, product) else product(now(branch))
+    return waiting if waiting.multiply(gamma, product) else product(materialize(branch))
 
 
-def now(value: Any) -> Any:
+def materialize(value: Any) -> Any:
     """The tensor that a branch that may wait stands for."""
-    return value.run() if type(value) is Later else value
+    return value.run() if type(value) is DeferredBranch else value
 
 
 # ---- the addition, and what comes after it
@@ -281,21 +282,21 @@ def step(
     in_place: bool = False,
 ) -> Any:
     """`then(left + alpha * right)` with the branch scaled, in one operation where that is possible."""
-    skip, branch = (now(left), right) if skip_is_left else (now(right), left)
+    skip, branch = (materialize(left), right) if skip_is_left else (materialize(right), left)
     if not torch.compiler.is_compiling():
         result = _fused(then, skip, branch, h, skip_is_left, alpha, in_place)
-        if result is None and type(branch) is Later:
-            branch = now(branch)
+        if result is None and type(branch) is DeferredBranch:
+            branch = materialize(branch)
             result = _fused(then, skip, branch, h, skip_is_left, alpha, in_place)
         if result is not None:
             return result[-1]
     left, right = (skip, branch) if skip_is_left else (branch, skip)
-    add = _factor.step_in_place if in_place else _factor.step
+    add = scaled_add_ if in_place else scaled_add
     state = add(left, right, h, skip_is_left, alpha)
     return state if then is None else then(state)
 
 
-class Ahead:
+class PrecomputedNorm:
     """The norm of a state, computed together with it."""
 
     def __init__(self, module: nn.Module, state: Tensor, normed: Tensor) -> None:
@@ -304,21 +305,21 @@ class Ahead:
         self.normed: Tensor | None = normed
 
 
-def ahead(
+def add_norm(
     module: Any, left: Any, right: Any, h: float | Tensor, skip_is_left: bool, alpha: float
-) -> tuple[Any, Ahead | None]:
+) -> tuple[Any, PrecomputedNorm | None]:
     """`left + alpha * right` with the branch scaled, and what `module` makes of it if one operation gives both."""
     if not torch.compiler.is_compiling():
-        skip, branch = (now(left), right) if skip_is_left else (now(right), left)
+        skip, branch = (materialize(left), right) if skip_is_left else (materialize(right), left)
         both = _fused(module, skip, branch, h, skip_is_left, alpha, in_place=False)
         if both is not None:
-            return both[0], Ahead(module, *both)
-    if type(left) is Later or type(right) is Later:
+            return both[0], PrecomputedNorm(module, *both)
+    if type(left) is DeferredBranch or type(right) is DeferredBranch:
         return step(None, left, right, h, skip_is_left, alpha), None
-    return _factor.step(left, right, h, skip_is_left, alpha), None
+    return scaled_add(left, right, h, skip_is_left, alpha), None
 
 
-def normed(module: Any, state: Any, known: Ahead | None) -> Any:
+def take_norm(module: Any, state: Any, known: PrecomputedNorm | None) -> Any:
     """`module(state)`, which may be known already: since the addition nothing was called."""
     if known is not None and known.state is state and known.module is module:
         result, known.state, known.normed = known.normed, None, None  # it is not kept longer than the original's
@@ -331,7 +332,7 @@ def _fused(
     then: Any, skip: Any, branch: Any, h: float | Tensor, skip_is_left: bool, alpha: float, in_place: bool
 ) -> tuple[Tensor, ...] | None:
     """The new state after an activation, or the one before and the one after a norm; None where no kernel does that."""
-    waiting = branch if type(branch) is Later and branch.result is None else None
+    waiting = branch if type(branch) is DeferredBranch and branch.result is None else None
     scale, mask, number, batch_norm = None, None, 1.0, None
     if waiting is not None:
         branch = waiting.branch

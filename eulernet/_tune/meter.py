@@ -18,20 +18,22 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
 
-from eulernet import _patch
+from eulernet._checks import check_model, unwrapped
 from eulernet._errors import EulernetError, EulernetWarning
-from eulernet._find import described, short
-from eulernet._inputs import as_call
-from eulernet._observe import Seen, observe
-from eulernet._report import Step
-from eulernet._trace import Sandbox, undisturbed
+from eulernet._find.inputs import as_arguments
+from eulernet._find.sandbox import Sandbox, preserve_state
+from eulernet._find.search import described, short
+from eulernet._patch.patch import assign, is_patched, patch
+from eulernet._run.hooks import StepInputs, add_step_hook
+from eulernet._run.patched import Patched, by_module
+from eulernet._step import Step
 
 LossFn = Callable[[Any, Any], Tensor]
 _ITERATIONS, _TOLERANCE = 100, 1e-5  # of the power iteration
 
 
 @dataclass
-class Call:
+class MeasuredCall:
     """One run of one step, and what was measured of it; None is "not measured".
 
     Attributes:
@@ -71,13 +73,13 @@ class Noise:
         return self.end / self.start
 
 
-class Probe:
+class StepMeter:
     """A copy of a model, patched at h = 1 where the model is not, in train mode; the model itself never runs."""
 
     def __init__(self, model: nn.Module, batch: Any, loss_fn: LossFn | None, seed: int, caller: str) -> None:
         self.caller = caller
-        model = _patch.unwrapped(model) if isinstance(model, nn.Module) else model
-        _patch.check_model(model, caller)
+        model = unwrapped(model) if isinstance(model, nn.Module) else model
+        check_model(model, caller)
         self.name = type(model).__name__
         if any(t.is_meta for t in (*model.parameters(), *model.buffers())):
             raise EulernetError(f"{self.name} is on the meta device and has no values to measure: give it some first")
@@ -90,22 +92,22 @@ class Probe:
             )
         self.targets: Any
         inputs, self.targets = batch if loss_fn is not None else (batch, None)
-        self.args, self.kwargs = as_call(inputs)
+        self.args, self.kwargs = as_arguments(inputs)
         self.loss_fn = loss_fn
         self.seed = seed
         self.notes: list[str] = []
-        self.calls: list[Call] = []
-        self.watching: Callable[[Call, Seen], None] | None = None
-        with undisturbed():
+        self.calls: list[MeasuredCall] = []
+        self.watching: Callable[[MeasuredCall, StepInputs], None] | None = None
+        with preserve_state():
             self.model = Sandbox(model, fake=False).copy
         for module in self.model.modules():
             module._backward_hooks.clear()
             module._backward_pre_hooks.clear()
-        if not _patch.is_patched(self.model):
+        if not is_patched(self.model):
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 try:
-                    _patch.patch(self.model, h=1.0, example_inputs=inputs)
+                    patch(self.model, h=1.0, example_inputs=inputs)
                 except EulernetError as error:
                     raise EulernetError(f"eulernet.{caller} measures a copy patched at h = 1, but: {error}") from error
             self.notes += [str(w.message) for w in caught if issubclass(w.category, EulernetWarning)]
@@ -113,20 +115,20 @@ class Probe:
         for parameter in self.model.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
         self.buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
-        for patched, steps in _patch.by_module(self.model).items():
-            observe(patched, partial(self._see, patched, steps))
+        for patched, steps in by_module(self.model).items():
+            add_step_hook(patched, partial(self._see, patched, steps))
 
     def set_h(self, h: Any) -> None:
-        _patch.assign(self.model, h)
+        assign(self.model, h)
 
     # ---- runs
-    def _see(self, module: _patch.Patched, steps: Sequence[Step], seen: Seen, add: Callable[[], Any]) -> Any:
+    def _see(self, module: Patched, steps: Sequence[Step], seen: StepInputs, add: Callable[[], Any]) -> Any:
         if not self.watching:
             return add()
-        step, h = steps[seen.slot], module._euler[seen.slot].at(module).value
+        step, h = steps[seen.slot], module._euler[seen.slot].bound_to(module).value
         call = next((c for c in reversed(self.calls) if c.step is step), None)
         if call is None or seen.place in call.places:  # several places are one step: parallel branches
-            call = Call(step, h)
+            call = MeasuredCall(step, h)
             self.calls.append(call)
         call.places.add(seen.place)
         self.watching(call, seen)
@@ -137,7 +139,7 @@ class Probe:
             call.kept["result"] = result.detach().clone()
         return result
 
-    def _run(self, watching: Callable[[Call, Seen], None], args: Any, kwargs: Any) -> Any:
+    def _run(self, watching: Callable[[MeasuredCall, StepInputs], None], args: Any, kwargs: Any) -> Any:
         """Run the copy, always from the same buffers and random numbers."""
         _seed(self.seed)
         with torch.no_grad():
@@ -156,10 +158,10 @@ class Probe:
             self.watching = None
 
     # ---- gradients
-    def gradients(self, gains: bool = False) -> list[Call]:
+    def gradients(self, gains: bool = False) -> list[MeasuredCall]:
         """One forward and one backward pass: norms of skips, increments and gradients, in the order of execution."""
         backend = sdpa_kernel(SDPBackend.MATH) if gains else torch.enable_grad()  # the others have one derivative only
-        with undisturbed(), torch.enable_grad(), backend:
+        with preserve_state(), torch.enable_grad(), backend:
             args, kwargs = tree_map(_differentiable, (self.args, self.kwargs))
             loss = self._loss(self._run(_measure, args, kwargs))
             edges = [e for c in self.calls for e in (c.state, c.result) if e is not None]
@@ -206,7 +208,7 @@ class Probe:
         assert isinstance(total, Tensor)
         return total
 
-    def _gain(self, call: Call) -> float | None:
+    def _gain(self, call: MeasuredCall) -> float | None:
         """Power iteration: u = J v by the derivative of v -> J^T v, then v = J^T u, each scaled to length 1."""
         state = call.state
         if state is None or not call.branches:
@@ -238,7 +240,7 @@ class Probe:
     # ---- noise
     def noise(self, size: float) -> Noise | None:
         """Two runs without gradients, one of them with Gaussian noise of `size` times the norm of the input in it."""
-        with undisturbed(), torch.no_grad():
+        with preserve_state(), torch.no_grad():
             arguments = tree_map(_copied, (self.args, self.kwargs))
             self._run(_keep, *arguments)
             clean = stream(self.calls)
@@ -271,7 +273,7 @@ class Probe:
         return [m.register_forward_hook(hook) for m in self.model.modules() if isinstance(m, nn.Embedding)]
 
 
-def stream(calls: Sequence[Call]) -> list[Call]:
+def stream(calls: Sequence[MeasuredCall]) -> list[MeasuredCall]:
     """The calls in the deepest residual stream."""
     deepest = most_frequent([c.step.stream for c in calls])
     return [c for c in calls if c.step.stream == deepest]
@@ -281,7 +283,7 @@ def most_frequent(numbers: Sequence[int]) -> int | None:
     return max(numbers, key=numbers.count, default=None)
 
 
-def growth(calls: Sequence[Call]) -> float | None:
+def growth(calls: Sequence[MeasuredCall]) -> float | None:
     """||dL/dx_0|| / ||dL/dx_D|| in the deepest stream, as in Proposition 1."""
     mine = stream(calls)
     if not mine or mine[0].gradient is None or not mine[-1].after:
@@ -290,7 +292,7 @@ def growth(calls: Sequence[Call]) -> float | None:
 
 
 # ---- what is done at an addition
-def _measure(call: Call, seen: Seen) -> None:
+def _measure(call: MeasuredCall, seen: StepInputs) -> None:
     skip, branch = seen.skip, seen.branch
     if isinstance(skip, Tensor) and len(call.places) == 1:
         call.skip = _norm(skip)
@@ -307,7 +309,7 @@ def _measure(call: Call, seen: Seen) -> None:
             call.branches.append((edge, seen.alpha, torch.zeros_like(branch.detach())))
 
 
-def _keep(call: Call, seen: Seen) -> None:
+def _keep(call: MeasuredCall, seen: StepInputs) -> None:
     if isinstance(seen.skip, Tensor) and "skip" not in call.kept:
         call.kept["skip"] = seen.skip.clone()
     if isinstance(seen.branch, Tensor):
@@ -383,7 +385,7 @@ def _norm(tensor: Tensor) -> float:
     return float(torch.linalg.vector_norm(tensor.detach(), dtype=dtype))
 
 
-def _difference(clean: Call, noisy: Call, name: str) -> float:
+def _difference(clean: MeasuredCall, noisy: MeasuredCall, name: str) -> float:
     a, b = clean.kept.get(name), noisy.kept.get(name)
     return 0.0 if a is None or b is None else _norm(b - a)
 

@@ -2,8 +2,8 @@
 
 Before the addition: LayerScale, drop path and batch norm, called in the expression of the branch or in the statements
 that lead to it. After it: the activation or the norm of the sum. Whether they are fused is decided at each call, by
-`eulernet._fuse`. Here two things must be right: where a name may hold a branch that waits, it is read with NOW; and
-nothing waits whose input could be written into until the addition, by another name that it has.
+`eulernet._run.fuse`. Here two things must be right: where a name may hold a deferred branch, it is materialized; and
+nothing is deferred whose input could be written into until the addition, by another name that it has.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ import ast
 from dataclasses import dataclass, field
 from itertools import pairwise
 from types import CodeType
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from eulernet import _fuse
+from eulernet._run import fuse
 
 # What an expression is: a module's call or a product with gamma, which can be put off; a name that is read where its
 # branch may wait; the call of a norm that takes what was computed together with the sum.
-LATER, GAMMA_FIRST, GAMMA_LAST, NOW, NORMED = "later", "gamma first", "gamma last", "now", "normed"
-Edit = tuple[str, ast.expr]
+Kind = Literal["defer", "gamma first", "gamma last", "materialize", "take norm"]
+Edit = tuple[Kind, ast.expr]
 
 _SIMPLE = (ast.Assign, ast.AugAssign, ast.AnnAssign, ast.Return, ast.Expr)
 # Where none of these is, what runs after what is plain to see.
@@ -34,20 +34,20 @@ _READ_ALL_NAMES = frozenset({"locals", "vars", "eval", "exec"})
 
 
 @dataclass
-class Around:
+class Surroundings:
     """What to do with which expressions; the norm that is called next; whether the sum is an activation's or norm's."""
 
     edits: list[Edit] = field(default_factory=list)
-    ahead: str | None = None
-    tail: bool = False
+    add_norm: str | None = None
+    epilogue: bool = False
 
 
-def around(
+def surroundings(
     definition: ast.FunctionDef, addition: ast.AST, branch: ast.expr, code: CodeType, receiver: str, module: nn.Module
-) -> Around:
+) -> Surroundings:
     """What stands around an addition in a method of a module, whose operand `branch` is scaled."""
     method = _Method(definition, code, receiver, module)
-    found = Around(tail=_fuse.after(method.called(tail(definition, addition)[0])))
+    found = Surroundings(epilogue=fuse.after(method.called(epilogue(definition, addition)[0])))
     found.edits, operand = method.chain(branch)
     block, i, plainly = _standing(definition, addition)
     calls = [node for node in ast.walk(addition) if isinstance(node, ast.Call)]
@@ -59,15 +59,15 @@ def around(
         elif plainly:
             found.edits += method.statements(operand, block, i, calm=not others)
     match block[i]:
-        case ast.Assign(targets=[ast.Name(id=name)], value=value) if value is addition and not found.tail:
+        case ast.Assign(targets=[ast.Name(id=name)], value=value) if value is addition and not found.epilogue:
             call = method.norm_of(name, block[i + 1 :])
             if call is not None and isinstance(call.func, ast.Attribute):
-                found.ahead = call.func.attr
-                found.edits.append((NORMED, call))
+                found.add_norm = call.func.attr
+                found.edits.append(("take norm", call))
     return found
 
 
-def tail(definition: ast.AST, node: ast.AST) -> tuple[ast.Call | None, list[ast.stmt], int]:
+def epilogue(definition: ast.AST, node: ast.AST) -> tuple[ast.Call | None, list[ast.stmt], int]:
     """The call that takes a sum: it stands around it or is the next statement, `x += y; x = f(x)`.
 
     In the latter case also the block of statements and where in it the two stand.
@@ -111,7 +111,7 @@ class _Method:
     def can_wait(self, node: ast.AST) -> bool:
         """Whether an expression calls a module that a step knows, or one that only other modules of this class have."""
         module = self.called(node)
-        return module is None or _fuse.before(module) is not None
+        return module is None or fuse.before(module) is not None
 
     def gamma(self, node: ast.AST) -> bool:
         """Whether an expression is a vector of the module, `self.gamma` or `self.gamma.reshape(1, -1, 1, 1)`."""
@@ -127,13 +127,13 @@ class _Method:
         """The modules and gammas that are applied to an expression, the last one first, and that expression."""
         match node:
             case ast.Call(args=[inner]) if self.can_wait(node):
-                kind = LATER
+                kind: Kind = "defer"
             case ast.BinOp(left=gamma, op=ast.Mult(), right=inner) if self.gamma(gamma):
-                kind = GAMMA_FIRST
+                kind = "gamma first"
             case ast.BinOp(left=inner, op=ast.Mult(), right=gamma) if self.gamma(gamma):
-                kind = GAMMA_LAST
+                kind = "gamma last"
             case ast.Call(func=ast.Attribute(value=inner, attr="mul"), args=[gamma], keywords=[]) if self.gamma(gamma):
-                kind = GAMMA_LAST
+                kind = "gamma last"
             case _:
                 return [], node
         edits, innermost = self.chain(inner)
@@ -180,7 +180,7 @@ class _Method:
                 break
         if edits:
             reads = [read for statement in block[begin : i + 1] for read in _names(statement, name, ast.Load)]
-            edits += [(NOW, read) for read in reads if not any(read is each for each in waits)]
+            edits += [("materialize", read) for read in reads if not any(read is each for each in waits)]
         return edits
 
     def _is_last(self, name: str, statement: ast.stmt) -> bool:
@@ -203,7 +203,7 @@ class _Method:
             if isinstance(statement, _SIMPLE) and _plain(statement):
                 call = _first_call(statement)
                 match call:
-                    case ast.Call(args=[ast.Name(id=given)]) if given == name and _fuse.norm(self.called(call)):
+                    case ast.Call(args=[ast.Name(id=given)]) if given == name and fuse.norm(self.called(call)):
                         return call
             return None
         return None

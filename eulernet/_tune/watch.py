@@ -13,11 +13,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from eulernet import _patch
+from eulernet._checks import check_module, unwrapped
 from eulernet._errors import EulernetError
-from eulernet._observe import OBSERVED, Seen, observe, release
-from eulernet._report import ROOT
-from eulernet._select import matches
+from eulernet._patch.patch import is_patched
+from eulernet._patch.select import matches
+from eulernet._run.hooks import StepInputs, add_step_hook, remove_step_hooks
+from eulernet._run.patched import OBSERVED, Patched, by_module
+from eulernet._step import ROOT
 
 Record = dict[str, Any]
 _BUFFERED = 32  # records that may wait on the device
@@ -75,15 +77,15 @@ class watch:
         path: str | PathLike[str] | None = None,
         writer: Any = None,
     ) -> None:
-        _patch.check_module(model, "watch")
+        check_module(model, "watch")
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise EulernetError(f"every={every!r} must be a positive integer: record each every-th iteration")
         if writer is not None and not callable(getattr(writer, "add_scalar", None)):
             raise EulernetError(f"writer is a {type(writer).__name__} without add_scalar(tag, value, iteration)")
         if path is not None and not Path(path).absolute().parent.is_dir():
             raise EulernetError(f"path={str(path)!r}: there is no folder {Path(path).absolute().parent}")
-        model = _patch.unwrapped(model)
-        patched = _patch.is_patched(model)
+        model = unwrapped(model)
+        patched = is_patched(model)
         if step_sizes and not patched:
             raise EulernetError(
                 f"{type(model).__name__} is not patched, so the sizes of its steps cannot be seen. Patch it first, "
@@ -97,7 +99,7 @@ class watch:
             )
         self.notes: list[str] = []
         self._groups = _groups(model, layers)
-        modules = _patch.by_module(model) if step_sizes else {}
+        modules = by_module(model) if step_sizes else {}
         self._steps = [(module, [step.name for step in steps]) for module, steps in modules.items()]
         self._every, self._iteration = every, 0
         self._path = None if path is None else Path(path)
@@ -111,7 +113,7 @@ class watch:
         if any(OBSERVED[0] in vars(module) for module, _ in self._steps):
             raise EulernetError("the model is watched already: leave that block first, or watch(..., step_sizes=False)")
         for module, names in self._steps:
-            observe(module, partial(self._see, module, names))
+            add_step_hook(module, partial(self._see, module, names))
         self._inside = True
         return self
 
@@ -120,7 +122,7 @@ class watch:
     ) -> None:
         self._inside = False
         for module, _ in self._steps:
-            release(module)
+            remove_step_hooks(module)
         self._fetch()
 
     @property
@@ -167,13 +169,13 @@ class watch:
         if text not in self.notes:
             self.notes.append(text)
 
-    def _see(self, module: _patch.Patched, names: list[str], seen: Seen, add: Callable[[], Any]) -> Any:
+    def _see(self, module: Patched, names: list[str], seen: StepInputs, add: Callable[[], Any]) -> Any:
         if torch.compiler.is_compiling() or self._iteration % self._every or not torch.is_grad_enabled():
             return add()
         if not (isinstance(seen.skip, Tensor) and isinstance(seen.branch, Tensor)):
             self._note(f"the size of {names[seen.slot]} is not recorded: its skip is not seen")
             return add()
-        h = module._euler[seen.slot].at(module).value * seen.alpha
+        h = module._euler[seen.slot].bound_to(module).value * seen.alpha
         pair = torch.stack([_norm(seen.branch.detach()) * h, _norm(seen.skip.detach())]).square()
         before = self._squares.get(names[seen.slot])
         self._squares[names[seen.slot]] = pair if before is None else before + pair
@@ -205,7 +207,7 @@ def _groups(model: nn.Module, layers: str | Iterable[str] | None) -> dict[str, l
         raise EulernetError(f"{type(model).__name__} has no parameters to watch")
     chosen: dict[str, None] = {}
     if layers is None:
-        for steps in _patch.by_module(model).values():
+        for steps in by_module(model).values():
             chosen |= {_nearest(step.name.partition(":")[0], named): None for step in steps}
     if layers is not None and not isinstance(layers, Iterable):
         raise EulernetError(f"layers={layers!r} is no pattern on names, nor several; for example layers='layer1.*'")

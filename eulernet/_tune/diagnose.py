@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import nn
 
-from eulernet._calibrate import BOUNDS, search
 from eulernet._errors import EulernetError
-from eulernet._probe import Call, LossFn, Noise, Probe, growth, most_frequent, stream
-from eulernet._report import as_text
+from eulernet._step import as_text
+from eulernet._tune.calibrate import BOUNDS, solve_for_h
+from eulernet._tune.meter import LossFn, MeasuredCall, Noise, StepMeter, growth, most_frequent, stream
 
 _ZERO = 1e-3  # branches below this share of the stream are as good as not there
 _FLAT = 2.0  # growth of gradients up to this is none
@@ -233,22 +233,22 @@ def diagnose(
         >>> eulernet.diagnose(torch.nn.Sequential(layer(), layer()), torch.randn(4, 5, 8))
         <Diagnosis: 4 steps, gradients grow 1.2-fold from the last block to the first: nothing to gain from a smaller h>
     """
-    probe = Probe(model, batch, loss_fn, seed, "diagnose")
+    meter = StepMeter(model, batch, loss_fn, seed, "diagnose")
     if isinstance(noise, bool) or not isinstance(noise, int | float) or not 0 < noise < math.inf:
         raise EulernetError(f"noise must be a positive, finite number, not {noise!r}; for example noise=0.01")
-    calls = probe.gradients(gains)
+    calls = meter.gradients(gains)
     if not calls:
-        raise EulernetError(f"no step of {probe.name} ran on this batch in train mode: {', '.join(probe.notes)}")
-    disturbed = probe.noise(noise)
+        raise EulernetError(f"no step of {meter.name} ran on this batch in train mode: {', '.join(meter.notes)}")
+    disturbed = meter.noise(noise)
     rows, mine = _rows(calls), stream(calls)
     if any(row.gradient is None for row in rows):
         names = dict.fromkeys(row.step for row in rows if row.gradient is None)
-        probe.notes.append(f"the gradient was not measured at {', '.join(names)}: its input is not known, or got none")
+        meter.notes.append(f"the gradient was not measured at {', '.join(names)}: its input is not known, or got none")
     if disturbed is None:
-        probe.notes.append("the amplification of noise was not measured: no noise in the input reaches the first step")
+        meter.notes.append("the amplification of noise was not measured: no noise in the input reaches the first step")
     equation_6, log10_proposition_1 = _gradient_bounds(mine)
     return Diagnosis(
-        model=probe.name,
+        model=meter.name,
         depth=len(mine),
         rows=rows,
         gradient_growth=growth(calls),
@@ -256,12 +256,12 @@ def diagnose(
         log10_proposition_1=log10_proposition_1,
         noise_amplification=None if disturbed is None else disturbed.amplification,
         proposition_2=None if disturbed is None else _proposition_2(mine, disturbed),
-        advice=_advice(mine, growth(calls), probe),
-        notes=tuple(probe.notes),
+        advice=_advice(mine, growth(calls), meter),
+        notes=tuple(meter.notes),
     )
 
 
-def _rows(calls: list[Call]) -> tuple[Row, ...]:
+def _rows(calls: list[MeasuredCall]) -> tuple[Row, ...]:
     rows: list[Row] = []
     for c in calls:
         number = sum(row.step == c.step.name for row in rows)
@@ -270,7 +270,7 @@ def _rows(calls: list[Call]) -> tuple[Row, ...]:
     return tuple(rows)
 
 
-def _gradient_bounds(calls: list[Call]) -> tuple[float | None, float | None]:
+def _gradient_bounds(calls: list[MeasuredCall]) -> tuple[float | None, float | None]:
     """The product of 1 + h W over the steps, and the decimal logarithm of that of sqrt(d) + h max W."""
     gains = [c.gain for c in calls]
     known = [g for g in gains if g is not None]
@@ -281,12 +281,12 @@ def _gradient_bounds(calls: list[Call]) -> tuple[float | None, float | None]:
     return product, sum(math.log10(root + c.h * max(known)) for c in calls)
 
 
-def _proposition_2(calls: list[Call], noise: Noise) -> float:
+def _proposition_2(calls: list[MeasuredCall], noise: Noise) -> float:
     """eps + h D W, divided by eps; with several h their sum stands for h D."""
     return 1 + sum(c.h for c in calls) * noise.branch / noise.start
 
 
-def _advice(calls: list[Call], grown: float | None, probe: Probe) -> str:
+def _advice(calls: list[MeasuredCall], grown: float | None, meter: StepMeter) -> str:
     sizes = [c.increment / c.skip for c in calls if c.increment is not None and c.skip]
     steps = f"{len(calls)} steps"
     if sizes and max(sizes) < _ZERO:
@@ -303,15 +303,15 @@ def _advice(calls: list[Call], grown: float | None, probe: Probe) -> str:
     changed += " from the last block to the first"
     if grown <= _FLAT:
         return f"{steps}, {changed}: nothing to gain from a smaller h"
-    probe.set_h(_NONE)
-    least = growth(probe.gradients())
+    meter.set_h(_NONE)
+    least = growth(meter.gradients())
     if least is None or not math.isfinite(least) or grown <= _FLAT * least:
         left = "not finite" if least is None or not math.isfinite(least) else _fold(least)
         return f"{steps}, {changed}; at h = {_NONE:g} that is {left}: it does not come from the branches"
-    match = search(probe, _FLAT * max(least, 1.0), bounds=(_NONE, BOUNDS[1]), tolerance=0.05)
+    solution = solve_for_h(meter, _FLAT * max(least, 1.0), bounds=(_NONE, BOUNDS[1]), tolerance=0.05)
     rest = f", of which {_shown(least)} does not come from the branches" if least > 1.1 else ""
     few = "; but with so few steps h seldom matters" if len(calls) <= _FEW else ""
-    return f"{steps}, {changed}: h = {match.h:.2g} makes it {_shown(match.growth)}{rest}{few}"
+    return f"{steps}, {changed}: h = {solution.h:.2g} makes it {_shown(solution.growth)}{rest}{few}"
 
 
 def _fold(growth: float) -> str:

@@ -12,8 +12,8 @@ from typing import Any, Literal
 from torch import nn
 
 from eulernet._errors import EulernetError, EulernetWarning
-from eulernet._probe import LossFn, Probe, growth
-from eulernet._report import Step
+from eulernet._step import Step
+from eulernet._tune.meter import LossFn, StepMeter, growth
 
 Quantity = Literal["gradient", "noise"]
 TARGET = 2.0
@@ -90,15 +90,15 @@ def calibrate(
         raise EulernetError(
             f"rule={rule!r} is no function of a step; for example rule=eulernet.schedules.inverse_sqrt()"
         )
-    probe = Probe(model, batch, loss_fn, seed, "calibrate")
-    found = search(probe, target, quantity, rule=rule, bounds=bounds, tolerance=tolerance, noise=noise)
+    meter = StepMeter(model, batch, loss_fn, seed, "calibrate")
+    found = solve_for_h(meter, target, quantity, rule=rule, bounds=bounds, tolerance=tolerance, noise=noise)
     if found.warning:
         warnings.warn(found.warning, EulernetWarning, stacklevel=2)
     return found.h
 
 
 @dataclass(frozen=True)
-class Match:
+class Solution:
     """What the search found: h (c, with a rule), the growth measured there, and what is doubtful about it."""
 
     h: float
@@ -106,8 +106,8 @@ class Match:
     warning: str = ""
 
 
-def search(
-    probe: Probe,
+def solve_for_h(
+    meter: StepMeter,
     target: float = TARGET,
     quantity: Quantity = "gradient",
     *,
@@ -115,14 +115,14 @@ def search(
     bounds: tuple[float, float] = BOUNDS,
     tolerance: float = 0.01,
     noise: float = 0.01,
-) -> Match:
-    """Bisect log h on a probe, whose h is afterwards that of the last measurement."""
+) -> Solution:
+    """Bisect log h on a meter, whose h is afterwards that of the last measurement."""
     measured: dict[float, float] = {}
 
     def excess(h: float) -> float:
         """log(growth / target)"""
-        probe.set_h(h if rule is None else lambda step: h * rule(step))
-        measured[h] = _measure(probe, quantity, noise)
+        meter.set_h(h if rule is None else lambda step: h * rule(step))
+        measured[h] = _measure(meter, quantity, noise)
         return math.log(max(measured[h], 1e-300) / target)
 
     def ends() -> str:
@@ -133,7 +133,7 @@ def search(
     at_high, at_low = excess(high), excess(low)
     close = math.log1p(tolerance)
     if abs(at_high) <= close:
-        return Match(high, measured[high])
+        return Solution(high, measured[high])
     if abs(at_high - at_low) <= 1e-6:
         raise EulernetError(
             f"{ends()}: it does not depend on h. Branches that are zero at initialisation (a zero last gamma, as in "
@@ -147,7 +147,7 @@ def search(
             way = f"such as eulernet.calibrate(model, batch, bounds=({low / 1000:g}, {low:g}))"
         raise EulernetError(f"{ends()}, above the target {target:g}: pass smaller bounds=, {way}")
     if at_low < -close and at_high < -close:
-        return Match(high, measured[high], f"{ends()}, below the target {target:g}: a smaller h has nothing to give")
+        return Solution(high, measured[high], f"{ends()}, below the target {target:g}: a smaller h has nothing to give")
 
     inside, h = at_low, low
     while abs(inside) > close and high / low > 1 + tolerance / 1000:
@@ -157,26 +157,26 @@ def search(
             high = h
         else:
             low = h
-    doubts = []
+    cautions = []
     if abs(inside) > close:
-        doubts.append(f"it jumps there, from {measured[low]:.3g} to {measured[high]:.3g}")
+        cautions.append(f"it jumps there, from {measured[low]:.3g} to {measured[high]:.3g}")
     changes = [math.log(b / a) for a, b in pairwise(g for _, g in sorted(measured.items())) if a > 0 and b < math.inf]
     if any(c > 5 * close for c in changes) and any(c < -5 * close for c in changes):
-        doubts.append("it does not rise or fall steadily with h, so that another h may meet the target as well")
+        cautions.append("it does not rise or fall steadily with h, so that another h may meet the target as well")
     values = ", ".join(f"{g:.3g} at {x:.3g}" for x, g in sorted(measured.items()))
-    warning = f"{_WORDS[quantity]} is {measured[h]:.3g} at h = {h:.3g}, but {'; '.join(doubts)}: {values}"
-    return Match(h, measured[h], warning if doubts else "")
+    warning = f"{_WORDS[quantity]} is {measured[h]:.3g} at h = {h:.3g}, but {'; '.join(cautions)}: {values}"
+    return Solution(h, measured[h], warning if cautions else "")
 
 
-def _measure(probe: Probe, quantity: Quantity, noise: float) -> float:
+def _measure(meter: StepMeter, quantity: Quantity, noise: float) -> float:
     if quantity == "gradient":
-        value = growth(probe.gradients())
+        value = growth(meter.gradients())
     else:
-        result = probe.noise(noise)
+        result = meter.noise(noise)
         value = None if result is None else result.amplification
     if value is None:
         raise EulernetError(
-            f"{_WORDS[quantity]} could not be measured in {probe.name}: "
+            f"{_WORDS[quantity]} could not be measured in {meter.name}: "
             "eulernet.diagnose(model, batch) shows of which step it is not known"
         )
     return value if math.isfinite(value) else math.inf  # features or gradients that are not finite have grown too far

@@ -1,4 +1,4 @@
-"""What is a step: classify the additions of a record.
+"""What is a step: classify the additions of a trace.
 
 A residual step is an addition of a skip `s` and a branch `f` where `f` was computed from `s` (identity), where both
 came from one state, `s` by a shape-matching map only (projection), or where `f` is a further branch of the state of a
@@ -12,8 +12,9 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
 
-from eulernet._trace import ADDITIONS, SLICES, Addition, Record
+from eulernet._find.trace import ADDITIONS, SLICES, Addition, Trace
 
 VIEWS = frozenset(
     "view reshape flatten unflatten permute transpose t T mT H mH swapaxes swapdims movedim moveaxis squeeze unsqueeze "
@@ -48,12 +49,16 @@ _SAME = VIEWS | CASTS | _DROPOUTS | _ACTIVATIONS
 _MATCHING = _SAME | _NORMS | _PADS | _SCALES | _REDUCTIONS
 
 
+# A decomposition, x - pool(x), is seen here and is no step.
+MatchKind = Literal["identity", "projection", "parallel", "decomposition"]
+
+
 @dataclass(eq=False)
-class Event:
+class StepCall:
     """One addition that is a step, as it ran once."""
 
     addition: Addition
-    kind: str  # identity, projection, parallel, or decomposition, x - pool(x), which is seen here and is no step
+    kind: MatchKind
     skip: int  # the node of the skip operand
     branch: int
     skip_is_left: bool
@@ -62,8 +67,8 @@ class Event:
     weak: bool = False  # maps away from what its module was given: no step of its own inside another step's branch
     long: bool = False
     coupled: bool = False  # with the step whose branch it is in, and which is in its branch
-    first: Event | None = None  # parallel: the event of the first place
-    before: tuple[Event, ...] = ()  # the events before it in its stream
+    first: StepCall | None = None  # parallel: the call of the first place
+    before: tuple[StepCall, ...] = ()  # the calls before it in its stream
     position: int = 1  # in its stream, from 1
     stream: int = 0
     depth: int = 1
@@ -74,10 +79,10 @@ class Event:
 
 
 class _Graph:
-    """The record's nodes with what the rules ask of them."""
+    """The trace's nodes with what the rules ask of them."""
 
-    def __init__(self, record: Record) -> None:
-        self.nodes = record.nodes
+    def __init__(self, trace: Trace) -> None:
+        self.nodes = trace.nodes
         self.constant = [node.constant for node in self.nodes]  # made of parameters, buffers and new tensors only
         self.chains: dict[tuple[int, int, float], dict[int, int]] = {}
         self.bare: list[bool] = []  # a mask, a learned scale: neither given, nor looked up in a table, nor mapped
@@ -156,7 +161,7 @@ class _Graph:
                         pending.append(i)
         return found
 
-    def way(self, state: int, branch: int, ancestors: set[int]) -> dict[int, int]:
+    def path(self, state: int, branch: int, ancestors: set[int]) -> dict[int, int]:
         """The nodes on the way from `state` to `branch`, each with the largest number of maps passed so far."""
         maps = {state: 0}
         for node in sorted(ancestors):
@@ -172,29 +177,29 @@ class _Graph:
                 back.update(i for i in self.nodes[node].inputs if i in maps)
         return {node: maps[node] for node in maps if node in back}
 
-    def mixes(self, way: dict[int, int], state: int) -> bool:
-        return any(n != state and (self.is_map(n) or _POOLS.search(self.nodes[n].op)) for n in way)
+    def mixes(self, path: dict[int, int], state: int) -> bool:
+        return any(n != state and (self.is_map(n) or _POOLS.search(self.nodes[n].op)) for n in path)
 
 
-def classify(record: Record) -> list[Event]:
+def classify(trace: Trace) -> list[StepCall]:
     """The steps of one run, long ones and unsupported ones included, in the order in which they ran."""
-    graph = _Graph(record)
-    events: list[Event] = []
-    results: dict[int, Event] = {}
-    for addition in record.additions:
-        event = _event(graph, record, addition, results)
-        if event is not None:
-            events.append(event)
-            if event.supported and event.kind != "decomposition":
-                results[addition.result] = event
-    kept = _keep(graph, events)
+    graph = _Graph(trace)
+    step_calls: list[StepCall] = []
+    results: dict[int, StepCall] = {}
+    for addition in trace.additions:
+        step_call = _step_call(graph, trace, addition, results)
+        if step_call is not None:
+            step_calls.append(step_call)
+            if step_call.supported and step_call.kind != "decomposition":
+                results[addition.result] = step_call
+    kept = _keep(graph, step_calls)
     _streams(graph, kept)
     return kept
 
 
-def _event(graph: _Graph, record: Record, addition: Addition, results: dict[int, Event]) -> Event | None:
-    call = record.calls[addition.call]
-    parent = record.calls[call.parent] if call.parent >= 0 else None
+def _step_call(graph: _Graph, trace: Trace, addition: Addition, results: dict[int, StepCall]) -> StepCall | None:
+    call = trace.calls[addition.call]
+    parent = trace.calls[call.parent] if call.parent >= 0 else None
     for skip_is_left in (True, False):
         pairs = [(addition.left, right) if skip_is_left else (right, addition.left) for right in addition.right]
         if not skip_is_left and addition.op not in ("add", "iadd"):
@@ -210,81 +215,90 @@ def _event(graph: _Graph, record: Record, addition: Addition, results: dict[int,
                     kind, state, within, weak, first = found
                     if kind == "identity" and "sub" in addition.op and not any(map(graph.is_map, within)):
                         kind, weak = "decomposition", True  # the state without what pooling took out of it (Autoformer)
-                    return Event(addition, kind, skip, branch, skip_is_left, state, within, weak, first=first)
+                    return StepCall(addition, kind, skip, branch, skip_is_left, state, within, weak, first=first)
     return None
 
 
-_Found = tuple[str, int, set[int], bool, Event | None]
+class Match(NamedTuple):
+    """What an addition is found to be; the fields are those of `StepCall`."""
+
+    kind: MatchKind
+    state: int
+    within: set[int]
+    weak: bool
+    first: StepCall | None = None
 
 
-def _identity(graph: _Graph, skip: int, branch: int, start: int) -> _Found | None:
+def _identity(graph: _Graph, skip: int, branch: int, start: int) -> Match | None:
     chain = list(graph.same(skip, start))
     ancestors = graph.ancestors(branch, start, chain[-1])
     for state in chain:
         if state in ancestors and state != branch:
-            way = graph.way(state, branch, ancestors)
-            if graph.mixes(way, state):
+            path = graph.path(state, branch, ancestors)
+            if graph.mixes(path, state):
                 given, maps = list(graph.matched(state, start, most=math.inf))[-1]
                 weak = given < start and maps > 0
-                return "identity", state, set(way) - {state}, weak, None
+                return Match("identity", state, set(path) - {state}, weak)
     return None
 
 
-def _projection(graph: _Graph, skip: int, branch: int, start: int) -> _Found | None:
+def _projection(graph: _Graph, skip: int, branch: int, start: int) -> Match | None:
     chain = list(graph.matched(skip, start))
     ancestors = graph.ancestors(branch, start, chain[-1][0])
     for (after, _), (state, maps) in itertools.pairwise(chain):
         if state in ancestors:
-            way = graph.way(state, branch, ancestors)
-            resized = any(n != state and _UPSAMPLES.search(graph.nodes[n].op) for n in way)
-            if way and way[branch] > maps and not resized and not _are_other_parts(graph, state, after, way):
-                return "projection", state, set(way) - {state}, True, None
+            path = graph.path(state, branch, ancestors)
+            resized = any(n != state and _UPSAMPLES.search(graph.nodes[n].op) for n in path)
+            if path and path[branch] > maps and not resized and not _are_other_parts(graph, state, after, path):
+                return Match("projection", state, set(path) - {state}, weak=True)
     return None
 
 
-def _are_other_parts(graph: _Graph, state: int, skip: int, way: dict[int, int]) -> bool:
+def _are_other_parts(graph: _Graph, state: int, skip: int, path: dict[int, int]) -> bool:
     """Whether the skip is one part of the state and the branch begins at other parts only, as in Res2Net."""
 
     def part(node: int) -> bool:
         return graph.nodes[node].op in SLICES and graph.size(node) < graph.size(state)
 
-    begins = [n for n in way if state in graph.nodes[n].inputs]
+    begins = [n for n in path if state in graph.nodes[n].inputs]
     return part(skip) and all(part(n) and n != skip for n in begins)
 
 
-def _parallel(graph: _Graph, skip: int, branch: int, start: int, results: dict[int, Event]) -> _Found | None:
+def _parallel(graph: _Graph, skip: int, branch: int, start: int, results: dict[int, StepCall]) -> Match | None:
     for node in graph.same(skip, start):
         first = results.get(node)
         if first is not None:
             ancestors = graph.ancestors(branch, start, first.state)
             if first.state in ancestors and node not in ancestors:
-                way = graph.way(first.state, branch, ancestors)
-                if graph.mixes(way, first.state):
-                    return "parallel", first.state, set(way) - {first.state}, first.weak, first.first or first
+                path = graph.path(first.state, branch, ancestors)
+                if graph.mixes(path, first.state):
+                    return Match("parallel", first.state, set(path) - {first.state}, first.weak, first.first or first)
             return None
     return None
 
 
-def _keep(graph: _Graph, events: list[Event]) -> list[Event]:
+def _keep(graph: _Graph, step_calls: list[StepCall]) -> list[StepCall]:
     """Decide which steps are long, and leave out what is no step of the stream."""
-    _mark_long([e for e in events if e.supported], strong_only=True)
+    _mark_long([e for e in step_calls if e.supported], strong_only=True)
     of_the_state = []
-    for event in events:
-        holder = _holder(event, events) if event.long else None
+    for step_call in step_calls:
+        holder = _holder(step_call, step_calls) if step_call.long else None
         # What else is handed down, positions, biases and scores, has another shape than the stream's state.
-        event.coupled = (
+        step_call.coupled = (
             holder is not None
             and holder.kind != "decomposition"
-            and graph.nodes[event.state].shape == graph.nodes[holder.state].shape
+            and graph.nodes[step_call.state].shape == graph.nodes[holder.state].shape
         )
-        handed_down = event.long and (graph.constant[event.state] or (holder is not None and not event.coupled))
-        if not handed_down and event.kind != "decomposition":
-            of_the_state.append(event)
-    kept: list[Event] = []
-    for event in reversed(of_the_state):  # what ends later is outside
-        inside = any(event.addition.result in outer.within and not outer.long for outer in kept)
-        if not (event.weak and inside):
-            kept.append(event)
+        handed_down = step_call.long and (
+            graph.constant[step_call.state] or (holder is not None and not step_call.coupled)
+        )
+        if not handed_down and step_call.kind != "decomposition":
+            of_the_state.append(step_call)
+    kept: list[StepCall] = []
+    for step_call in reversed(of_the_state):  # what ends later is outside
+        inside = any(step_call.addition.result in outer.within and not outer.long for outer in kept)
+        if not (step_call.weak and inside):
+            kept.append(step_call)
     kept.reverse()
     still = {id(e) for e in kept}
     kept = [e for e in kept if e.first is None or id(e.first) in still]
@@ -292,52 +306,55 @@ def _keep(graph: _Graph, events: list[Event]) -> list[Event]:
     return kept
 
 
-def _mark_long(events: list[Event], *, strong_only: bool) -> None:
+def _mark_long(step_calls: list[StepCall], *, strong_only: bool) -> None:
     """A step is long where its branch runs through other steps that are not long themselves."""
     results: set[int] = set()
-    for event in events:
-        event.long = not results.isdisjoint(event.within)
-        if not event.long and not (strong_only and event.weak):
-            results.add(event.addition.result)
+    for step_call in step_calls:
+        step_call.long = not results.isdisjoint(step_call.within)
+        if not step_call.long and not (strong_only and step_call.weak):
+            results.add(step_call.addition.result)
 
 
-def _holder(event: Event, events: list[Event]) -> Event | None:
-    """The step in whose branch the "skip" of an event is, while the step is in the event's branch."""
+def _holder(step_call: StepCall, step_calls: list[StepCall]) -> StepCall | None:
+    """The step in whose branch the "skip" of a call is, while that step is in the call's branch."""
     return next(
-        (e for e in events if event.state in e.within and e.addition.result in event.within and not e.long), None
+        (e for e in step_calls if step_call.state in e.within and e.addition.result in step_call.within and not e.long),
+        None,
     )
 
 
-def _streams(graph: _Graph, events: list[Event]) -> None:
+def _streams(graph: _Graph, step_calls: list[StepCall]) -> None:
     """Number the streams, the chains from skip to result, and count the calls in each.
 
     A long step and the steps inside its branch are streams of their own.
     """
-    inside = {id(e): frozenset(id(o) for o in events if o.long and e.addition.result in o.within) for e in events}
-    ends = {e.addition.result: e for e in events if e.supported}
+    inside = {
+        id(e): frozenset(id(o) for o in step_calls if o.long and e.addition.result in o.within) for e in step_calls
+    }
+    ends = {e.addition.result: e for e in step_calls if e.supported}
     streams = 0
     for long in (False, True):
-        before: list[frozenset[Event]] = []  # for each node, the nearest steps of this kind that it comes from
+        before: list[frozenset[StepCall]] = []  # for each node, the nearest steps of this kind that it comes from
         for index, node in enumerate(graph.nodes):
-            event = ends.get(index)
-            if event is None:
+            step_call = ends.get(index)
+            if step_call is None:
                 before.append(frozenset().union(*(before[i] for i in node.inputs)))
-            elif event.long != long:
-                before.append(before[event.skip])
+            elif step_call.long != long:
+                before.append(before[step_call.skip])
             else:
-                nearest = event.first.before if event.first is not None else before[event.skip]
-                event.before = tuple(e for e in nearest if inside[id(e)] == inside[id(event)])
-                event.position = 1 + max((e.position for e in event.before), default=0)
-                before.append(frozenset((event,)))
-        members = [e for e in events if e.long == long]
-        for event in members:
-            start = max(event.before, key=lambda e: e.position, default=event.first)
-            event.stream = streams if start is None else start.stream
+                nearest = step_call.first.before if step_call.first is not None else before[step_call.skip]
+                step_call.before = tuple(e for e in nearest if inside[id(e)] == inside[id(step_call)])
+                step_call.position = 1 + max((e.position for e in step_call.before), default=0)
+                before.append(frozenset((step_call,)))
+        members = [e for e in step_calls if e.long == long]
+        for step_call in members:
+            start = max(step_call.before, key=lambda e: e.position, default=step_call.first)
+            step_call.stream = streams if start is None else start.stream
             streams += start is None
-            event.depth = event.position
-        for event in reversed(members):  # D is the length of the longest chain through the step
-            for other in (*event.before, *([event.first] if event.first is not None else [])):
-                other.depth = max(other.depth, event.depth)
-        for event in members:
-            if event.first is not None:
-                event.depth = event.first.depth
+            step_call.depth = step_call.position
+        for step_call in reversed(members):  # D is the length of the longest chain through the step
+            for other in (*step_call.before, *([step_call.first] if step_call.first is not None else [])):
+                other.depth = max(other.depth, step_call.depth)
+        for step_call in members:
+            if step_call.first is not None:
+                step_call.depth = step_call.first.depth

@@ -1,8 +1,8 @@
-"""Run a model once and record which tensor came from which.
+"""Run a model once and trace which tensor came from which.
 
-The record is a graph: one node a torch function call, with the nodes of the tensors it read. Additions are kept with
+The trace is a graph: one node a torch function call, with the nodes of the tensors it read. Additions are kept with
 the Python frames that made them, module calls with the span of nodes they made. What any of it means is decided in
-`_steps.py`; nothing here knows what a residual step is.
+`classify.py`; nothing here knows what a residual step is.
 
 The model that runs is a copy whose tensors are fake (shapes and dtypes without values), so that neither the model nor
 its caches nor the random number generators change, and a model of any size is traced in a moment.
@@ -10,25 +10,17 @@ its caches nor the random number generators change, and a model of any size is t
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import functools
-import gc
 import inspect
-import logging
-import random
 import sys
-import warnings
-import weakref
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from types import CodeType, ModuleType
+from pathlib import Path
+from types import CodeType
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -91,7 +83,7 @@ class Addition:
 
 
 @dataclass(slots=True)
-class Call:
+class ModuleCall:
     """One call of a module: the nodes made within it are those from `start` up to `end`."""
 
     module: nn.Module
@@ -101,12 +93,12 @@ class Call:
 
 
 @dataclass
-class Record:
+class Trace:
     """What one run of a model did."""
 
     nodes: list[Node] = field(default_factory=list)
     additions: list[Addition] = field(default_factory=list)
-    calls: list[Call] = field(default_factory=list)
+    calls: list[ModuleCall] = field(default_factory=list)
     used: dict[int, int] = field(default_factory=dict)  # ids of the parameters and buffers that were read -> nodes
     outputs: list[int] = field(default_factory=list)  # what the model returned
 
@@ -114,12 +106,12 @@ class Record:
 _Called: TypeAlias = tuple[Any, Any, int]  # the last three entries of a node
 
 
-class _Recorder(TorchFunctionMode):
-    """Writes the record: names come from the torch functions that Python calls, the rest from what they dispatch."""
+class Tracer(TorchFunctionMode):
+    """Writes the trace: names come from the torch functions that Python calls, the rest from what they dispatch."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.record = Record()
+        self.trace = Trace()
         self.stack: list[int] = []
         self.inside = False
         self._of: dict[int, int] = {}  # id of a tensor -> its node
@@ -133,8 +125,8 @@ class _Recorder(TorchFunctionMode):
     def new(
         self, op: str, inputs: tuple[int, ...], shape: tuple[int, ...], constant: bool, called: _Called = ((), {}, 0)
     ) -> int:
-        self.record.nodes.append(Node(op, inputs, shape, constant, *called))
-        return len(self.record.nodes) - 1
+        self.trace.nodes.append(Node(op, inputs, shape, constant, *called))
+        return len(self.trace.nodes) - 1
 
     def set(self, tensor: Tensor, node: int) -> None:
         if id(tensor) not in self._of:
@@ -148,11 +140,11 @@ class _Recorder(TorchFunctionMode):
             is_parameter = id(tensor) in self.parameters
             node = self.new("parameter" if is_parameter else "input", (), tuple(tensor.shape), is_parameter)
             if is_parameter:
-                self.record.used[id(tensor)] = node
+                self.trace.used[id(tensor)] = node
             self.set(tensor, node)
         write = self._writes.get(_storage(tensor), -1)
         if write > node:
-            constant = self.record.nodes[node].constant and self.record.nodes[write].constant
+            constant = self.trace.nodes[node].constant and self.trace.nodes[write].constant
             called: _Called = ((Ref(node), Ref(write)), {}, 0)
             node = self.new("overwritten", (node, write), tuple(tensor.shape), constant, called)
             self.set(tensor, node)
@@ -173,12 +165,12 @@ class _Recorder(TorchFunctionMode):
 
     def write(self, func: Any, args: Any, kwargs: Any, frame: Any) -> Any:
         name = _name(func)
-        tensors = list(_tensors((args, kwargs)))
+        tensors = list(tensors_in((args, kwargs)))
         if not tensors and name in ("size", "dim", "get"):
             return func(*args, **kwargs)
         before = [(t, self.node(t), _version(t)) for t in tensors]
         out = func(*args, **kwargs)
-        results = list(_tensors(out))
+        results = list(tensors_in(out))
         if not results and not any(_version(t) != v for t, _, v in before):
             return out
 
@@ -194,7 +186,7 @@ class _Recorder(TorchFunctionMode):
             read = nodes
         called = _referring(args, read), _referring(kwargs, read)
 
-        constant = name in _SHAPE_ONLY or all(self.record.nodes[n].constant for _, n, _ in before)
+        constant = name in _SHAPE_ONLY or all(self.trace.nodes[n].constant for _, n, _ in before)
 
         written = [t for t, _, v in before if _version(t) != v]
         seen = set(nodes)
@@ -231,14 +223,14 @@ class _Recorder(TorchFunctionMode):
         if op in ADDITIONS:
             right = [args[1] if len(args) > 1 else kwargs.get("other")]
         else:
-            right = [t for t in _tensors((args[1:], kwargs)) if _is_float(t)]
+            right = [t for t in tensors_in((args[1:], kwargs)) if _is_float(t)]
         if not isinstance(left, Tensor) or not right or not all(isinstance(t, Tensor) for t in right):
             return
         if not _is_float(result) or left.shape != result.shape:
             return
         if op in ADDITIONS and (right[0].shape != result.shape or not _is_float(right[0])):
             return
-        self.record.additions.append(
+        self.trace.additions.append(
             Addition(
                 op=op,
                 result=self._of[id(result)],
@@ -253,190 +245,28 @@ class _Recorder(TorchFunctionMode):
 
     # ---- module calls
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        for tensor in _tensors((args, kwargs)):
+        for tensor in tensors_in((args, kwargs)):
             self.node(tensor)  # what comes from the caller is older than the call
-        self.record.calls.append(Call(module, self.stack[-1] if self.stack else -1, len(self.record.nodes)))
-        self.stack.append(len(self.record.calls) - 1)
+        self.trace.calls.append(ModuleCall(module, self.stack[-1] if self.stack else -1, len(self.trace.nodes)))
+        self.stack.append(len(self.trace.calls) - 1)
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         while self.stack:
-            call = self.record.calls[self.stack.pop()]
-            call.end = len(self.record.nodes)
+            call = self.trace.calls[self.stack.pop()]
+            call.end = len(self.trace.nodes)
             if call.module is module:
                 return
 
 
-class _Dispatched(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class DispatchTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """What no torch function announced: the inside of scripted functions, views made by autograd."""
 
-    def __init__(self, recorder: _Recorder) -> None:
+    def __init__(self, tracer: Tracer) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.recorder = recorder
+        self.tracer = tracer
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return self.recorder.observe(func, args, kwargs or {}, sys._getframe(1))
-
-
-class Sandbox:
-    """A copy of a model that can be run without a trace of it being left anywhere.
-
-    `fake` copies have shapes and dtypes without values; real ones are for models whose code looks at values. Forward
-    hooks are the owner's, who may keep what they see: a copy has none, unless the model cannot run without its `hooks`.
-    """
-
-    def __init__(self, model: nn.Module, fake: bool, hooks: bool = False) -> None:
-        self.mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else None
-        memo: dict[int, Any] = {}
-        with FakeCopyMode(self.mode) if self.mode else contextlib.nullcontext():
-            self.copy: nn.Module = copy.deepcopy(model, memo)
-        self.fakes: list[weakref.ref[Tensor]] = []  # to `forget` once the sandbox is gone
-        self.original: dict[nn.Module, nn.Module] = {}
-        for module in {id(m): m for m in all_modules(model)}.values():
-            twin = memo.get(id(module))
-            if isinstance(twin, nn.Module):
-                self.original[twin] = module
-        for twin in self.original:
-            if not hooks:
-                twin._forward_hooks.clear()
-                twin._forward_pre_hooks.clear()
-
-    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool) -> Record:
-        """Run the copy in eval or train mode, and return the record."""
-        recorder = _Recorder(self.copy)
-        handles = []
-        for module in self.original:
-            handles.append(module.register_forward_pre_hook(recorder.enter, with_kwargs=True))
-            handles.append(module.register_forward_hook(recorder.leave))
-        self.copy.train(training)
-        try:
-            with contextlib.ExitStack() as stack:
-                stack.enter_context(torch.set_grad_enabled(training))
-                if self.mode is not None:
-                    stack.enter_context(self.mode)
-                args, kwargs = self._inputs(args), self._inputs(kwargs)
-                stack.enter_context(_Dispatched(recorder))
-                stack.enter_context(recorder)
-                _seed()  # a layer that is dropped at random is dropped in each run
-                output = self.copy(*args, **kwargs)
-                recorder.inside = True
-                recorder.record.outputs = [recorder.node(t) for t in _tensors(output)]
-        finally:
-            for handle in handles:
-                handle.remove()
-            self.fakes.extend(weakref.ref(t) for t in recorder.alive if isinstance(t, FakeTensor))
-        return recorder.record
-
-    def _inputs(self, value: Any) -> Any:
-        if isinstance(value, Tensor):
-            value = value.clone() if value.is_inference() else value.detach()
-            return self.mode.from_tensor(value, static_shapes=True) if self.mode else value.clone()
-        if isinstance(value, tuple) and hasattr(value, "_fields"):
-            return type(value)(*map(self._inputs, value))
-        if isinstance(value, (list, tuple)):
-            return type(value)(map(self._inputs, value))
-        if isinstance(value, dict):
-            return {key: self._inputs(item) for key, item in value.items()}
-        return copy.deepcopy(value)
-
-
-@contextlib.contextmanager
-def undisturbed() -> Iterator[None]:
-    """Leave the random number generators as they are, and call or repeat nothing that is the owner's business."""
-    python = random.getstate()
-    numpy = sys.modules.get("numpy")
-    numpy_state = numpy.random.get_state() if numpy else None
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
-    logger = logging.getLogger("torch._subclasses.fake_tensor")  # prints the traceback of what a copy fails on
-    silent = logger.disabled
-    module_hooks = (torch.nn.modules.module._global_forward_hooks, torch.nn.modules.module._global_forward_pre_hooks)
-    hooks = [dict(h) for h in module_hooks]
-    try:
-        logger.disabled = True
-        for h in module_hooks:
-            h.clear()
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=devices), torch.inference_mode(False):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for h, saved in zip(module_hooks, hooks, strict=True):
-            h.update(saved)
-        logger.disabled = silent
-        random.setstate(python)
-        if numpy:
-            numpy.random.set_state(numpy_state)
-
-
-def _seed() -> None:
-    """One state for all the generators that a model draws from; `undisturbed` gives them back their own."""
-    random.seed(0)
-    torch.default_generator.manual_seed(0)
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        torch.cuda.manual_seed_all(0)
-    if numpy := sys.modules.get("numpy"):
-        numpy.random.seed(0)
-
-
-@contextlib.contextmanager
-def no_fakes_left(model: nn.Module, sandboxes: list[Sandbox]) -> Iterator[None]:
-    """Afterwards no cache of the process holds a fake tensor of these sandboxes, which are emptied."""
-    classes = {cls for module in all_modules(model) for cls in type(module).__mro__ if cls.__module__ != "builtins"}
-    modules = {id(m): m for cls in classes if (m := sys.modules.get(cls.__module__)) is not None}
-    before = [(owner, dict(vars(owner))) for owner in (*classes, *modules.values())]
-    methods = [value for cls in classes for value in vars(cls).values() if isinstance(value, _CACHE)]
-    sizes = [(method, method.cache_info().currsize) for method in methods]
-    try:
-        yield
-    finally:
-        fakes = [fake for sandbox in sandboxes for fake in sandbox.fakes]
-        sandboxes.clear()
-        for method, size in sizes:
-            if method.cache_info().currsize > size:  # what it was called on, the copied model, is a key
-                method.cache_clear()
-        for owner, names in before:
-            for name, value in list(vars(owner).items()):
-                if isinstance(value, FakeTensor) and value is not names.get(name):
-                    setattr(owner, name, names[name]) if name in names else delattr(owner, name)
-        _forget(fakes)
-
-
-def _forget(fakes: list[weakref.ref[Tensor]]) -> None:
-    """Empty the caches (`functools.lru_cache`, dictionaries, lists) that have kept one of these tensors."""
-    if any(fake() is not None for fake in fakes):
-        gc.collect()
-    kept: list[Any] = [tensor for fake in fakes if (tensor := fake()) is not None]
-    own = {id(kept)}
-    for _ in range(4):  # a cache holds the tensor itself, or a tuple or list of a few
-        if not kept:
-            return
-        holders = gc.get_referrers(*kept)
-        spaces = _namespaces([holder for holder in holders if type(holder) is dict])
-        inside = {id(k) for k in kept}
-        kept = []
-        own |= {id(holders), id(kept)}
-        for holder in holders:
-            if id(holder) in own:
-                continue
-            if isinstance(holder, _CACHE):
-                holder.cache_clear()
-            elif type(holder) is dict and id(holder) not in spaces:
-                for key in [key for key, value in holder.items() if id(value) in inside]:
-                    del holder[key]
-            elif type(holder) is list and not any(_is_cache(h) for h in gc.get_referrers(holder)):
-                holder[:] = [item for item in holder if id(item) not in inside]
-            elif type(holder) in (tuple, list):
-                kept.append(holder)
-
-
-def _namespaces(dicts: list[dict[Any, Any]]) -> set[int]:
-    """The ids of what the classes and modules refer to whose `__dict__` is among these."""
-    owners = [owner for owner in gc.get_referrers(*dicts) if isinstance(owner, (type, ModuleType))] if dicts else []
-    return {id(value) for value in gc.get_referents(*owners)}
-
-
-def _is_cache(holder: Any) -> bool:
-    return isinstance(holder, (_CACHE, tuple)) or (
-        type(holder) is dict and not any(isinstance(k, str) for k in holder) and id(holder) not in _namespaces([holder])
-    )
+        return self.tracer.observe(func, args, kwargs or {}, sys._getframe(1))
 
 
 def all_modules(model: nn.Module) -> Iterator[nn.Module]:
@@ -474,15 +304,15 @@ def _name(func: Any) -> str:
     return name.strip("_")
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (tuple, list)):
         for item in value:
-            yield from _tensors(item)
+            yield from tensors_in(item)
     elif isinstance(value, dict):
         for item in value.values():
-            yield from _tensors(item)
+            yield from tensors_in(item)
 
 
 def _referring(value: Any, nodes: dict[int, int]) -> Any:
@@ -525,8 +355,9 @@ def _storage(tensor: Tensor) -> int:
         return -id(tensor)
 
 
+# Where a run is traced: here, and where it is begun.
+_RECORDING = (__file__, str(Path(__file__).with_name("sandbox.py")))
 _MODULE_CALL = nn.Module.__call__.__code__.co_filename
-_CACHE = functools._lru_cache_wrapper
 _PLUMBING = tuple(
     torch.__path__[0] + name
     for name in ("/overrides.py", "/_ops.py", "/_compile.py", "/utils/_python_dispatch.py", "/_dynamo/", "/_tensor.py")
@@ -537,7 +368,7 @@ def _frames(frame: Any) -> Iterator[Frame]:
     """The frames from an operation up to the `forward` of the module that is being called."""
     while frame is not None and frame.f_code.co_filename != _MODULE_CALL:
         code = frame.f_code
-        if not code.co_filename.startswith(_PLUMBING) and code.co_filename != __file__:
+        if not code.co_filename.startswith(_PLUMBING) and code.co_filename not in _RECORDING:
             first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
             yield Frame(code, frame.f_lasti, first if isinstance(first, nn.Module) else None)
         frame = frame.f_back

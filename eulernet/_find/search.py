@@ -13,11 +13,14 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from eulernet._errors import EulernetError
-from eulernet._inputs import as_call, guess_inputs
-from eulernet._report import ROOT, Place, Step, Steps
-from eulernet._rewrite import Site, Unsupported, locate, nowhere
-from eulernet._steps import Event, classify
-from eulernet._trace import Addition, Record, Sandbox, all_modules, no_fakes_left, undisturbed
+from eulernet._find.classify import StepCall, classify
+from eulernet._find.inputs import as_arguments, guess_inputs
+from eulernet._find.locate import Location, locate, nowhere
+from eulernet._find.sandbox import Sandbox, no_fakes_left, preserve_state
+from eulernet._find.trace import Addition, Trace, all_modules
+from eulernet._run.patched import restore_class
+from eulernet._source import Unsupported
+from eulernet._step import ROOT, Place, Step, Steps
 
 
 @dataclass(frozen=True)
@@ -31,22 +34,22 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Spot:
+class Site:
     """One addition of a step: where it stands, which operand is the skip, and how often it runs in each mode."""
 
-    site: Site
+    location: Location
     skip_is_left: bool
     subtracts: bool
     calls: tuple[int, int]  # in eval mode, in training
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundStep:
     """A step with its module and its additions."""
 
     step: Step
     module: nn.Module
-    spots: tuple[Spot, ...]
+    sites: tuple[Site, ...]
     error: EulernetError | None = None  # why its source cannot be rewritten
 
 
@@ -54,11 +57,11 @@ class Found:
 class Search:
     """All that was found, and the runs in which it was, to try a patch in and to look at once more."""
 
-    found: list[Found]
+    found: list[FoundStep]
     steps: Steps
     runs: list[Run]
-    records: list[Record]  # one a run
-    events: dict[int, list[tuple[int, Event]]]  # the index of a step -> the runs it was seen in, and as what
+    traces: list[Trace]  # one a run
+    step_calls: dict[int, list[tuple[int, StepCall]]]  # the index of a step -> the runs it was seen in, and as what
 
 
 @contextlib.contextmanager
@@ -66,26 +69,26 @@ def search(model: nn.Module, example_inputs: Any) -> Iterator[Search]:
     """Find the steps of a model that is not patched, or of the original of one that is."""
     sandboxes: list[Sandbox] = []
     with no_fakes_left(model, sandboxes):
-        with undisturbed():
+        with preserve_state():
             result = _search(model, example_inputs, sandboxes)
         try:
             yield result
         finally:
-            for kept in (result.runs, result.records, result.events):
+            for kept in (result.runs, result.traces, result.step_calls):
                 kept.clear()
 
 
 def _search(model: nn.Module, example_inputs: Any, sandboxes: list[Sandbox]) -> Search:
-    runs, records, notes = _run(model, example_inputs, sandboxes)
-    return _collect(model, runs, records, notes)
+    runs, traces, notes = _run(model, example_inputs, sandboxes)
+    return _collect(model, runs, traces, notes)
 
 
-def _run(model: nn.Module, example_inputs: Any, sandboxes: list[Sandbox]) -> tuple[list[Run], list[Record], list[str]]:
+def _run(model: nn.Module, example_inputs: Any, sandboxes: list[Sandbox]) -> tuple[list[Run], list[Trace], list[str]]:
     if example_inputs is None:
         args, kwargs = _guessed(model, training=False)
         args_train, kwargs_train = _guessed(model, training=True)
     else:
-        args, kwargs = args_train, kwargs_train = as_call(example_inputs)
+        args, kwargs = args_train, kwargs_train = as_arguments(example_inputs)
     meta = any(t.device.type == "meta" for t in (*model.parameters(), *model.buffers()))
     ways = [(True, False)] if meta else [(True, False), (False, False)]
     if any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
@@ -93,13 +96,13 @@ def _run(model: nn.Module, example_inputs: Any, sandboxes: list[Sandbox]) -> tup
     remaining = iter(ways)
     sandbox = _sandbox(model, *next(remaining), sandboxes)
     runs: list[Run] = []
-    records: list[Record] = []
+    traces: list[Trace] = []
     notes: list[str] = []
     for training, arguments in ((False, (args, kwargs)), (True, (args_train, kwargs_train))):
         try:
-            while len(records) == len(runs):
+            while len(traces) == len(runs):
                 try:
-                    records.append(sandbox.run(*arguments, training=training))
+                    traces.append(sandbox.run(*arguments, training=training))
                 except Exception as error:
                     way = next(remaining, None)
                     if way is not None:
@@ -135,12 +138,10 @@ def _run(model: nn.Module, example_inputs: Any, sandboxes: list[Sandbox]) -> tup
             )
         else:
             runs.append(Run(sandbox, training, *arguments))
-    return runs, records, notes
+    return runs, traces, notes
 
 
 def _sandbox(model: nn.Module, fake: bool, hooks: bool, sandboxes: list[Sandbox]) -> Sandbox:
-    from eulernet._patch import restore_class  # the copy of a patched model is traced as its original
-
     try:
         sandbox = Sandbox(model, fake, hooks)
     except Exception as error:
@@ -150,7 +151,7 @@ def _sandbox(model: nn.Module, fake: bool, hooks: bool, sandboxes: list[Sandbox]
             "forward pass, and set it again after patching"
         ) from error
     sandboxes.append(sandbox)
-    for module in sandbox.original:
+    for module in sandbox.original:  # the copy of a patched model is traced as its original
         restore_class(module)
     return sandbox
 
@@ -166,50 +167,48 @@ def _guessed(model: nn.Module, training: bool) -> tuple[tuple[Any, ...], dict[st
 
 
 @dataclass(eq=False)
-class _Spot:
-    site: Site
+class _TracedSite:
+    location: Location
     module: nn.Module
     skip_is_left: bool
     subtracts: bool
-    events: dict[bool, list[Event]]  # training -> its runs
+    step_calls: dict[bool, list[StepCall]]  # training -> its runs
     error: EulernetError | None = None
 
     @property
     def calls(self) -> tuple[int, int]:
-        return len(self.events[False]), len(self.events[True])
+        return len(self.step_calls[False]), len(self.step_calls[True])
 
 
-def _collect(model: nn.Module, runs: list[Run], records: list[Record], notes: list[str]) -> Search:
+def _collect(model: nn.Module, runs: list[Run], traces: list[Trace], notes: list[str]) -> Search:
     names = _names(model)
-    spots: dict[Any, _Spot] = {}
+    sites: dict[Any, _TracedSite] = {}
     unsupported: dict[str, None] = {}
-    everything: list[Event] = []
-    for run, record in zip(runs, records, strict=True):
-        events = classify(record)
-        everything += events
-        runs_at = Counter(_origin(a) for a in record.additions)
-        steps_at = Counter(_origin(e.addition) for e in events)
-        for event in events:
-            origin = _origin(event.addition)
+    for run, trace in zip(runs, traces, strict=True):
+        step_calls = classify(trace)
+        runs_at = Counter(_origin(a) for a in trace.additions)
+        steps_at = Counter(_origin(e.addition) for e in step_calls)
+        for step_call in step_calls:
+            origin = _origin(step_call.addition)
             try:
-                spot = _spot(event, run.sandbox, spots)
+                site = _site(step_call, run.sandbox, sites)
                 if steps_at[origin] != runs_at[origin]:
                     raise Unsupported(
                         f"the same addition is a step in {steps_at[origin]} of its {runs_at[origin]} runs"
                     )
-                spot.events[run.training].append(event)
+                site.step_calls[run.training].append(step_call)
             except Unsupported as reason:
-                caller = run.sandbox.original.get(record.calls[event.addition.call].module, model)
-                unsupported[_unsupported(event, run.sandbox, names, caller, str(reason))] = None
-    groups = _group([s for s in spots.values() if any(s.events.values())])
-    _pair_modes(groups, runs, records, names, notes)
-    numbers = {id(g): i for i, g in enumerate(sorted(groups, key=lambda g: any(e.long for e in _events(g))))}
+                caller = run.sandbox.original.get(trace.calls[step_call.addition.call].module, model)
+                unsupported[_unsupported(step_call, run.sandbox, names, caller, str(reason))] = None
+    groups = _group([s for s in sites.values() if any(s.step_calls.values())])
+    _pair_modes(groups, runs, traces, names, notes)
+    numbers = {id(g): i for i, g in enumerate(sorted(groups, key=lambda g: any(e.long for e in _step_calls(g))))}
     found = [
-        Found(
+        FoundStep(
             _step(numbers[id(group)], group, groups, names),
             group[0].module,
             tuple(
-                Spot(s.site, s.skip_is_left, s.subtracts, (len(s.events[False]), len(s.events[True]))) for s in group
+                Site(s.location, s.skip_is_left, s.subtracts, s.calls) for s in group
             ),
             next((s.error for s in group if s.error is not None), None),
         )
@@ -220,15 +219,17 @@ def _collect(model: nn.Module, runs: list[Run], records: list[Record], notes: li
         [f.step for f in found if f.step.kind != "long"],
         long=[f.step for f in found if f.step.kind == "long"],
         unsupported=list(unsupported),
-        unreached=_unreached(runs, records, names),
+        unreached=_unreached(runs, traces, names),
         notes=notes,
     )
     run_of = {run.training: number for number, run in enumerate(runs)}
     seen = {
-        numbers[id(g)]: [(run_of[mode], event) for spot in g for mode in spot.events for event in spot.events[mode]]
+        numbers[id(g)]: [
+            (run_of[mode], step_call) for site in g for mode in site.step_calls for step_call in site.step_calls[mode]
+        ]
         for g in groups
     }
-    return Search(found, steps, runs, records, seen)
+    return Search(found, steps, runs, traces, seen)
 
 
 def _origin(addition: Addition) -> Any:
@@ -238,61 +239,64 @@ def _origin(addition: Addition) -> Any:
     return tuple((f.code, f.lasti, id(f.module)) for f in frames[: last + 1])
 
 
-def _spot(event: Event, sandbox: Sandbox, spots: dict[Any, _Spot]) -> _Spot:
-    if not event.supported:
-        if event.coupled:
+def _site(step_call: StepCall, sandbox: Sandbox, sites: dict[Any, _TracedSite]) -> _TracedSite:
+    if not step_call.supported:
+        if step_call.coupled:
             raise Unsupported(
                 "it and another step run through each other's branches, as in a reversible network, of which eulernet "
                 "scales but one half"
             )
-        raise Unsupported(f"{event.addition.op} adds and does something else in one operation")
-    if event.addition.function is not None:
+        raise Unsupported(f"{step_call.addition.op} adds and does something else in one operation")
+    if step_call.addition.function is not None:
         raise Unsupported(
-            f"it runs in {event.addition.function}, a torch.autograd.Function, whose own backward knows nothing of h"
+            f"it runs in {step_call.addition.function}, a torch.autograd.Function, whose own backward knows nothing "
+            "of h"
         )
     error = None
     try:
-        twin, site = locate(event.addition, event.skip_is_left)
+        twin, location = locate(step_call.addition, step_call.skip_is_left)
     except EulernetError as reason:
-        error, (twin, site) = reason, nowhere(event.addition)
+        error, (twin, location) = reason, nowhere(step_call.addition)
     module = sandbox.original.get(twin)
     if module is None:
         raise Unsupported(f"the {type(twin).__name__} that makes it is no part of the model")
-    new = _Spot(site, module, event.skip_is_left, "sub" in event.addition.op, {False: [], True: []}, error)
-    spot = spots.setdefault((id(module), site.targets or site.position), new)
-    if spot.skip_is_left != event.skip_is_left:
+    new = _TracedSite(
+        location, module, step_call.skip_is_left, "sub" in step_call.addition.op, {False: [], True: []}, error
+    )
+    site = sites.setdefault((id(module), location.targets or location.position), new)
+    if site.skip_is_left != step_call.skip_is_left:
         raise Unsupported("its skip is the left operand in one call and the right one in another")
-    return spot
+    return site
 
 
-def _group(spots: list[_Spot]) -> list[list[_Spot]]:
-    """One step a spot, but the places of parallel branches in one module are one step."""
-    group_of: dict[int, list[_Spot]] = {}
-    groups: list[list[_Spot]] = []
-    for spot in spots:
-        events = [*spot.events[False], *spot.events[True]]
-        group = group_of.get(id(events[0].first))
-        if group is None or group[0].module is not spot.module:
+def _group(sites: list[_TracedSite]) -> list[list[_TracedSite]]:
+    """One step a site, but the places of parallel branches in one module are one step."""
+    group_of: dict[int, list[_TracedSite]] = {}
+    groups: list[list[_TracedSite]] = []
+    for site in sites:
+        step_calls = [*site.step_calls[False], *site.step_calls[True]]
+        group = group_of.get(id(step_calls[0].first))
+        if group is None or group[0].module is not site.module:
             group = []
             groups.append(group)
-        group.append(spot)
-        group_of.update((id(event), group) for event in events)
+        group.append(site)
+        group_of.update((id(step_call), group) for step_call in step_calls)
     return groups
 
 
 def _pair_modes(
-    groups: list[list[_Spot]], runs: list[Run], records: list[Record], names: dict[nn.Module, str], notes: list[str]
+    groups: list[list[_TracedSite]], runs: list[Run], traces: list[Trace], names: dict[nn.Module, str], notes: list[str]
 ) -> None:
     """Eval and train mode may add at different places of one module: those are one step, place by place."""
     if len(runs) < 2:
         return
-    called = [{r.sandbox.original.get(c.module) for c in record.calls} for r, record in zip(runs, records, strict=True)]
+    called = [{r.sandbox.original.get(c.module) for c in trace.calls} for r, trace in zip(runs, traces, strict=True)]
     for module in {id(g[0].module): g[0].module for g in groups}.values():
         if not all(module in modules for modules in called):
             continue
         mine = [g for g in groups if g[0].module is module]
-        only_eval = [g for g in mine if not any(s.events[True] for s in g)]
-        only_train = [g for g in mine if not any(s.events[False] for s in g)]
+        only_eval = [g for g in mine if not any(s.step_calls[True] for s in g)]
+        only_train = [g for g in mine if not any(s.step_calls[False] for s in g)]
         if len(only_eval) == len(only_train):
             for one, other in zip(only_eval, only_train, strict=True):
                 one.extend(other)
@@ -300,49 +304,53 @@ def _pair_modes(
             continue
         for mode, missing in (("training", only_eval), ("eval mode", only_train)):
             for group in missing:
-                site = group[0].site
+                location = group[0].location
                 notes.append(
                     f"{names[module]} ({type(module).__name__}) runs in both modes, but in {mode} not the step at "
-                    f"{site.file}:{site.line}: there h has no effect on it"
+                    f"{location.file}:{location.line}: there h has no effect on it"
                 )
 
 
-def _step(index: int, group: list[_Spot], groups: list[list[_Spot]], names: dict[nn.Module, str]) -> Step:
-    events = _events(group)
+def _step(index: int, group: list[_TracedSite], groups: list[list[_TracedSite]], names: dict[nn.Module, str]) -> Step:
+    step_calls = _step_calls(group)
     module = group[0].module
     mine = [g for g in groups if g[0].module is module]
-    if any(e.long for e in events):
+    if any(e.long for e in step_calls):
         kind = "long"
     else:
-        kind = "parallel" if any(e.kind == "parallel" for e in events) else events[0].kind
-    around = [g for g in groups if any(o.long and e.addition.result in o.within for o in _events(g) for e in events)]
+        kind = "parallel" if any(e.kind == "parallel" for e in step_calls) else step_calls[0].kind
+    around = [
+        g for g in groups if any(o.long and e.addition.result in o.within for o in _step_calls(g) for e in step_calls)
+    ]
     return Step(
         index=index,
         name=names[module] + (f":{mine.index(group)}" if len(mine) > 1 else ""),
         module_class=type(module).__name__,
         kind=kind,
         places=tuple(_place(s) for s in group),
-        calls=sum(e.first is None for e in events) or len(events),
-        stream=events[0].stream,
-        depth=max(e.depth for e in events),
-        position=min(e.position for e in events),
+        calls=sum(e.first is None for e in step_calls) or len(step_calls),
+        stream=step_calls[0].stream,
+        depth=max(e.depth for e in step_calls),
+        position=min(e.position for e in step_calls),
         parent=names[around[0][0].module] if around else None,
     )
 
 
-def _place(spot: _Spot) -> Place:
-    line, end_line, column, end_column = spot.site.position
-    skip = "left" if spot.skip_is_left else "right"
-    return Place(spot.site.file, line, column, spot.site.function, skip, end_line, end_column)
+def _place(site: _TracedSite) -> Place:
+    line, end_line, column, end_column = site.location.position
+    skip = "left" if site.skip_is_left else "right"
+    return Place(site.location.file, line, column, site.location.function, skip, end_line, end_column)
 
 
-def _events(group: list[_Spot]) -> list[Event]:
+def _step_calls(group: list[_TracedSite]) -> list[StepCall]:
     """What ran, in eval mode where anything did."""
-    return [e for s in group for e in s.events[False]] or [e for s in group for e in s.events[True]]
+    return [e for s in group for e in s.step_calls[False]] or [e for s in group for e in s.step_calls[True]]
 
 
-def _unsupported(event: Event, sandbox: Sandbox, names: dict[nn.Module, str], caller: nn.Module, reason: str) -> str:
-    frames = event.addition.frames
+def _unsupported(
+    step_call: StepCall, sandbox: Sandbox, names: dict[nn.Module, str], caller: nn.Module, reason: str
+) -> str:
+    frames = step_call.addition.frames
     module = next((sandbox.original[f.module] for f in frames if f.module in sandbox.original), caller)
     line = list(frames[0].code.co_positions())[frames[0].lasti // 2][0]
     return f"{names[module]} ({frames[0].code.co_filename}:{line}): {reason}"
@@ -354,15 +362,15 @@ def _names(model: nn.Module) -> dict[nn.Module, str]:
     return names
 
 
-def _unreached(runs: list[Run], records: list[Record], names: dict[nn.Module, str]) -> list[str]:
+def _unreached(runs: list[Run], traces: list[Trace], names: dict[nn.Module, str]) -> list[str]:
     """The outermost modules none of whose parameters was read."""
     reached: set[str] = set()
     idle: set[str] = set()
-    for run, record in zip(runs, records, strict=True):
+    for run, trace in zip(runs, traces, strict=True):
         for twin, module in run.sandbox.original.items():
             own = list(twin.parameters(recurse=False))
             if own:
-                (reached if any(id(p) in record.used for p in own) else idle).add(names[module])
+                (reached if any(id(p) in trace.used for p in own) else idle).add(names[module])
     idle -= reached
     shown = set()
     for name in idle:

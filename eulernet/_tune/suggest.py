@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import nn
 
+from eulernet._checks import positive, unwrapped
 from eulernet._errors import EulernetError
-from eulernet._patch import find_steps, unwrapped
-from eulernet._report import ROOT, Step, as_text
-from eulernet._select import positive
+from eulernet._patch.patch import find_steps
+from eulernet._step import ROOT, Step, as_text
 from eulernet.schedules import constant, decreasing, inverse, inverse_sqrt
 
 _RULES = (constant(1.0), constant(0.1), inverse_sqrt(), inverse(), decreasing())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from eulernet._errors import EulernetError
-from eulernet._factor import LearnedFactor
-from eulernet._report import Step
+from eulernet._run.factor import LearnedFactor
+from eulernet._run.patched import FACTORS
+from eulernet._step import Step
 
 Trainable = bool | Literal["step", "stage", "model"]
 
@@ -61,7 +62,7 @@ class Slot:
 
     def apply(self) -> None:
         self.module.register_parameter(self.name, self.parameter)
-        self.module.__dict__["_euler"][self.number] = LearnedFactor(self.name)
+        self.module.__dict__[FACTORS][self.number] = LearnedFactor(self.name)
 
 
 def plan_learned(
@@ -124,10 +125,22 @@ def _free_name(module: nn.Module, step: Step) -> str:
     """`log_h`, or `log_h_1` for the step `:1` of its module."""
     suffix = step.name.rpartition(":")[2] if ":" in step.name else ""
     name = f"log_h_{suffix}" if suffix else "log_h"
-    mine = [f.name for f in module.__dict__.get("_euler", ()) if isinstance(f, LearnedFactor)]
+    mine = [f.name for f in module.__dict__.get(FACTORS, ()) if isinstance(f, LearnedFactor)]
     if hasattr(module, name) and name not in mine:
         raise EulernetError(
             f"{step.name} ({step.module_class}) has an attribute {name} of its own, the name that its learned h would "
             f"get; patch without trainable=, or with exclude={step.name!r}"
         )
     return name
+
+
+def step_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters log_h of a model patched with `trainable=`, each once; they are to have no weight decay."""
+    seen: set[int] = set()
+    for module in model.modules():
+        for factor in module.__dict__.get(FACTORS, ()):
+            if isinstance(factor, LearnedFactor):
+                parameter = factor.bound_to(module).parameter
+                if id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    yield parameter

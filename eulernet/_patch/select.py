@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -10,8 +9,9 @@ from typing import Any, Literal
 
 from torch import nn
 
+from eulernet._checks import positive
 from eulernet._errors import EulernetError, EulernetWarning
-from eulernet._report import ROOT, Step, Steps
+from eulernet._step import ROOT, Step, Steps
 
 Pattern = str
 Selector = Pattern | type | Callable[[Step], bool] | Iterable["Selector"] | None
@@ -157,17 +157,6 @@ def _from_mapping(h: Mapping[Any, Any], steps: Sequence[Step]) -> list[float]:
 
 def _checked(value: Any, name: str | None) -> float:
     return positive(value, "h" if name is None else f"h of {name}", "h=0.1")
-
-
-def positive(value: Any, what: str, example: str) -> float:
-    """A positive, finite number, or an error that says what must be one."""
-    try:
-        number = float(value) if not isinstance(value, (str, bytes, bool)) else math.nan
-    except (TypeError, ValueError, OverflowError, RuntimeError):
-        number = math.nan
-    if not (math.isfinite(number) and number > 0):
-        raise EulernetError(f"{what} must be a positive, finite number, not {value!r}; for example {example}")
-    return number
 
 
 def _shown(selector: Any) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ class StepFactor:
         with torch.inference_mode(False):  # else the tensor could not be written into later
             self.tensor = torch.tensor(self.value, device=device, dtype=dtype)
 
-    def follow(self, fn: Callable[[Tensor], Tensor]) -> None:
+    def to_device_of(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Go where `fn` puts the module's tensors, without being rounded to their dtype."""
         like = fn(torch.empty(0, dtype=self.tensor.dtype, device=self.tensor.device))
         if like.device != self.tensor.device:
@@ -40,15 +40,15 @@ class StepFactor:
         self.value = value
         self.tensor.fill_(value)
 
-    def of(self, module: Any) -> float | Tensor:
+    def current(self, module: Any) -> float | Tensor:
         """What the additions of a forward use: the tensor where a graph is compiled, else the number."""
         # Compiled, the number is not even read: a graph that saw it would be compiled again for another one.
         return self.tensor if torch.compiler.is_compiling() else self.value
 
-    def at(self, module: Any) -> StepFactor:
+    def bound_to(self, module: Any) -> StepFactor:
         return self
 
-    def leave(self, module: Any) -> None:
+    def remove_from(self, module: Any) -> None:
         """Nothing of it is in the module itself."""
 
     def __str__(self) -> str:
@@ -67,18 +67,18 @@ class LearnedFactor:
         self.name = name
         self.module = module
 
-    def of(self, module: Any) -> Tensor:
+    def current(self, module: Any) -> Tensor:
         h: Tensor = getattr(module, self.name).exp()
         return h.squeeze(0)  # without dimensions it takes part in no broadcast, and promotes no dtype
 
-    def at(self, module: Any) -> LearnedFactor:
+    def bound_to(self, module: Any) -> LearnedFactor:
         return LearnedFactor(self.name, module)
 
-    def leave(self, module: Any) -> None:
+    def remove_from(self, module: Any) -> None:
         """Take the parameter out of the module."""
         delattr(module, self.name)
 
-    def follow(self, fn: Callable[[Tensor], Tensor]) -> None:
+    def to_device_of(self, fn: Callable[[Tensor], Tensor]) -> None:
         """The module has moved the parameter with all others."""
 
     @property
@@ -104,19 +104,7 @@ class LearnedFactor:
         return f"{self.value:.4g}" if plain else f"exp({self.name})"  # others cannot be read, or not by one process
 
 
-def step_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The parameters log_h of a model patched with `trainable=`, each once; they are to have no weight decay."""
-    seen: set[int] = set()
-    for module in model.modules():
-        for factor in module.__dict__.get("_euler", ()):
-            if isinstance(factor, LearnedFactor):
-                parameter = factor.at(module).parameter
-                if id(parameter) not in seen:
-                    seen.add(id(parameter))
-                    yield parameter
-
-
-def step(left: Any, right: Any, h: float | Tensor, skip_is_left: bool, alpha: float) -> Any:
+def scaled_add(left: Any, right: Any, h: float | Tensor, skip_is_left: bool, alpha: float) -> Any:
     """`left + alpha * right` with the branch scaled; the result has the original's dtype and strides."""
     if isinstance(h, float):
         if h == 1.0:
@@ -142,10 +130,10 @@ def _add(left: Any, right: Any, alpha: float) -> Any:
     return left - right if alpha == -1 else torch.add(left, right, alpha=alpha)
 
 
-def step_in_place(left: Any, right: Any, h: float | Tensor, skip_is_left: bool, alpha: float) -> Any:
+def scaled_add_(left: Any, right: Any, h: float | Tensor, skip_is_left: bool, alpha: float) -> Any:
     """`left += alpha * right` with the branch scaled, written into `left`."""
     if not isinstance(left, Tensor):
-        return step(left, right, h, skip_is_left, alpha)
+        return scaled_add(left, right, h, skip_is_left, alpha)
     if not isinstance(h, float):
         if skip_is_left:
             return left.add_(_scaled(right, left, h), alpha=alpha)
