@@ -20,7 +20,7 @@ from traps import TRAPS, NarrowingInPlaceAddition, Trap, WideningAddition
 
 import eulernet
 from eulernet import EulernetError, EulernetWarning, Step
-from eulernet._maps import _HOMOGENEOUS
+from eulernet._find.absorb import _HOMOGENEOUS
 
 SHAPE = (3, 4, 8, 8)
 X = torch.linspace(-2, 2, 3 * 4 * 8 * 8, dtype=torch.float64).sin().view(SHAPE) * 1.7
@@ -324,7 +324,7 @@ def test_what_does_not(name: str) -> None:
     assert [step.h for step in eulernet.steps(model)] == [0.3]
     assert all(torch.equal(a, b) for a, b in zip(in_both_modes(model, X), expected, strict=True))
     eulernet.unpatch(model)
-    eulernet.patch(model, 0.3, example_inputs=X, preserve="where possible")
+    eulernet.patch(model, 0.3, example_inputs=X, preserve="where_possible")
     assert [step.h for step in eulernet.steps(model)] == [1.0]
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
@@ -619,7 +619,7 @@ def test_every_trap(cls: type[Trap]) -> None:
     eulernet.fold(model, where_possible=True, example_inputs=inputs)
     assert_equal_to_rounding(in_both_modes(model, *inputs), expected)
     expected = in_both_modes(original, *inputs)
-    eulernet.patch(original, factor, example_inputs=inputs, preserve="where possible")
+    eulernet.patch(original, factor, example_inputs=inputs, preserve="where_possible")
     assert_equal_to_rounding(in_both_modes(original, *inputs), expected)
 
 
@@ -635,7 +635,7 @@ def test_what_cannot_be_folded_at_all() -> None:
         eulernet.fold(nn.DataParallel(eulernet.patch(model, H, example_inputs=X)))
     with pytest.raises(EulernetError, match=r"does not say what it takes(.|\n)*example_inputs="):
         eulernet.fold(model)
-    with pytest.raises(EulernetError, match=r'preserve=\'yes\' must be True, False or "where possible"'):
+    with pytest.raises(EulernetError, match=r'preserve=\'yes\' must be True, False or "where_possible"'):
         eulernet.patch(net(), H, example_inputs=X, preserve="yes")  # type: ignore[arg-type]
 
 

@@ -27,8 +27,7 @@ from traps import Trap
 
 import eulernet
 from eulernet import EulernetError, Step
-from eulernet._factor import step_parameters
-from eulernet._learn import stage
+from eulernet._run.learned import stage, step_parameters
 
 # Where Dynamo looks at the attributes of a tensor, torch warns of .grad; as an error that would stop the compilation.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
