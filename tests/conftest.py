@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers import interpreter
 from helpers.coverage import Covered, page
 
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: its kernels then run on the CPU
+    interpreter.mend()
 
 
 @pytest.fixture(autouse=True)
