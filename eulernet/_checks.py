@@ -12,9 +12,11 @@ from torch import nn
 from eulernet._errors import EulernetError
 from eulernet._step import ROOT
 
+MAX_SEED = 2**63 - 1  # the largest that torch's generators take
+
 
 def positive(value: Any, what: str, example: str) -> float:
-    """A positive, finite number, or an error that says what must be one."""
+    """A positive, finite number of Python or NumPy, or an error that says what must be one."""
     try:
         number = float(value) if not isinstance(value, (str, bytes, bool)) else math.nan
     except (TypeError, ValueError, OverflowError, RuntimeError):
@@ -24,16 +26,15 @@ def positive(value: Any, what: str, example: str) -> float:
     return number
 
 
-def whole_number(value: Any, name: str, least: int) -> int:
+def whole_number(value: Any, what: str, example: str, least: int = 0, most: int = MAX_SEED) -> int:
+    """A whole number of Python or NumPy from `least` to `most`, or an error that says what must be one."""
     try:
-        number = -1 if isinstance(value, bool) else operator.index(value)
+        number = least - 1 if isinstance(value, bool) else operator.index(value)
     except TypeError:
-        number = -1
-    if number < least:
-        raise EulernetError(
-            f"HScheduler: {name} must be a whole number, at least {least}, not {value!r}; for example the steps of the "
-            "optimiser in all epochs: total_steps=epochs * len(loader)"
-        )
+        number = least - 1
+    if not least <= number <= most:
+        bounds = f"at least {least}" if number < least and least else f"from {least} to {most}"
+        raise EulernetError(f"{what} must be a whole number, {bounds}, not {value!r}; for example {example}")
     return number
 
 

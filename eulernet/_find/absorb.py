@@ -262,8 +262,8 @@ def absorbing(
 
 def _check_reached(step: Step, unreached: tuple[str, ...]) -> None:
     """An expert that the example did not reach would keep its weights."""
-    name = step.name.partition(":")[0]
-    inside = [n for n in unreached if name == ROOT or (n + ".").startswith(name + ".")]
+    name = step.module_name
+    inside = [n for n in unreached if not name or (n + ".").startswith(name + ".")]
     if inside:
         raise NotAbsorbable(
             f"the example inputs never reached {', '.join(inside)}, which may hold further maps of the branch"

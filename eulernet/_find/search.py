@@ -6,7 +6,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -21,7 +21,7 @@ from eulernet._find.sandbox import Sandbox, no_fakes_left, preserve_state
 from eulernet._find.trace import Addition, Trace, all_modules
 from eulernet._run.patched import restore_class
 from eulernet._source import Unsupported
-from eulernet._step import ROOT, Place, Step, Steps
+from eulernet._step import ROOT, Kind, Place, Step, Steps, step_name
 
 
 @dataclass(frozen=True)
@@ -315,15 +315,19 @@ def _step(index: int, group: list[_TracedSite], groups: list[list[_TracedSite]],
     module = group[0].module
     mine = [g for g in groups if g[0].module is module]
     if any(e.long for e in step_calls):
-        kind = "long"
+        kind: Kind = "long"
+    elif any(e.kind == "parallel" for e in step_calls):
+        kind = "parallel"
     else:
-        kind = "parallel" if any(e.kind == "parallel" for e in step_calls) else step_calls[0].kind
+        kind = "projection" if step_calls[0].kind == "projection" else "identity"
     around = [
         g for g in groups if any(o.long and e.addition.result in o.within for o in _step_calls(g) for e in step_calls)
     ]
+    module_name = "" if names[module] == ROOT else names[module]
+    number = mine.index(group) if len(mine) > 1 else None
     return Step(
         index=index,
-        name=names[module] + (f":{mine.index(group)}" if len(mine) > 1 else ""),
+        name=step_name(module_name, number),
         module_class=type(module).__name__,
         kind=kind,
         places=tuple(_place(s) for s in group),
@@ -332,12 +336,14 @@ def _step(index: int, group: list[_TracedSite], groups: list[list[_TracedSite]],
         depth=max(e.depth for e in step_calls),
         position=min(e.position for e in step_calls),
         parent=names[around[0][0].module] if around else None,
+        module_name=module_name,
+        number=number,
     )
 
 
 def _place(site: _TracedSite) -> Place:
     line, end_line, column, end_column = site.location.position
-    skip = "left" if site.skip_is_left else "right"
+    skip: Literal["left", "right"] = "left" if site.skip_is_left else "right"
     return Place(site.location.file, line, column, site.location.function, skip, end_line, end_column)
 
 

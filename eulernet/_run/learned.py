@@ -123,8 +123,7 @@ def check_shared(steps: Iterable[tuple[Step, object, float]]) -> None:
 
 def _free_name(module: nn.Module, step: Step) -> str:
     """`log_h`, or `log_h_1` for the step `:1` of its module."""
-    suffix = step.name.rpartition(":")[2] if ":" in step.name else ""
-    name = f"log_h_{suffix}" if suffix else "log_h"
+    name = "log_h" if step.number is None else f"log_h_{step.number}"
     mine = [f.name for f in module.__dict__.get(FACTORS, ()) if isinstance(f, LearnedFactor)]
     if hasattr(module, name) and name not in mine:
         raise EulernetError(

@@ -14,7 +14,7 @@ from eulernet._errors import EulernetError
 from eulernet._run import fuse
 from eulernet._run.factor import LearnedFactor, StepFactor, scale, scaled_add, scaled_add_
 from eulernet._source import Targets
-from eulernet._step import ROOT, Step
+from eulernet._step import Step, step_name
 
 # ---- the protocol: what rewritten source calls on the module that it belongs to
 
@@ -136,8 +136,8 @@ def slots(model: nn.Module) -> Iterator[tuple[Patched, int, Step]]:
     for name, module in unwrapped(model).named_modules():
         if isinstance(module, Patched):
             for slot, (step, factor) in enumerate(zip(module._euler_steps, module._euler, strict=True)):
-                suffix = "".join(step.name.partition(":")[1:])
-                yield module, slot, replace(step, name=(name or ROOT) + suffix, h=factor.bound_to(module).value)
+                called = step_name(name, step.number)
+                yield module, slot, replace(step, name=called, module_name=name, h=factor.bound_to(module).value)
 
 
 def by_module(model: nn.Module) -> dict[Patched, list[Step]]:

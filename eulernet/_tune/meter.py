@@ -18,7 +18,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
 
-from eulernet._checks import check_model, unwrapped
+from eulernet._checks import check_model, unwrapped, whole_number
 from eulernet._errors import EulernetError, EulernetWarning
 from eulernet._find.inputs import as_arguments
 from eulernet._find.sandbox import Sandbox, preserve_state
@@ -83,8 +83,7 @@ class StepMeter:
         self.name = type(model).__name__
         if any(t.is_meta for t in (*model.parameters(), *model.buffers())):
             raise EulernetError(f"{self.name} is on the meta device and has no values to measure: give it some first")
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-            raise EulernetError(f"seed must be a whole number from 0 to 2**63 - 1, not {seed!r}; for example seed=0")
+        self.seed = whole_number(seed, "seed", "seed=0")
         if loss_fn is not None and not (isinstance(batch, tuple | list) and len(batch) == 2):
             raise EulernetError(
                 f"with loss_fn the batch is a pair: eulernet.{caller}(model, (inputs, targets), loss_fn), where inputs "
@@ -94,7 +93,6 @@ class StepMeter:
         inputs, self.targets = batch if loss_fn is not None else (batch, None)
         self.args, self.kwargs = as_arguments(inputs)
         self.loss_fn = loss_fn
-        self.seed = seed
         self.notes: list[str] = []
         self.calls: list[MeasuredCall] = []
         self.watching: Callable[[MeasuredCall, StepInputs], None] | None = None
