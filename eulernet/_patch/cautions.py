@@ -1,4 +1,4 @@
-"""What `patch` warns of: a trained network, and a step factor that half precision rounds away."""
+"""What `patch` warns of: a trained network, depth that is counted twice, h that half precision rounds away."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from eulernet._find.search import Search
+from eulernet._find.starts import counted_twice, empty, relative_starts
+from eulernet.schedules import FALLING, transfer
 
 _HALF = (torch.float16, torch.bfloat16)
 _LEAST = 8  # times the dtype's epsilon: below it a branch as large as the state is rounded to a few bits
@@ -36,6 +40,17 @@ def _trained(model: nn.Module, sign: str) -> str:
         "preserve=True), or begin where it is, eulernet.patch(model, h=1.0), and move h while it trains on "
         "(eulernet.set_h)."
     )
+
+
+def depth_twice(model: nn.Module, search: Search, h: Any) -> Iterator[str]:
+    """That a rule of depth meets branches whose initial values fall with depth, or are zero, themselves."""
+    if h == "auto" if isinstance(h, str) else isinstance(h, FALLING):
+        starts = relative_starts(model, search)
+        rule = '"auto"' if isinstance(h, str) else f"eulernet.schedules.{h!r}"
+        if said := counted_twice(search, starts, rule):
+            yield said
+        if isinstance(h, transfer) and (said := empty(search, starts)):
+            yield said
 
 
 def rounded_away(model: nn.Module, steps: Iterable[tuple[Any, float]]) -> Iterator[str]:

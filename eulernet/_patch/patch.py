@@ -20,7 +20,7 @@ from eulernet._errors import EulernetError, EulernetWarning
 from eulernet._find.absorb import absorbing, check_scalable, refusal, scale_parameters
 from eulernet._find.sandbox import preserve_state
 from eulernet._find.search import FoundStep, Search, search
-from eulernet._patch.cautions import rounded_away, trained
+from eulernet._patch.cautions import depth_twice, rounded_away, trained
 from eulernet._patch.select import HLike, Selector, names_given, select, values
 from eulernet._patch.subclass import patched_class
 from eulernet._run.factor import StepFactor
@@ -107,7 +107,8 @@ def patch(
 
     Warns:
         EulernetWarning: something was seen that is not scaled; the model seems to be trained, and its function is not
-            preserved; h is lost to rounding in half precision.
+            preserved; h falls with depth, and so do the initial values of the branches; h is lost to rounding in half
+            precision.
 
     Example:
         >>> import torch, eulernet
@@ -149,11 +150,13 @@ def patch(
             raise EulernetError(f"{type(model).__name__} cannot be patched: {reason}; exclude= that step") from reason
         blocks = [(change.module, change.steps, change.hs) for change in changes]
         learned = [] if sharing is None else plan_learned(model, blocks, sharing)
+        twice = [] if preserve else list(depth_twice(model, result, h))
         _prove(result, changes)
     check_scalable(model, scales)
     cautions = [
         *(f"not scaled, because not supported: {line}" for line in result.steps.unsupported),
         *result.steps.notes,
+        *twice,
     ]
     if not preserve:
         if not isinstance(h, Steps) and any(value != 1 for value in hs.values()):  # Steps restore what was there
