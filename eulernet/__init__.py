@@ -9,6 +9,7 @@ from eulernet._patch.patch import find_steps, is_patched, patch, set_h, steps, u
 from eulernet._run import factor as _factor
 from eulernet._step import Place, Step, Steps
 from eulernet._tune.calibrate import calibrate
+from eulernet._tune.depth_check import DepthCheck, depth_check
 from eulernet._tune.diagnose import Diagnosis, diagnose
 from eulernet._tune.scheduler import HScheduler
 from eulernet._tune.suggest import suggest_h
@@ -19,6 +20,7 @@ vars(schedules)["HScheduler"] = HScheduler  # it belongs to the models, which li
 sys.modules |= {"eulernet._rewrite": _source, "eulernet._report": _step, "eulernet._factor": _factor}
 
 __all__ = [
+    "DepthCheck",
     "Diagnosis",
     "EulernetError",
     "EulernetWarning",
@@ -27,6 +29,7 @@ __all__ = [
     "Step",
     "Steps",
     "calibrate",
+    "depth_check",
     "diagnose",
     "find_steps",
     "fold",

@@ -331,3 +331,99 @@ EMPTY: list[Callable[[], nn.Module]] = [
 def test_branches_that_start_at_zero_are_named_where_a_rate_is_transferred(build: Callable[[], nn.Module]) -> None:
     with pytest.warns(EulernetWarning, match="are zero at the start.*zero_init_last=False"):
         eulernet.patch(build(), h=schedules.transfer(4))
+
+
+# --------------------------------------------------------------------------------------------------------- the check
+
+
+def stack(depth: int, scale: float = 0.0) -> nn.Module:
+    return nn.Sequential(*(Linears(scale * torch.eye(4)) for _ in range(depth)))
+
+
+LINEAR = torch.eye(4, dtype=torch.float64)[:1], torch.zeros(1)
+
+
+def total(output: Tensor, targets: Tensor) -> Tensor:
+    return output.sum()
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:.*zero at the start:eulernet.EulernetWarning")
+@pytest.mark.parametrize(
+    ("h", "optimizer", "power"),
+    [
+        (None, sgd, 1.0),  # to first order D equal changes add up
+        (schedules.transfer(4, 0.5), sgd, 0.0),  # h, and h in the gradient: D h^2
+        (schedules.transfer(4), sgd, -1.0),
+        (schedules.transfer(4), None, 0.0),  # AdamW, with the groups of the rule: D h
+        (schedules.transfer(4, 0.5), None, 0.0),
+        (None, None, 1.0),
+    ],
+)
+def test_the_power_of_depth_is_that_of_theory(h: Any, optimizer: Any, power: float) -> None:
+    found = eulernet.depth_check(stack, [4, 16, 64], LINEAR, total, h=h, optimizer=optimizer, lr=1e-6, iterations=1)
+    assert found.powers["change"] == pytest.approx(power, abs=1e-3)
+    assert found.powers["increment_change"] == pytest.approx(power, abs=1e-3)
+    assert found.transfers == (abs(power) < 0.25)
+    assert ("can be expected to transfer" in found.answer) == found.transfers
+
+
+@pytest.mark.parametrize("h", [None, 0.25])
+def test_the_state_grows_as_the_product_of_the_steps(h: float | None) -> None:
+    found = eulernet.depth_check(
+        lambda depth: stack(depth, 0.5), [2, 6], LINEAR, total, h=h, optimizer=sgd, iterations=1
+    )
+    for row in found.rows:
+        growth = (1 + 0.5 * (h or 1.0)) ** row.depth
+        assert row.steps == row.depth
+        assert (row.state, row.increments) == pytest.approx((growth, growth - 1), rel=1e-6)
+        assert row.loss_before == pytest.approx(growth, rel=1e-6)
+
+
+def test_the_check_of_a_gpt_prints_draws_and_leaves_random_numbers_alone(tmp_path: Any) -> None:
+    def loss(output: Any, labels: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    found = eulernet.depth_check(gpt2, [1, 2], (TOKENS, TOKENS), loss, lr=1e-3, iterations=2, seeds=1)
+    assert torch.equal(state, torch.get_rng_state())
+    assert [(row.depth, row.steps) for row in found.rows] == [(1, 2), (2, 4)]
+    assert all(row.loss_after < row.loss_before for row in found.rows)
+    lines = str(found).splitlines()
+    assert len(lines) >= 6 and lines[-1] == found.answer and repr(found) == f"<DepthCheck: {found.answer}>"
+    assert "loss before" in str(found)
+    figure = found.plot(tmp_path / "check.png")
+    assert (tmp_path / "check.png").stat().st_size > 5000 and len(figure.axes) == 4
+
+
+def test_a_training_that_diverges_is_said() -> None:
+    def huge(model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.SGD(model.parameters(), lr=1e200)
+
+    found = eulernet.depth_check(stack, [2, 4], LINEAR, total, optimizer=huge, iterations=3, seeds=1)
+    assert not found.transfers and found.answer.startswith("At depth 2 the training diverges")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"build": stack(2)}, "build is no function"),
+        ({"depths": [4]}, "two whole numbers or more"),
+        ({"depths": 8}, "two whole numbers or more"),
+        ({"depths": [4, 0]}, "a depth must be a whole number"),
+        ({"batch": LINEAR[0]}, "the batch is a pair"),
+        ({"loss_fn": None}, "loss_fn is no function"),
+        ({"lr": -1}, "lr must be a positive"),
+        ({"iterations": 0}, "iterations must be a whole number"),
+        ({"build": lambda depth: depth}, "returned a int"),
+        ({"loss_fn": lambda output, targets: 1.0}, "loss_fn.output, targets. gives"),
+    ],
+)
+def test_what_the_check_cannot_use_is_refused(change: dict[str, Any], said: str) -> None:
+    given = {"build": stack, "depths": [2, 4], "batch": LINEAR, "loss_fn": total, **change}
+    with pytest.raises(eulernet.EulernetError, match=said):
+        eulernet.depth_check(**given)
