@@ -296,6 +296,7 @@ def _print(console: Console, spec: str, model: nn.Module, steps: Steps, show_all
     )
     if show_all:
         console.print(steps)
+        _sums(console, steps)
         return
     if not len(steps):
         console.print("No addition of the form s + F(s) was found.")
@@ -305,6 +306,22 @@ def _print(console: Console, spec: str, model: nn.Module, steps: Steps, show_all
     _section(console, "Seen, and not supported", steps.unsupported)
     _section(console, "Modules with parameters that the example input never reached", steps.unreached)
     _section(console, "Notes", steps.notes)
+    _section(console, "Sums that are no steps (--all lists them)", steps.reasons())
+    if steps.outside.of:
+        console.print(f"\n{escape(str(steps.outside))}", highlight=False)
+
+
+def _sums(console: Console, steps: Steps) -> None:
+    """The sums that are no steps, one line a place and reason."""
+    if steps.left_out:
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for title in ("module", "class", "no step, since", "calls", "where"):
+            table.add_column(title, justify="right" if title == "calls" else "left", overflow="fold")
+        for left in steps.left_out:
+            where = f"{left.file}:{left.line}" if left.file else "an operator"
+            table.add_row(left.module_name, left.module_class, left.reason, str(left.calls), where)
+        console.print()
+        console.print(table)
 
 
 def _table(console: Console, groups: Sequence[Sequence[Step]]) -> Table:

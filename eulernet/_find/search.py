@@ -6,14 +6,15 @@ import contextlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from eulernet._errors import EulernetError
-from eulernet._find.classify import classify
+from eulernet._find.account import left_out, origin_of, outside, reached_at_zero, unequal_twins
+from eulernet._find.classify import Sums, classify
 from eulernet._find.graph import StepCall
 from eulernet._find.inputs import as_arguments, guess_inputs
 from eulernet._find.locate import Location, locate, nowhere
@@ -21,7 +22,7 @@ from eulernet._find.sandbox import Sandbox, no_fakes_left, preserve_state
 from eulernet._find.trace import Addition, Trace, all_modules
 from eulernet._run.patched import restore_class
 from eulernet._source import Unsupported
-from eulernet._step import ROOT, Place, Step, Steps
+from eulernet._step import ROOT, LeftOut, Outside, Place, Step, Steps
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class Search:
     steps: Steps
     runs: list[Run]
     traces: list[Trace]  # one a run
+    main: set[int]  # the indices of the long steps on the main stream, from the model's input to its output
     step_calls: dict[int, list[tuple[int, StepCall]]]  # the index of a step -> the runs it was seen in, and as what
 
 
@@ -185,8 +187,9 @@ def _collect(model: nn.Module, runs: list[Run], traces: list[Trace], notes: list
     names = _names(model)
     sites: dict[Any, _TracedSite] = {}
     unsupported: dict[str, None] = {}
-    for run, trace in zip(runs, traces, strict=True):
-        step_calls = classify(trace)
+    refused: set[int] = set()  # ids of the additions that are not supported
+    sums = [classify(trace) for trace in traces]
+    for run, trace, (_, step_calls, _) in zip(runs, traces, sums, strict=True):
         runs_at = Counter(_origin(a) for a in trace.additions)
         steps_at = Counter(_origin(e.addition) for e in step_calls)
         for step_call in step_calls:
@@ -199,8 +202,11 @@ def _collect(model: nn.Module, runs: list[Run], traces: list[Trace], notes: list
                     )
                 site.step_calls[run.training].append(step_call)
             except Unsupported as reason:
-                caller = run.sandbox.original.get(trace.calls[step_call.addition.call].module, model)
-                unsupported[_unsupported(step_call, run.sandbox, names, caller, str(reason))] = None
+                at = origin_of(step_call.addition, trace, run.sandbox.original, model)
+                unsupported[f"{names[at.module]} ({at.file}:{at.line}): {reason}"] = None
+                refused.add(id(step_call.addition))
+    account = _account(model, runs[0], traces[0], sums[0], refused, names)
+    notes.extend(account.twins)
     groups = _group([s for s in sites.values() if any(s.step_calls.values())])
     _pair_modes(groups, runs, traces, names, notes)
     numbers = {id(g): i for i, g in enumerate(sorted(groups, key=lambda g: any(e.long for e in _step_calls(g))))}
@@ -220,6 +226,8 @@ def _collect(model: nn.Module, runs: list[Run], traces: list[Trace], notes: list
         unsupported=list(unsupported),
         unreached=_unreached(runs, traces, names),
         notes=notes,
+        left_out=account.left_out,
+        outside=account.outside,
     )
     run_of = {run.training: number for number, run in enumerate(runs)}
     seen = {
@@ -228,7 +236,37 @@ def _collect(model: nn.Module, runs: list[Run], traces: list[Trace], notes: list
         ]
         for g in groups
     }
-    return Search(found, steps, runs, traces, seen)
+    main = {
+        f.step.index
+        for f in found
+        if any(e.long and e.addition.result in account.main for run, e in seen[f.step.index] if run == 0)
+    }
+    return Search(found, steps, runs, traces, main, seen)
+
+
+class _Account(NamedTuple):
+    left_out: list[LeftOut]
+    outside: Outside
+    twins: list[str]
+    main: set[int]  # the nodes of the main stream, from input to output, and of what makes it
+
+
+def _account(
+    model: nn.Module, run: Run, trace: Trace, sums: Sums, refused: set[int], names: dict[nn.Module, str]
+) -> _Account:
+    """What is to be said of the sums of a run, besides the steps."""
+    originals = run.sandbox.original
+    scaled = [e for e in sums.steps if not e.long and id(e.addition) not in refused]
+    reached = reached_at_zero(trace, scaled)
+    reasons = [(origin_of(addition, trace, originals, model), reason) for addition, reason in sums.left_out]
+    twins = [(at, False) for at, reason in reasons if reason != "inside a branch"]
+    twins += [(origin_of(e.addition, trace, originals, model), id(e.addition) not in refused) for e in sums.steps]
+    return _Account(
+        left_out(reasons, names),
+        outside(sums.graph, trace, originals, names, reached),
+        list(unequal_twins(twins, names)),
+        reached,
+    )
 
 
 def _origin(addition: Addition) -> Any:
@@ -344,15 +382,6 @@ def _place(site: _TracedSite) -> Place:
 def _step_calls(group: list[_TracedSite]) -> list[StepCall]:
     """What ran, in eval mode where anything did."""
     return [e for s in group for e in s.step_calls[False]] or [e for s in group for e in s.step_calls[True]]
-
-
-def _unsupported(
-    step_call: StepCall, sandbox: Sandbox, names: dict[nn.Module, str], caller: nn.Module, reason: str
-) -> str:
-    frames = step_call.addition.frames
-    module = next((sandbox.original[f.module] for f in frames if f.module in sandbox.original), caller)
-    line = list(frames[0].code.co_positions())[frames[0].lasti // 2][0]
-    return f"{names[module]} ({frames[0].code.co_filename}:{line}): {reason}"
 
 
 def _names(model: nn.Module) -> dict[nn.Module, str]:

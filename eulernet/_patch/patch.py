@@ -20,7 +20,7 @@ from eulernet._errors import EulernetError, EulernetWarning
 from eulernet._find.absorb import absorbing, check_scalable, refusal, scale_parameters
 from eulernet._find.sandbox import preserve_state
 from eulernet._find.search import FoundStep, Search, search
-from eulernet._patch.cautions import rounded_away, trained
+from eulernet._patch.cautions import kept_at_one, rounded_away, trained
 from eulernet._patch.select import HLike, Selector, names_given, select, values
 from eulernet._patch.subclass import patched_class
 from eulernet._run.factor import StepFactor
@@ -152,6 +152,7 @@ def patch(
         _prove(result, changes)
     check_scalable(model, scales)
     cautions = [
+        *kept_at_one([f.step for f in ordered if f.step.index in result.main and f.step.index not in hs]),
         *(f"not scaled, because not supported: {line}" for line in result.steps.unsupported),
         *result.steps.notes,
     ]
