@@ -57,9 +57,8 @@ def check_model(model: nn.Module, caller: str) -> None:
     for path, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise EulernetError(
-                f"{path or ROOT} is a scripted or traced module ({type(module).__name__}), whose code is "
-                "compiled. Patch the "
-                "Python model it was made from, then use torch.jit.trace or torch.export."
+                f"{path or ROOT} is a scripted or traced module ({type(module).__name__}), whose code is compiled. "
+                "Patch the Python model it was made from, then use torch.jit.trace or torch.export."
             )
         if is_sharded(module):
             raise EulernetError(

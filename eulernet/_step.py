@@ -12,7 +12,7 @@ from typing import Any, Literal, overload
 from eulernet._errors import EulernetError
 
 ROOT = "<root>"
-Kind = Literal["identity", "projection", "parallel", "long"]
+StepKind = Literal["identity", "projection", "parallel", "long"]
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Step:
     index: int
     name: str
     module_class: str
-    kind: Kind
+    kind: StepKind
     places: tuple[Place, ...]
     calls: int
     stream: int

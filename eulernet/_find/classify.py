@@ -279,9 +279,12 @@ def _parallel(graph: _Graph, skip: int, branch: int, start: int, results: dict[i
 
 def _keep(graph: _Graph, step_calls: list[StepCall]) -> list[StepCall]:
     """Decide which steps are long, and leave out what is no step of the stream."""
+    # Weak ones do not count yet: they may turn out to be no steps, and must not make what runs through them long.
     _mark_long([e for e in step_calls if e.supported], strong_only=True)
     of_the_state = []
     for step_call in step_calls:
+        # A "skip" that was made inside another step's branch and comes out beside its result: two streams that feed
+        # each other (a reversible network), or something handed down from block to block that is no state at all.
         holder = _holder(step_call, step_calls) if step_call.long else None
         # What else is handed down, positions, biases and scores, has another shape than the stream's state.
         step_call.coupled = (
@@ -295,12 +298,14 @@ def _keep(graph: _Graph, step_calls: list[StepCall]) -> list[StepCall]:
         if not handed_down and step_call.kind != "decomposition":
             of_the_state.append(step_call)
     kept: list[StepCall] = []
-    for step_call in reversed(of_the_state):  # what ends later is outside
+    # A projection inside a branch is part of how the branch is computed, say an attention's own shortcut. What ends
+    # later is outside, so outer steps are decided on before those in their branches.
+    for step_call in reversed(of_the_state):
         inside = any(step_call.addition.result in outer.within and not outer.long for outer in kept)
         if not (step_call.weak and inside):
             kept.append(step_call)
     kept.reverse()
-    still = {id(e) for e in kept}
+    still = {id(e) for e in kept}  # a further branch goes with the first one
     kept = [e for e in kept if e.first is None or id(e.first) in still]
     _mark_long([e for e in kept if e.supported], strong_only=False)
     return kept

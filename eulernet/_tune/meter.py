@@ -120,6 +120,7 @@ class StepMeter:
         assign(self.model, h)
 
     # ---- runs
+
     def _see(self, module: Patched, steps: Sequence[Step], seen: StepInputs, add: Callable[[], Any]) -> Any:
         if not self.watching:
             return add()
@@ -156,6 +157,7 @@ class StepMeter:
             self.watching = None
 
     # ---- gradients
+
     def gradients(self, gains: bool = False) -> list[MeasuredCall]:
         """One forward and one backward pass: norms of skips, increments and gradients, in the order of execution."""
         backend = sdpa_kernel(SDPBackend.MATH) if gains else torch.enable_grad()  # the others have one derivative only
@@ -236,6 +238,7 @@ class StepMeter:
         return gain
 
     # ---- noise
+
     def noise(self, size: float) -> Noise | None:
         """Two runs without gradients, one of them with Gaussian noise of `size` times the norm of the input in it."""
         with preserve_state(), torch.no_grad():
@@ -290,6 +293,8 @@ def growth(calls: Sequence[MeasuredCall]) -> float | None:
 
 
 # ---- what is done at an addition
+
+
 def _measure(call: MeasuredCall, seen: StepInputs) -> None:
     skip, branch = seen.skip, seen.branch
     if isinstance(skip, Tensor) and len(call.places) == 1:
@@ -356,6 +361,8 @@ def _reaches(end: GradientEdge, start: GradientEdge) -> bool:
 
 
 # ---- tensors
+
+
 def _tensors(output: Any) -> Iterator[Tensor]:
     yield from (t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point())
 
