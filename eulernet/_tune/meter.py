@@ -83,7 +83,7 @@ class StepMeter:
         self.name = type(model).__name__
         if any(t.is_meta for t in (*model.parameters(), *model.buffers())):
             raise EulernetError(f"{self.name} is on the meta device and has no values to measure: give it some first")
-        self.seed = whole_number(seed, "seed", "seed=0")
+        self.seed = whole_number(seed, "seed", "seed=0", most=2**63 - 1)  # torch takes no larger ones
         if loss_fn is not None and not (isinstance(batch, tuple | list) and len(batch) == 2):
             raise EulernetError(
                 f"with loss_fn the batch is a pair: eulernet.{caller}(model, (inputs, targets), loss_fn), where inputs "
