@@ -12,6 +12,7 @@ from torch import nn
 from eulernet._errors import EulernetError
 from eulernet._step import ROOT
 
+
 def positive(value: Any, what: str, example: str) -> float:
     """A positive, finite number of Python or NumPy, or an error that says what must be one."""
     try:

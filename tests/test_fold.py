@@ -10,17 +10,18 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_errors import refused
-from test_traps import build
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
-from traps import TRAPS, NarrowingInPlaceAddition, Trap, WideningAddition
 
 import eulernet
 from eulernet import EulernetError, EulernetWarning, Step
 from eulernet._find.absorb import _HOMOGENEOUS
+from helpers.refusals import refused
+from helpers.trapped import build
+from traps import TRAPS, Trap
+from traps.forms import NarrowingInPlaceAddition, WideningAddition
 
 SHAPE = (3, 4, 8, 8)
 X = torch.linspace(-2, 2, 3 * 4 * 8 * 8, dtype=torch.float64).sin().view(SHAPE) * 1.7

@@ -10,14 +10,14 @@ import timm
 import torch
 import torchvision
 import transformers
-from checks import assert_identical, run, train
-from reference import tensors
 from timm.layers import DropPath, LayerScale, LayerScale2d, RmsNorm
 from torch import Tensor, nn
 
 import eulernet
 from eulernet import kernels
 from eulernet._run import fuse
+from helpers.checks import assert_identical, run, train
+from helpers.reference import tensors
 
 pytest.importorskip("triton")
 from eulernet.kernels import _bn, _layout, _norm, _step

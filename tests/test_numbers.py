@@ -1,4 +1,4 @@
-"""One rule for a number, wherever one is handed over: Python's and NumPy's are taken alike, anything else is an error."""
+"""One rule for a number, wherever one is given: those of Python and of NumPy are taken alike, else it is an error."""
 
 from collections.abc import Callable
 from typing import Any

@@ -13,7 +13,8 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from eulernet._errors import EulernetError
-from eulernet._find.classify import StepCall, classify
+from eulernet._find.classify import classify
+from eulernet._find.graph import StepCall
 from eulernet._find.inputs import as_arguments, guess_inputs
 from eulernet._find.locate import Location, locate, nowhere
 from eulernet._find.sandbox import Sandbox, no_fakes_left, preserve_state
