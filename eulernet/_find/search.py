@@ -92,10 +92,10 @@ def _run(model: nn.Module, example_inputs: Any, sandboxes: list[Sandbox]) -> tup
         args, kwargs = args_train, kwargs_train = as_arguments(example_inputs)
     # Fake tensors first: they cost nothing. A model whose code looks at values fails on them and runs for real.
     meta = any(t.device.type == "meta" for t in (*model.parameters(), *model.buffers()))
-    ways = [(True, False)] if meta else [(True, False), (False, False)]
+    attempts = [(True, False)] if meta else [(True, False), (False, False)]
     if any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
-        ways += [(fake, True) for fake, _ in ways]  # some models do their work in hooks
-    remaining = iter(ways)
+        attempts += [(fake, True) for fake, _ in attempts]  # some models do their work in hooks
+    remaining = iter(attempts)
     sandbox = _sandbox(model, *next(remaining), sandboxes)
     runs: list[Run] = []
     traces: list[Trace] = []
@@ -108,9 +108,9 @@ def _run(model: nn.Module, example_inputs: Any, sandboxes: list[Sandbox]) -> tup
                 try:
                     traces.append(sandbox.run(*arguments, training=training))
                 except Exception as error:
-                    way = next(remaining, None)
-                    if way is not None:
-                        sandbox = _sandbox(model, *way, sandboxes)
+                    attempt = next(remaining, None)
+                    if attempt is not None:
+                        sandbox = _sandbox(model, *attempt, sandboxes)
                     elif not meta:
                         raise
                     else:

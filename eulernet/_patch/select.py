@@ -16,7 +16,9 @@ from eulernet._step import ROOT, Step, Steps
 
 Pattern = str
 _NUMBERED = re.compile(r"(.*?)(?::([\d*?!\[\]-]*))?", re.DOTALL)  # what stands before a colon and a pattern of numbers
+# Which steps: a pattern on names, a class of modules, a predicate, or several of these; None for what is the default.
 Selector = Pattern | type | Callable[[Step], bool] | Iterable["Selector"] | None
+# What `patch` takes as h.
 HLike = float | Literal["auto"] | Sequence[float] | Mapping[str, float] | Callable[[Step], float] | Steps
 
 

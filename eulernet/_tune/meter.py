@@ -28,6 +28,7 @@ from eulernet._run.hooks import StepInputs, add_step_hook
 from eulernet._run.patched import Patched, by_module
 from eulernet._step import Step
 
+# From the model's output and the targets to a tensor of one number.
 LossFn = Callable[[Any, Any], Tensor]
 _ITERATIONS, _TOLERANCE = 100, 1e-5  # of the power iteration
 
