@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from rich.table import Table
 
-from benchmarks.tables import RESULTS, machine, tables
+from benchmarks.tables import RESULTS, machine, rich_table, tables
 
 HERE = Path(__file__).parent
 
@@ -47,14 +46,8 @@ def _shorten(path: Path) -> None:
 def show(data: dict[str, Any]) -> None:
     console = Console()
     console.print(machine(data))
-    for title, columns, words, rows in tables(data):
-        table = Table(title=title)
-        for i, name in enumerate(columns):
-            word = i < words
-            table.add_column(name, justify="left" if word else "right", no_wrap=not word)
-        for row in rows:
-            table.add_row(*row[:words], *(number.replace(" ", "\n") for number in row[words:]))
-        console.print(table)
+    for table in tables(data):
+        console.print(rich_table(table))
 
 
 if __name__ == "__main__":

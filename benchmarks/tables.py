@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import rich.table
+
 RESULTS = Path(__file__).parent / "results" / "cpu.json"
 
 
@@ -15,6 +17,17 @@ class Table(NamedTuple):
     columns: tuple[str, ...]
     words: int
     rows: list[list[str]]
+
+
+def rich_table(table: Table) -> rich.table.Table:
+    """A table for the console."""
+    made = rich.table.Table(title=table.title)
+    for i, name in enumerate(table.columns):
+        word = i < table.words
+        made.add_column(name, justify="left" if word else "right", no_wrap=not word)
+    for row in table.rows:
+        made.add_row(*row[: table.words], *(number.replace(" ", "\n") for number in row[table.words :]))
+    return made
 
 
 def machine(data: dict[str, Any]) -> str:
