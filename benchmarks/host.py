@@ -89,7 +89,12 @@ class ViTBlock(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.norm1, self.f, self.norm2, self.g = nn.LayerNorm(64), nn.Linear(64, 64), nn.LayerNorm(64), nn.Linear(64, 64)
+        self.norm1, self.f, self.norm2, self.g = (
+            nn.LayerNorm(64),
+            nn.Linear(64, 64),
+            nn.LayerNorm(64),
+            nn.Linear(64, 64),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.f(self.norm1(x))

@@ -17,8 +17,8 @@ from rich.console import Console
 from benchmarks.gpu import plan, supervise
 from benchmarks.gpu.results import RESULTS, Results, machine
 from benchmarks.gpu.sizes import EARNEST, TINY, Sizes
-from benchmarks.gpu.tables import tables, wrong
 from benchmarks.gpu.tables import machine as words
+from benchmarks.gpu.tables import tables, wrong
 from benchmarks.tables import rich_table
 
 NO_GPU = (
@@ -68,7 +68,7 @@ def _run(checks: Sequence[str], parts: Sequence[str], path: Path, end: float, si
     rows = [row for row in results.rows if row["part"] in asked]
     console = Console(width=160)
     for table in tables(rows):
-        console.print(rich_table(table))
+        console.print(rich_table(table, narrow=False))
     left = asked - {row["part"] for row in rows}
     if left:
         print(f"{len(left)} parts did not fit into the time; the same command goes on with them", file=sys.stderr)

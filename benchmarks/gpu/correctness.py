@@ -155,7 +155,9 @@ def _operands(case: Case, sizes: Sizes) -> dict[str, Tensor]:
     norm = both if case.kernel.kind.endswith("norm") and case.kernel.kind != "batch_norm" else least
     for name in case.kernel.small:
         if name == "mask":
-            found[name] = (torch.rand(sample, device=sizes.device) < 0.7).to(branch) / 0.7
+            kept = torch.rand(sample, device=sizes.device) < 0.7
+            kept[0] = True  # without any, gradients are zero, and an error relative to them is no number
+            found[name] = kept.to(branch) / 0.7
         elif name == "h":
             found[name] = torch.full((), H, device=sizes.device, dtype=least)
         elif name == "var":

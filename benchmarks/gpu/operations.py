@@ -1,4 +1,4 @@
-"""Each fused operation beside eager PyTorch, torch.compile and what others have, and beside clone(), in the same rounds.
+"""Each fused operation beside eager PyTorch, torch.compile, what others have, and clone(), in the same rounds.
 
 Bytes are counted: each operand read once, each result written once. So the rate of an operation over that of clone() is
 the share of memory's speed that it reaches, and what it could still gain.

@@ -62,4 +62,6 @@ def _operation(case: operations.Case) -> Part:
 
 def _model(name: str, compiled: bool) -> Part:
     part, seconds = f"models/{name}/{'compiled' if compiled else 'eager'}", 75 if compiled else 10
-    return Part(part, "models, compiled" if compiled else "models", seconds, lambda s: models.measure(name, compiled, s))
+    return Part(
+        part, "models, compiled" if compiled else "models", seconds, lambda s: models.measure(name, compiled, s)
+    )

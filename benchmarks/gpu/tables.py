@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 from benchmarks.gpu.results import Row
 from benchmarks.tables import Table
@@ -70,7 +69,9 @@ def _operations(rows: Sequence[Row]) -> Table:
                 share = f"{row[f'{kind} share']:.0%} ({row[f'{kind} GB/s']:,.0f})"
                 cells.setdefault(key, {})[row["MiB"]] = share
     order = {name: i for i, name in enumerate(dict.fromkeys(row["name"] for row in mine))}
-    keys = sorted(cells, key=lambda key: (order[key[0]], key[1], key[2] == "backward", list(KINDS.values()).index(key[3])))
+    keys = sorted(
+        cells, key=lambda key: (order[key[0]], key[1], key[2] == "backward", list(KINDS.values()).index(key[3]))
+    )
     lines = [[*key, *(cells[key].get(size, "") for size in sizes)] for key in keys]
     columns = ("operation", "dtype", "direction", "by", *(f"{size:g} MiB" for size in sizes))
     return Table("Share of clone()'s bytes a second in the same rounds (GB/s)", columns, 4, lines)
