@@ -1,7 +1,7 @@
 """What a fused step costs on the host: microseconds of a call on tensors so small that nothing else counts.
 
-`lines` are single lines of code as people write them and the step that replaces them; `blocks` are the tails of residual
-blocks, with everything but the tail taken out, as they are and patched. The kernels are asked for at any size.
+`lines` are single lines of code as people write them and the step that replaces them; `blocks` are the tails of
+residual blocks, with everything but the tail taken out, as they are and patched. The kernels are asked for at any size.
 """
 
 from __future__ import annotations
@@ -89,12 +89,8 @@ class ViTBlock(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.norm1, self.f, self.norm2, self.g = (
-            nn.LayerNorm(64),
-            nn.Linear(64, 64),
-            nn.LayerNorm(64),
-            nn.Linear(64, 64),
-        )
+        self.norm1, self.f = nn.LayerNorm(64), nn.Linear(64, 64)
+        self.norm2, self.g = nn.LayerNorm(64), nn.Linear(64, 64)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.f(self.norm1(x))
@@ -105,13 +101,16 @@ class ViTBlock(nn.Module):
 def blocks() -> dict[str, tuple[nn.Module, nn.Module, Tensor]]:
     """The block as it is, the patched one, and an input."""
     image = torch.randn(2, 8, 4, 4).contiguous(memory_format=torch.channels_last)
-    found = {}
-    for name, block, x in (("ResNet tail", ResNetTail(), image), ("ViT block", ViTBlock(), torch.randn(2, 4, 64))):
+    found: dict[str, tuple[nn.Module, nn.Module, Tensor]] = {}
+    originals: dict[str, tuple[nn.Module, Tensor]] = {
+        "ResNet tail": (ResNetTail(), image),
+        "ViT block": (ViTBlock(), torch.randn(2, 4, 64)),
+    }
+    for name, (block, x) in originals.items():
         patched = eulernet.patch(copy.deepcopy(block), h=H, example_inputs=x)
         for each in (block, patched):
-            each.f = nn.Identity()
-            if isinstance(each, ViTBlock):
-                each.g = nn.Identity()
+            for f in each._modules.keys() & {"f", "g"}:
+                setattr(each, f, nn.Identity())
         found[name] = (block, patched, x)
     return found
 

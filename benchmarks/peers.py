@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 import eulernet
+from benchmarks.timing import Run
 
 H = 0.1
 
@@ -68,7 +70,7 @@ def hand_written(model: nn.Module, h: float = H) -> nn.Module:
     for module in model.modules():
         write = _FORWARDS.get(type(module).__name__)
         if write is not None:
-            module.forward = write(module, h)  # type: ignore[method-assign]
+            module.forward = write(module, h)
     return model
 
 
@@ -86,7 +88,8 @@ def _bottleneck(block: Any, h: float) -> Callable[..., Tensor]:
 def _vit_block(block: Any, h: float) -> Callable[..., Tensor]:
     def forward(x: Tensor, **options: Any) -> Tensor:
         x = x + h * block.drop_path1(block.ls1(block.attn(block.norm1(x), **options)))
-        return x + h * block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+        result: Tensor = x + h * block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+        return result
 
     return forward
 
@@ -134,3 +137,21 @@ def peers(model: nn.Module, pattern: str, inputs: dict[str, Any]) -> dict[str, C
         "LayerScale": lambda: layer_scaled(copy.deepcopy(model), pattern, inputs),
         "unit-scaling": lambda: unit_scaled(copy.deepcopy(model)),
     }
+
+
+def saved(model: nn.Module, run: Run) -> int:
+    """Bytes that a forward and backward saves in between, beside the parameters."""
+    known = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
+    sizes: dict[int, int] = {}
+    alive: list[Tensor] = []  # else their memory could be found twice
+
+    def keep(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in known:
+            sizes[storage.data_ptr()] = storage.nbytes()
+            alive.append(x)
+        return x
+
+    with saved_tensors_hooks(keep, lambda x: x):
+        run()
+    return sum(sizes.values())

@@ -1,4 +1,4 @@
-"""What people use instead of a patch, in one run: the time of a model, what it saves for backward, the time to get it."""
+"""What people use instead of a patch, in one run: time of a model, what it saves for backward, time to get it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
+from torch import nn
 
 from benchmarks.models import BRANCHES, SPEED, Inputs, first_output
-from benchmarks.peers import peers
+from benchmarks.peers import peers, saved
 from benchmarks.timing import Interleaved, Run, cpu_seconds
 
 PEERS = ("eulernet", "hand-written", "forward hooks", "LayerScale", "unit-scaling")
@@ -35,24 +34,6 @@ def _forward_backward(model: nn.Module, inputs: Inputs) -> Run:
         torch.autograd.backward(first_output(model, inputs).sum())
 
     return run
-
-
-def saved(model: nn.Module, run: Run) -> int:
-    """Bytes that a forward and backward saves in between, beside the parameters."""
-    known = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
-    sizes: dict[int, int] = {}
-    alive: list[Tensor] = []  # else their memory could be found twice
-
-    def keep(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        if storage.data_ptr() not in known:
-            sizes[storage.data_ptr()] = storage.nbytes()
-            alive.append(x)
-        return x
-
-    with saved_tensors_hooks(keep, lambda x: x):
-        run()
-    return sum(sizes.values())
 
 
 @pytest.mark.parametrize("backend", ["eager", "compiled"])

@@ -44,7 +44,7 @@ class DeviceClock:
             for _ in range(self.calls):
                 run()
             end.record()
-            late = start.query()
+            late = bool(start.query())  # type: ignore[no-untyped-call]
             torch.cuda.synchronize()
             if not late or self.cycles >= LONGEST:
                 return float(start.elapsed_time(end)) / 1e3 / self.calls

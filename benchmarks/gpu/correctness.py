@@ -7,7 +7,7 @@ dtype allows; eager PyTorch's error of the same case stands beside it.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -205,7 +205,12 @@ def _reference(kernel: Kernel, skip: Tensor, branch: Tensor, **small: Tensor) ->
         branch = (branch - stretched["mean"]) / (stretched["var"] + EPS).sqrt()
         branch = branch * stretched.get("weight", 1) + stretched.get("bias", 0)
     state = skip + small.get("h", H) * small.get("gamma", 1) * small.get("mask", 1) * branch
-    activations = {"relu": F.relu, "silu": F.silu, "gelu": F.gelu, None: lambda x: x}
+    activations: dict[str | None, Callable[[Tensor], Tensor]] = {
+        "relu": F.relu,
+        "silu": F.silu,
+        "gelu": F.gelu,
+        None: lambda x: x,
+    }
     if kernel.kind in ("step", "batch_norm"):
         return activations[kernel.activation](state)
     centred = state - state.mean(-1, keepdim=True) if kernel.kind == "layer_norm" else state
