@@ -61,7 +61,7 @@ def _run(checks: Sequence[str], parts: Sequence[str], path: Path, end: float, si
     print(f"{words(on)}\n{len(there)} parts are there, {len(checks) + len(parts)} are to be measured", file=sys.stderr)
     if checks:
         now = time.time()
-        supervise.check(checks, results, on, min(end, now + CHECKS, now + (end - now) * 0.4), sizes)
+        supervise.check(checks, results, on, min(end, now + CHECKS, now + (end - now) * 0.3), sizes)
         print(f"checked in {time.time() - now:.0f} s", file=sys.stderr)
     results = supervise.measure(parts, results, on, end, sizes)
     asked = {*checks, *parts}

@@ -86,13 +86,13 @@ def other_rms_norms() -> dict[str, Function]:
         from liger_kernel.transformers.functional import liger_fused_add_rms_norm
 
         found["Liger"] = lambda s, b, w: liger_fused_add_rms_norm(b, s, w, 1e-6)[::-1]
-    except ImportError:
+    except Exception:  # it is not installed, or does not load here
         pass
     try:
         from fla.modules.norm.layernorm import rms_norm
 
         found["flash-linear-attention"] = lambda s, b, w: rms_norm(b, w, None, s, prenorm=True, eps=1e-6)[::-1]
-    except ImportError:
+    except Exception:  # it is not installed, or does not load here
         pass
     return found
 
@@ -101,7 +101,7 @@ def other_layer_norms() -> dict[str, Function]:
     """The addition with LayerNorm of others, without h, where they are installed."""
     try:
         from fla.modules.norm.layernorm import layer_norm
-    except ImportError:
+    except Exception:  # as above
         return {}
     return {"flash-linear-attention": lambda s, b, w, c: layer_norm(b, w, c, s, prenorm=True)[::-1]}
 
