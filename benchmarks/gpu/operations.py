@@ -178,7 +178,7 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Case:
-    """One operation on operands of one size; `compiled`: beside torch.compile too, which takes a while."""
+    """One operation on operands of one size; `compiled`: beside what takes a while, torch.compile and others."""
 
     name: str
     dtypes: str
@@ -230,12 +230,11 @@ def candidates(case: Case, sizes: Sizes) -> dict[str, Function]:
         with kernels.mode("triton"):  # the plain step too, which "auto" leaves to torch.add
             return operation.fused(*inputs)
 
-    if case.compiled:
-        torch._dynamo.reset()
-        compiled = torch.compile(operation.eager, backend=sizes.backend, dynamic=False)
-        return {"fused": fused, "compiled": compiled}
-    same = DTYPES[case.dtypes][0] == DTYPES[case.dtypes][1]
-    return {"fused": fused, "eager": operation.eager, **(operation.others() if same else {})}
+    if not case.compiled:
+        return {"fused": fused, "eager": operation.eager}
+    torch._dynamo.reset()
+    compiled = torch.compile(operation.eager, backend=sizes.backend, dynamic=False)
+    return {"fused": fused, "compiled": compiled, **operation.others()}
 
 
 def warm(case: Case, sizes: Sizes) -> None:

@@ -64,7 +64,7 @@ def _operations(rows: Sequence[Row]) -> Table:
     cells: dict[tuple[str, str, str, str], dict[float, str]] = {}
     for row in mine:
         for kind, title in KINDS.items():
-            if f"{kind} share" in row and (row["beside"] == "eager" or kind == "compiled"):
+            if f"{kind} share" in row and (row["beside"] == "eager" or kind != "fused"):
                 key = (row["name"], row["dtype"], row["direction"], title)
                 share = f"{row[f'{kind} share']:.0%} ({row[f'{kind} GB/s']:,.0f})"
                 cells.setdefault(key, {})[row["MiB"]] = share
