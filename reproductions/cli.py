@@ -262,6 +262,29 @@ def _grid(
 
 
 @app.command()
+def campaign(
+    minutes: Annotated[float, typer.Option(min=0.0, help="How long the machine is at hand.")],
+    data_root: DataRoot = DATA,
+    out: Annotated[Path, typer.Option("--out", help="Folder for what has to come back.")] = Path("runs/campaign"),
+    preset: Annotated[str, typer.Option(help="paper; smoke: toy sizes, to see that all of it runs.")] = "paper",
+    device: Device = "",
+    way: Annotated[str, typer.Option(help="Only this way: 'stacked', 'compiled' or 'side by side'.")] = "",
+    launched: Annotated[bool, typer.Option("--launched", help="Capture no CUDA graph.")] = False,
+) -> None:
+    """The cells of campaign.md in order of worth, as many as fit the time; what has a record is not run again."""
+    from reproductions import campaign as study
+    from reproductions.stack import WAYS
+
+    for name, value, known in (("--preset", preset, study.EPOCHS), ("--way", way, ("", *WAYS))):
+        if value not in known:
+            raise typer.BadParameter(f"{value!r} is none of {', '.join(filter(None, known))}", param_hint=name)
+    folder, where = check_folder(out, "trials"), _device(device)
+    whole = study.Campaign(folder, data_root, where, 60 * minutes, preset, way, launched, [RESULTS / "trials"])
+    if not whole.run():
+        raise DataError(f"no trial came to its end; {folder / 'probe.json'} says why. Give more by --minutes.")
+
+
+@app.command()
 def throughput(
     data_root: DataRoot = DATA,
     device: Device = "",

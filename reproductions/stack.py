@@ -63,8 +63,8 @@ class Embeddings(nn.Module):
 def layer(k: int, m: nn.Module) -> nn.Module:
     """The layer that is K of this one; itself, if it has no parameters."""
     if isinstance(m, nn.Conv1d | nn.Conv2d):
-        inputs, outputs, size = k * m.in_channels, k * m.out_channels, m.kernel_size
-        return type(m)(inputs, outputs, size, m.stride, m.padding, groups=k, bias=m.bias is not None)  # type: ignore[arg-type]
+        shape: Any = (k * m.in_channels, k * m.out_channels, m.kernel_size, m.stride, m.padding)
+        return type(m)(*shape, groups=k, bias=m.bias is not None)
     if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d):
         norm = type(m)(k * m.num_features, m.eps, m.momentum)
         norm.num_batches_tracked = None
@@ -83,7 +83,8 @@ def convolve(
     weight, bias, scale, shift, mean, variance = layers
     if h is not None and scale is None and weight is not None and bias is not None:
         weight, bias = weight * h.view(-1, *[1] * (weight.dim() - 1)), bias * h
-    y: Tensor = (F.conv1d if x.dim() == 3 else F.conv2d)(x, weight, bias, stride, 1, 1, groups)  # type: ignore[operator]
+    conv: Any = F.conv1d if x.dim() == 3 else F.conv2d
+    y: Tensor = conv(x, weight, bias, stride, 1, 1, groups)
     if scale is None or shift is None:
         return y
     if h is not None:
@@ -134,7 +135,7 @@ def stack(networks: Sequence[Network]) -> nn.Module:
     """One network that computes what all do, which become views of it: (N, K * C, ...) -> (N, K, classes).
 
     Args:
-        networks: patched networks of one shape, on one device, in their final dtype: moved afterwards they are no views.
+        networks: patched networks of one shape, on one device, in their final dtype; they must not be moved afterwards.
 
     Returns:
         The network: of images (N, K * 3, height, width) it makes logits of shape (N, K, classes), of letters those of
@@ -198,6 +199,12 @@ class Stacked(SideBySide):
         self.fast: Callable[..., Tensor] = torch.compile(step, dynamic=False) if compiled else step
 
     def _each(self, size: int) -> None:
+        losses, logits, labels = self.differentiate(size)
+        for index, training in enumerate(self.trainings):
+            training.after(losses[index], logits[:, index], labels[:, index])
+
+    def differentiate(self, size: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Forward and backward on the next batch of each: the losses (K), the logits, the labels (N, K)."""
         self._compute_by(self.fast if size == self.sizes[0] else step)
         self.network.train()
         batches = [training.batch(size) for training in self.trainings]
@@ -207,8 +214,7 @@ class Stacked(SideBySide):
         losses = F.cross_entropy(wide(logits).flatten(0, 1), labels.flatten(), reduction="none").view_as(labels).mean(0)
         # The sum may be NaN; its gradients are not, but for those of the trial that is.
         torch._foreach_copy_(self.gradients, torch.autograd.grad(losses.sum(), self.parameters))
-        for index, training in enumerate(self.trainings):
-            training.after(losses[index], logits[:, index], labels[:, index])
+        return losses, logits, labels
 
     def _compute_by(self, compute: Callable[..., Tensor]) -> None:
         for block in self.blocks:
