@@ -25,7 +25,7 @@ from rich.table import Table
 from eulernet import EulernetError
 from reproductions.claims import Row
 from reproductions.data import DataError
-from reproductions.records import FILE, Record, check_folder, write_records
+from reproductions.records import FILE, Record, check_folder, read_records, write_records
 from reproductions.trial import Trial
 
 app = typer.Typer(
@@ -282,6 +282,27 @@ def campaign(
     whole = study.Campaign(folder, data_root, where, 60 * minutes, preset, way, launched, [RESULTS / "trials"])
     if not whole.run():
         raise DataError(f"no trial came to its end; {folder / 'probe.json'} says why. Give more by --minutes.")
+
+
+@app.command()
+def desk(
+    data_root: DataRoot = DATA,
+    out: TrialsOut = TRIALS,
+    workers: Annotated[int, typer.Option(min=1, help="Processes of one thread each.")] = 2,
+    minutes: Annotated[float, typer.Option(min=0.0, help="How long; what is unfinished then is begun anew.")] = 180,
+    only: Only = None,
+) -> None:
+    """On CPU cores: the paper's depths on small images and short texts, 5 seeds, in order of worth."""
+    from reproductions import desk as study
+    from reproductions import sources
+    from reproductions.claims import Results
+
+    trials = _chosen(study.trials(), only or [])
+    check_folder(out, "trials")
+    sources.check(sorted({trial.data for trial in trials}), data_root)
+    study.run(trials, out, data_root, workers, 60 * minutes, [RESULTS / "trials"])
+    records = [r for folder in (out, RESULTS / "trials") if (folder / FILE).exists() for r in read_records(folder)]
+    console.print(_rows(study.primary(Results(records))))
 
 
 @app.command()
