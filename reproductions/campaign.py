@@ -362,15 +362,16 @@ class Campaign:
         last = {key: [t.curve[key][-1] for t in trainings] for key in ("train_loss", "test_accuracy")}
         shown = "; ".join(f"{key} {' '.join(f'{value:.3f}' for value in values)}" for key, values in last.items())
         trial = trainings[0].trial
-        print(f"  epoch {trainings[0].epoch} of {trial.epochs}, {pace:.1f} s, {self.left():.0f} s left: {shown}", flush=True)
+        print(
+            f"  epoch {trainings[0].epoch} of {trial.epochs}, {pace:.1f} s, {self.left():.0f} s left: {shown}",
+            flush=True,
+        )
 
     def _record(self, training: Training, result: dict[str, Any], way: Way) -> None:
         trial = training.trial
         how = {"way": way.kind, "captured": way.captured}
         record = {"study": "trials", "key": trial.key, "config": trial.config(), "result": result}
-        append_record(
-            self.out, record | {"seconds": training.seconds, "environment": environment(self.device) | how}
-        )
+        append_record(self.out, record | {"seconds": training.seconds, "environment": environment(self.device) | how})
 
     def _keep_unfinished(self, trainings: Sequence[Training]) -> None:
         """What is known of trainings that did not end: no result of a trial, but curves to look at."""

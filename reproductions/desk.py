@@ -39,7 +39,7 @@ TEXTS: Part = {
 # Core-seconds of one training, as pilots had them: what is begun is expected to take so long.
 SECONDS = {("resnet", 20): 62, ("resnet", 56): 169, ("resnet", 110): 350, ("resnet", 218): 700}
 SECONDS |= {("vdcnn", 9): 155, ("vdcnn", 17): 310}
-SPARE = 8.0  # seconds kept for results
+SPARE = 25.0  # seconds kept for results
 
 
 def images(depth: int, arm: Part, rate: float = 0.1) -> Trial:
@@ -95,9 +95,7 @@ def _at_best_rates(results: Results) -> tuple[Trial, Trial]:
         found = results.column(cell, "validation_accuracy")
         return sum(found) / len(found) if found else -1.0
 
-    plain, euler = (
-        max((images(110, arm, rate) for rate in RATES), key=held_out) for arm in (PLAIN, EULER)
-    )
+    plain, euler = (max((images(110, arm, rate) for rate in RATES), key=held_out) for arm in (PLAIN, EULER))
     return plain, euler
 
 
@@ -171,7 +169,9 @@ def run(
                 records.append(record)
                 pace = took / _expected(trial)
                 accuracy = record["result"]["test_accuracy"]
-                print(f"{took:5.0f} s  {named([trial])}: test {accuracy:.3f}; {ends - time.time():.0f} s left", flush=True)
+                print(
+                    f"{took:5.0f} s  {named([trial])}: test {accuracy:.3f}; {ends - time.time():.0f} s left", flush=True
+                )
     return records
 
 

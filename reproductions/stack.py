@@ -21,13 +21,13 @@ from reproductions.train import (
     SideBySide,
     Training,
     autocast,
+    fastest_convolutions,
     keep_stream_in_fp32,
     tested,
     wide,
 )
 from reproductions.trial import Network
 
-EVALUATED = 500  # samples of each trial at once
 _KINDS = ("weight", "bias", "running_mean", "running_var")
 
 
@@ -239,10 +239,11 @@ class Stacked(SideBySide):
         tests = [training.source.tests[name] for training in self.trainings]
         right = torch.zeros(len(tests), dtype=torch.int64, device=self.device)
         count = len(tests[0][1])
-        for start in range(0, count, EVALUATED):
-            rows = slice(start, start + EVALUATED)
+        size = self.sizes[0]  # of which cuDNN knows the fastest algorithms by now
+        for start in range(0, count, size):
+            rows = slice(start, start + size)
             inputs = [t.source.prepare(part[0][rows]) for t, part in zip(self.trainings, tests, strict=True)]
-            with self._autocast():
+            with self._autocast(), fastest_convolutions(self.device.type == "cuda" and len(inputs[0]) == size):
                 answers = self.network(_join(inputs)).argmax(dim=-1)
             right += (answers == torch.stack([part[1][rows] for part in tests], dim=1)).sum(dim=0)
         return [n / max(1, count) for n in right.tolist()]
@@ -272,7 +273,7 @@ class Stacked(SideBySide):
             rows = slice(number * size, (number + 1) * size)
             for norm in norms:
                 norm.momentum = 1 / (number + 1)
-            with self._autocast():
+            with self._autocast(), fastest_convolutions(self.device.type == "cuda"):
                 batches = [t.source.batch(d[rows])[0] for t, d in zip(self.trainings, drawn, strict=True)]
                 self.network(_join(batches))
         for norm, momentum in zip(norms, momenta, strict=True):

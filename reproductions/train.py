@@ -79,6 +79,7 @@ class Training:
         self.position = torch.zeros(1, dtype=torch.int64, device=device)  # samples that the epoch has seen
         self.iteration = torch.zeros(1, dtype=torch.int64, device=device)
         self.offsets = torch.arange(trial.batch_size, device=device)
+        self.places = torch.arange(len(self.sizes), device=device)[:, None]
 
     # ---- an epoch
     def begin(self) -> None:
@@ -127,7 +128,8 @@ class Training:
                     *torch._foreach_norm(weights),
                     *torch._foreach_norm([w.grad for w in weights if w.grad is not None]),
                 ]
-            self.rows.index_copy_(0, self.iteration, torch.stack(measured)[None].to(self.rows.dtype))
+            row = torch.stack(measured)[None].to(self.rows.dtype)
+            self.rows.copy_(torch.where(self.places == self.iteration, row, self.rows))
         self.optimizer.step()
         self.position += size
         self.iteration += 1
