@@ -9,9 +9,11 @@ later cell has the same number and precision, and is begun only if it is expecte
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +26,7 @@ import torch._dynamo
 
 import eulernet
 from reproductions import select
+from reproductions.claims import Results, Row, compare
 from reproductions.grid import name as named
 from reproductions.grid import work
 from reproductions.records import FILE, Record, append_record, environment, read_records
@@ -40,6 +43,7 @@ DEPTHS = {"paper": (110, 218), "smoke": (8, 14)}
 AT_ONCE = 10  # trials of a group
 PROBE = 75.0  # seconds that the probe may take
 VARIANT = 40.0  # seconds that one of its variants may take
+HANGS = 20.0  # seconds over that, after which it is taken to hang
 RESERVE = 20.0  # seconds kept for results and writing
 BEGIN = 12.0  # seconds to build, warm up and capture a group
 MARGIN = 1.1  # on what is expected
@@ -93,19 +97,39 @@ def cells(preset: str, epochs: int, precision: str) -> list[tuple[str, list[Tria
     ]
 
 
+def primary(results: Results, preset: str, epochs: int, precision: str) -> list[Row]:
+    """The primary hypotheses on the first cell, written before it was run."""
+    trials = cells(preset, epochs, precision)[0][1]
+    pair, last = (trials[0], trials[SEEDS[preset]]), trials[0].depth - 1
+    rows = []
+    for claim, name, higher in (
+        ("tests better", "test_accuracy", True),
+        ("trains better (loss)", "train_loss", False),
+        ("has the smaller averaged weight norm of layer 2", "log/layer 2/mean_weight", False),
+        ("has the smaller largest gradient of layer 2", "log/layer 2/largest_gradient", False),
+        (f"has the smaller late gradients of layer {last}", f"log/layer {last}/late_gradient", False),
+        (f"has the less bumpy late gradients of layer {last}", f"log/layer {last}/late_variation", False),
+    ):
+        claim = f"resnet {last + 1}: h = 0.1 {claim} than h = 1"
+        rows.append(compare(results, claim, [pair], name, higher=higher, form="{:+.3g}"))
+    return rows
+
+
 # ---- the probe
 @contextmanager
 def limited(seconds: float) -> Iterator[None]:
-    """Raise OutOfTime in here after some seconds."""
+    """Raise OutOfTime in here after some seconds; what hangs so that it can't be raised ends the process."""
 
     def ring(number: int, frame: object) -> None:
         raise OutOfTime(f"took longer than {seconds:.0f} s")
 
     before = signal.signal(signal.SIGALRM, ring)
     signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.01))
+    faulthandler.dump_traceback_later(seconds + HANGS, exit=True, file=sys.__stderr__)
     try:
         yield
     finally:
+        faulthandler.cancel_dump_traceback_later()
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
 
@@ -113,9 +137,9 @@ def limited(seconds: float) -> Iterator[None]:
 def variants(device: torch.device) -> list[tuple[str, str]]:
     """Ways and precisions, the ones first that are needed most."""
     if device.type != "cuda":
-        return [("stacked", "fp32"), ("side by side", "fp32")]
-    both = [("stacked", "tf32"), ("side by side", "tf32"), ("stacked", "bf16"), ("compiled", "bf16")]
-    return [*both, ("side by side", "bf16"), ("compiled", "tf32")]
+        return [("stacked", "fp32"), ("separate", "fp32")]
+    both = [("stacked", "tf32"), ("separate", "tf32"), ("stacked", "bf16"), ("compiled", "bf16")]
+    return [*both, ("separate", "bf16"), ("compiled", "tf32")]
 
 
 def measure(trainings: Sequence[Training], kind: str, row: dict[str, Any]) -> None:

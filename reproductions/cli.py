@@ -268,11 +268,12 @@ def campaign(
     out: Annotated[Path, typer.Option("--out", help="Folder for what has to come back.")] = Path("runs/campaign"),
     preset: Annotated[str, typer.Option(help="paper; smoke: toy sizes, to see that all of it runs.")] = "paper",
     device: Device = "",
-    way: Annotated[str, typer.Option(help="Only this way: 'stacked', 'compiled' or 'side by side'.")] = "",
+    way: Annotated[str, typer.Option(help="Only this way: 'stacked', 'compiled' or 'separate'.")] = "",
     launched: Annotated[bool, typer.Option("--launched", help="Capture no CUDA graph.")] = False,
 ) -> None:
     """The cells of campaign.md in order of worth, as many as fit the time; what has a record is not run again."""
     from reproductions import campaign as study
+    from reproductions.claims import Results
     from reproductions.stack import WAYS
 
     for name, value, known in (("--preset", preset, study.EPOCHS), ("--way", way, ("", *WAYS))):
@@ -280,7 +281,10 @@ def campaign(
             raise typer.BadParameter(f"{value!r} is none of {', '.join(filter(None, known))}", param_hint=name)
     folder, where = check_folder(out, "trials"), _device(device)
     whole = study.Campaign(folder, data_root, where, 60 * minutes, preset, way, launched, [RESULTS / "trials"])
-    if not whole.run():
+    trained = whole.run()
+    if chosen := whole.notes.get("chosen"):
+        console.print(_rows(study.primary(Results(whole.records()), preset, chosen["epochs"], chosen["precision"])))
+    if not trained:
         raise DataError(f"no trial came to its end; {folder / 'probe.json'} says why. Give more by --minutes.")
 
 

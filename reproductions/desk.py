@@ -1,7 +1,7 @@
 """What the cores of a desk can say in hours: the paper's depths on small images and short texts, trial by trial.
 
-Pilots of one seed fixed the sizes: there ResNet-20 with h = 1 trains well and has levelled off, and VDCNN-9 learns. Each
-trial is one process with one thread. Cells stand in order of worth; 5 seeds each. What is asked was written before
+Pilots of one seed fixed the sizes: there ResNet-20 with h = 1 trains well and has levelled off, and VDCNN-9 learns.
+Each trial is one process with one thread. Cells stand in order of worth; 5 seeds each. What is asked was written before
 anything was run: `primary`.
 """
 

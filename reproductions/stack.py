@@ -287,11 +287,11 @@ def _join(inputs: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(inputs), dim=1)
 
 
-WAYS = ("stacked", "compiled", "side by side")
+WAYS = ("stacked", "compiled", "separate")
 
 
 def together(trainings: Sequence[Training], way: str) -> SideBySide:
     """Trainings at once in one of the WAYS; one alone is the plain network."""
-    if len(trainings) == 1 or way == "side by side":
+    if len(trainings) == 1 or way == "separate":
         return SideBySide(trainings)
     return Stacked(trainings, compiled=way == "compiled")

@@ -40,7 +40,7 @@ def test_the_command_works_through_all_cells_and_runs_nothing_twice(
     found = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path)])
     assert found.exit_code == 0, found.output
     notes = json.loads((tmp_path / "probe.json").read_text())
-    assert {row["way"] for row in notes["variants"]} == {"stacked", "side by side"}
+    assert {row["way"] for row in notes["variants"]} == {"stacked", "separate"}
     assert all(row["launched"] > 0 for row in notes["variants"]) and not notes["variants"][0]["nan_leaks"]
     assert notes["chosen"]["epochs"] == 3 and "fixed before" in notes["rule"]
     records = read_records(tmp_path)
@@ -64,8 +64,8 @@ def test_a_way_that_fails_is_noted_and_the_next_one_does_it(
     one = of(tmp_path, root)
     assert one.run() == 4
     errors = {row["way"]: row.get("error") for row in one.notes["variants"]}
-    assert errors == {"stacked": "RuntimeError: no such kernel", "side by side": None}
-    assert one.notes["chosen"]["kind"] == "side by side"
+    assert errors == {"stacked": "RuntimeError: no such kernel", "separate": None}
+    assert one.notes["chosen"]["kind"] == "separate"
 
 
 def test_a_way_that_fails_in_the_middle_is_followed_by_another(
@@ -74,7 +74,7 @@ def test_a_way_that_fails_in_the_middle_is_followed_by_another(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     one = of(tmp_path, root)
-    ways = [Way("stacked", "fp32", False, 1e12), Way("side by side", "fp32", False, 1e12)]
+    ways = [Way("stacked", "fp32", False, 1e12), Way("separate", "fp32", False, 1e12)]
     finish = Stacked.finish
 
     def broken(self: Stacked) -> None:
@@ -84,7 +84,7 @@ def test_a_way_that_fails_in_the_middle_is_followed_by_another(
     monkeypatch.setattr(Stacked, "finish", broken)
     one.cell("a cell", cells("smoke", 1, "fp32")[0][1], ways, must=True)
     assert len(read_records(tmp_path)) == 4
-    assert {record["environment"]["way"] for record in read_records(tmp_path)} == {"side by side"}
+    assert {record["environment"]["way"] for record in read_records(tmp_path)} == {"separate"}
 
 
 def test_without_time_nothing_is_begun_and_the_first_cell_stops(root: Path, tmp_path: Path) -> None:  # noqa: F811

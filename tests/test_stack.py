@@ -142,7 +142,7 @@ def differences(stacked: list[Training], separate: list[Training], rows: int) ->
 )
 def test_a_stack_trains_as_each_alone(trials: list[Trial], steps: int, root: Path) -> None:
     stacked = trained(trials, root, torch.float64, "stacked", steps)
-    separate = trained(trials, root, torch.float64, "side by side", steps)
+    separate = trained(trials, root, torch.float64, "separate", steps)
     assert max(differences(stacked, separate, steps)) < 1e-10
     assert len({training.rows[0, 0].item() for training in separate}) > 1
 
@@ -150,14 +150,14 @@ def test_a_stack_trains_as_each_alone(trials: list[Trial], steps: int, root: Pat
 def test_in_float32_the_first_losses_agree(root: Path) -> None:
     """Later ones need not: at this learning rate a change by one ulp grows as much."""
     stacked = trained(ARMS, root, torch.float32, "stacked", 1)
-    separate = trained(ARMS, root, torch.float32, "side by side", 1)
+    separate = trained(ARMS, root, torch.float32, "separate", 1)
     for mine, theirs in zip(stacked, separate, strict=True):
         assert mine.rows[0, 0].item() == pytest.approx(theirs.rows[0, 0].item(), rel=1e-6)
 
 
 def test_after_one_has_left_the_others_go_on(root: Path) -> None:
     stacked, separate = (trainings(ARMS[:3], root, torch.float64) for _ in range(2))
-    for some, way in ((stacked, "stacked"), (separate, "side by side")):
+    for some, way in ((stacked, "stacked"), (separate, "separate")):
         go(together(some, way), 5)
         go(together([some[0], some[2]], way), 5)
     assert max(differences(stacked[::2], separate[::2], 10) + differences(stacked[1:2], separate[1:2], 5)) < 1e-10
@@ -194,7 +194,7 @@ def test_one_trial_alone_is_the_plain_network(root: Path) -> None:
 def test_tests_and_results_are_those_of_each_alone(root: Path) -> None:
     trials = [replace(one, held_out=80, depth=8, epochs=1) for one in ARMS[:2]]
     found = []
-    for way in ("stacked", "side by side"):
+    for way in ("stacked", "separate"):
         made = trainings(trials, root, torch.float64)
         engine = together(made, way)
         engine.epoch()
