@@ -125,7 +125,7 @@ def limited(seconds: float) -> Iterator[None]:
 
     before = signal.signal(signal.SIGALRM, ring)
     signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.01))
-    faulthandler.dump_traceback_later(seconds + HANGS, exit=True, file=sys.__stderr__)
+    faulthandler.dump_traceback_later(seconds + HANGS, exit=True, file=sys.__stderr__ or sys.stderr)
     try:
         yield
     finally:

@@ -122,7 +122,7 @@ def train(trial: Trial, data_root: Path, ends: float) -> Record | None:
     with settings(trial.precision):
         training = Training(trial, load(trial, data_root, device), device)
         if trial.data == "cifar10":
-            training.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            training.network.to(memory_format=torch.channels_last)
         alone = SideBySide([training])
         try:
             while not training.done:
@@ -184,4 +184,4 @@ def _expected(trial: Trial) -> float:
     """Core-seconds, in proportion to the samples."""
     scale: dict[str, Any] = dict(TEXTS if trial.data == "ag-news" else IMAGES)
     share = trial.epochs * (trial.train or 50_000) / (scale["epochs"] * scale["train"])
-    return SECONDS.get((trial.model, trial.depth), 3.1 * trial.depth) * share
+    return float(SECONDS.get((trial.model, trial.depth), 3.1 * trial.depth) * share)

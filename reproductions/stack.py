@@ -64,7 +64,9 @@ def layer(k: int, m: nn.Module) -> nn.Module:
     """The layer that is K of this one; itself, if it has no parameters."""
     if isinstance(m, nn.Conv1d | nn.Conv2d):
         shape: Any = (k * m.in_channels, k * m.out_channels, m.kernel_size, m.stride, m.padding)
-        return type(m)(*shape, groups=k, bias=m.bias is not None)
+        conv: Any = type(m)
+        stacked: nn.Module = conv(*shape, groups=k, bias=m.bias is not None)
+        return stacked
     if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d):
         norm = type(m)(k * m.num_features, m.eps, m.momentum)
         norm.num_batches_tracked = None
@@ -122,13 +124,13 @@ class Blocks(nn.Module):
         self.compute: Callable[..., Tensor] = step
 
     def forward(self, x: Tensor) -> Tensor:
-        maps = []
+        maps: list[Any] = []
         for conv, norm in ((self.conv1, self.bn1), (self.conv2, self.bn2)):
             there = norm if isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d) else None
             maps.append((conv.weight, conv.bias, *(getattr(there, kind, None) for kind in _KINDS)))
         momentum = getattr(self.bn1, "momentum", 0.1)
         compute = self.compute if isinstance(self.shortcut, nn.Identity) else step
-        return compute(x, self.shortcut(x), *maps, self.h, self.stride, self.k, self.training, momentum)
+        return compute(x, self.shortcut(x), maps[0], maps[1], self.h, self.stride, self.k, self.training, momentum)
 
 
 def stack(networks: Sequence[Network]) -> nn.Module:
@@ -150,7 +152,7 @@ def stack(networks: Sequence[Network]) -> nn.Module:
         like = next(old.parameters())
         new.to(like.device, like.dtype)
         if like.dim() == 4:
-            new.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            new.to(memory_format=torch.channels_last)
         one.set_submodule(name, new)
         for kind in _KINDS:
             if (whole := getattr(new, kind, None)) is not None:

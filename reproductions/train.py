@@ -59,7 +59,7 @@ class Training:
         self.trial, self.source, self.device = trial, source, device
         self.network: Network = build(trial, start).to(device)
         if device.type == "cuda" and trial.data == "cifar10":
-            self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self.network.to(memory_format=torch.channels_last)
         self.drawn = source.draw(trial.seed, 0).to(device)
         if trial.h == CALIBRATE:
             batch = source.batch(self.drawn[: trial.batch_size])
