@@ -16,7 +16,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -405,8 +405,11 @@ class Campaign:
                 file.write(json.dumps(known) + "\n")
 
     def _free(self) -> None:
+        """Give back what a way held; one that failed while it was captured may have left its stream the current one."""
         if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+            with suppress(RuntimeError):
+                torch.cuda.set_stream(torch.cuda.default_stream(self.device))
+                torch.cuda.empty_cache()
 
 
 def same_so_far(trial: Trial, epochs: int, done: int) -> bool:

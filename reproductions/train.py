@@ -68,6 +68,7 @@ class Training:
             keep_stream_in_fp32(self.network)
         self.optimizer = make_optimizer(trial, self.network, device)
         self.epoch, self.seconds = 0, 0.0
+        self.rate = math.nan  # that the optimiser was told last
         self.curve: dict[str, list[float]] = {}
         self.log: list[Tensor] = []  # an epoch each: a row an iteration, of loss, right answers, and norms
 

@@ -17,7 +17,8 @@ from reproductions.campaign import EPOCHS, Campaign, Way, cells, same_so_far
 from reproductions.claims import Results
 from reproductions.cli import app
 from reproductions.records import read_records
-from reproductions.stack import Stacked
+from reproductions.stack import Stacked, together
+from reproductions.train import SideBySide, Training
 from reproductions.trial import Trial
 
 CPU = torch.device("cpu")
@@ -85,6 +86,48 @@ def test_a_way_that_fails_in_the_middle_is_followed_by_another(
     one.cell("a cell", cells("smoke", 1, "fp32")[0][1], ways, must=True)
     assert len(read_records(tmp_path)) == 4
     assert {record["environment"]["way"] for record in read_records(tmp_path)} == {"separate"}
+
+
+class Graph:
+    """What stands for a CUDA graph: it runs what was captured."""
+
+    def __init__(self, engine: SideBySide, size: int) -> None:
+        self.engine, self.size, self.replayed = engine, size, 0
+
+    def replay(self) -> None:
+        self.replayed += 1
+        self.engine._each(self.size)
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_where_graphs_can_be_captured_they_are_and_where_not_kernels_are_launched(
+    works: bool,
+    root: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    graphs: list[Graph] = []
+
+    def capture(engine: SideBySide, size: int) -> Graph:
+        if not works:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        graphs.append(Graph(engine, size))
+        return graphs[-1]
+
+    def on_cuda(trainings: list[Training], way: str) -> SideBySide:
+        engine = together(trainings, way)
+        engine.captures = True
+        return engine
+
+    monkeypatch.setattr(SideBySide, "_capture", capture)
+    monkeypatch.setattr(campaign, "together", on_cuda)
+    monkeypatch.setattr(campaign, "cells", lambda *arguments: cells(*arguments)[:1])
+    one = of(tmp_path, root, way="stacked")
+    assert one.run() == 4
+    (row,) = one.notes["variants"]
+    assert row["launched"] > 0 and ("captured" in row, "error" in row) == (works, not works)
+    assert all(record["environment"]["captured"] in (works, False) for record in read_records(tmp_path))
+    assert bool(graphs) == works and all(graph.replayed for graph in graphs)
 
 
 def test_without_time_nothing_is_begun_and_the_first_cell_stops(root: Path, tmp_path: Path) -> None:  # noqa: F811
