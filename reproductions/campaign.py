@@ -25,16 +25,17 @@ import torch
 import torch._dynamo
 
 import eulernet
-from reproductions import select
-from reproductions.claims import Results, Row, compare
-from reproductions.grid import name as named
-from reproductions.grid import work
+from reproductions.data.batches import load
+from reproductions.evidence.claims import Results, Row, compare
+from reproductions.presets import AUTO, EULER, IMAGES, PLAIN, RATE, START, Part
 from reproductions.records import FILE, Record, append_record, environment, read_records
-from reproductions.scales import AUTO, EULER, IMAGES, PLAIN, RATE, START, Part
-from reproductions.sources import load
-from reproductions.stack import Stacked, together
-from reproductions.train import WARM_UP, SideBySide, Training, fastest_convolutions, settings
-from reproductions.trial import Trial, learning_rate
+from reproductions.studies import fig6_choice_of_h as select
+from reproductions.training.grid import name as named
+from reproductions.training.grid import work
+from reproductions.training.loop import WARM_UP, SideBySide, Training, fastest_convolutions, settings
+from reproductions.training.network import learning_rate
+from reproductions.training.stack import Stacked, together
+from reproductions.trial import Trial
 
 EPOCHS = {"paper": (80, 50, 30, 20, 15, 10, 5, 3), "smoke": (3, 2, 1)}
 ENOUGH = {"paper": 30, "smoke": 2}

@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 
-from reproductions.claims import POINT, Results, Row, compare
-from reproductions.grid import name as named
+from reproductions.data.batches import load
+from reproductions.evidence.claims import POINT, Results, Row, compare
+from reproductions.presets import AUTO, EULER, PLAIN, START, Part
 from reproductions.records import FILE, Record, append_record, environment, read_records
-from reproductions.scales import AUTO, EULER, PLAIN, START, Part
-from reproductions.sources import load
-from reproductions.train import SideBySide, Training, settings
+from reproductions.training.grid import name as named
+from reproductions.training.loop import SideBySide, Training, settings
 from reproductions.trial import Trial
 
 SEEDS = range(5)

@@ -9,17 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from test_stack import _small_files, root  # noqa: F401  the small data sets
 from typer.testing import CliRunner
 
 from reproductions import campaign, desk
 from reproductions.campaign import EPOCHS, Campaign, Way, cells, same_so_far
-from reproductions.claims import Results
 from reproductions.cli import app
+from reproductions.evidence.claims import Results
 from reproductions.records import read_records
-from reproductions.stack import Stacked, together
-from reproductions.train import SideBySide, Training
+from reproductions.training.loop import SideBySide, Training
+from reproductions.training.stack import Stacked, together
 from reproductions.trial import Trial
+from test_stack import _small_files, root  # noqa: F401  the small data sets
 
 CPU = torch.device("cpu")
 

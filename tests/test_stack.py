@@ -11,11 +11,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from reproductions import data, sources, texts
-from reproductions.sources import Source
-from reproductions.stack import Blocks, Stacked, stack, together
-from reproductions.train import SideBySide, Training
-from reproductions.trial import Trial, build
+from reproductions.data import ag_news as texts
+from reproductions.data import batches as sources
+from reproductions.data import cifar10 as data
+from reproductions.data.batches import Source
+from reproductions.training.loop import SideBySide, Training
+from reproductions.training.network import build
+from reproductions.training.stack import Blocks, Stacked, stack, together
+from reproductions.trial import Trial
 
 CPU, COUNT = torch.device("cpu"), 320
 SMALL = Trial(
