@@ -25,7 +25,7 @@ from eulernet import EulernetError, kernels
 from eulernet.functional import euler_step, euler_step_bn, euler_step_norm
 
 pytest.importorskip("triton")
-from eulernet.kernels import _bn, _device, _layout, _norm, _step
+from eulernet.kernels import _device, _layout, _norm, _step
 from eulernet.kernels._launch import Launch
 
 GPU = torch.cuda.is_available()
@@ -102,7 +102,6 @@ def check(ours: Callable[..., Any], eager: Callable[..., Any], inputs: list[Tens
     expected = gradients(eager, inputs, seeds)
     with kernels.mode("triton"):
         actual = gradients(ours, inputs, seeds)
-    skip, branch, *_ = inputs
     for out, like in zip(actual[: len(seeds)], expected, strict=False):
         assert strides(out) == strides(like)
     operands = max(
@@ -354,8 +353,8 @@ def test_what_is_saved_for_backward() -> None:
     with kernels.mode("triton"):
         assert saved_bytes(lambda: euler_step(skip, branch, 0.3))[1] == []
         assert saved_bytes(lambda: euler_step(skip, branch, 0.3, activation="relu"))[1] == [(4, 5, 8)]
-        for smooth in ("silu", "gelu"):
-            assert saved_bytes(lambda: euler_step(skip, branch, 0.3, activation=smooth))[1] == [(4, 5, 8)]
+        assert saved_bytes(lambda: euler_step(skip, branch, 0.3, activation="silu"))[1] == [(4, 5, 8)]
+        assert saved_bytes(lambda: euler_step(skip, branch, 0.3, activation="gelu"))[1] == [(4, 5, 8)]
         assert saved_bytes(lambda: euler_step(skip, branch, 0.3, layer_scale=scale))[1] == [(4, 5, 8), (8,)]
         assert saved_bytes(lambda: euler_step(skip, branch, 0.3, layer_scale=scale.detach()))[1] == [(8,)]
         saved = saved_bytes(lambda: euler_step(skip, branch, h, layer_scale=scale, activation="relu"))[1]
@@ -399,6 +398,201 @@ def test_out(mode: str, activation: str | None) -> None:
     torch.testing.assert_close(skip, expected)
     with pytest.raises(EulernetError, match="out= has no gradient"):
         euler_step(random(4, 8), branch, 0.5, out=out)
+
+
+# ---------------------------------------------------------------------------- gradients of gradients, and of what moved
+
+
+@activations
+@pytest.mark.parametrize("scale", [None, (5,)], ids=str)
+def test_gradients_of_gradients(activation: str | None, scale: tuple[int, ...] | None, launches: list[str]) -> None:
+    inputs = [random(2, 5, dtype=torch.float64), random(2, 5, dtype=torch.float64)]
+    inputs += [
+        None if scale is None else random(*scale, dtype=torch.float64),
+        random(2, 1, dtype=torch.float64, grad=False),
+    ]
+    with kernels.mode("triton"):
+        assert torch.autograd.gradgradcheck(our_step(activation, 0.3), inputs)
+    assert "step_forward" in launches
+
+
+@pytest.mark.parametrize("kind", ["layer_norm", "rms_norm"])
+def test_gradients_of_gradients_of_step_and_norm(kind: str, launches: list[str]) -> None:
+    inputs = [random(2, 3, dtype=torch.float64) for _ in "12"] + [random(3, dtype=torch.float64) for _ in "123"]
+    inputs[3] = inputs[3] if kind == "layer_norm" else None
+    with kernels.mode("triton"):
+        assert torch.autograd.gradgradcheck(norms(kind)[0], inputs)
+    assert "norm_forward" in launches
+
+
+def derivatives(function: Callable[..., Any], inputs: list[Tensor]) -> list[Tensor]:
+    """Of a gradient penalty, of a Hessian product, batched ones, and a third derivative."""
+    outs = function(*inputs)
+    out = sum(o.float().square().mean() for o in (outs if isinstance(outs, tuple) else (outs,)))
+    first = torch.autograd.grad(out, inputs, create_graph=True)
+    penalty = sum(g.float().square().sum() for g in first)
+    second = torch.autograd.grad(penalty, inputs, create_graph=True)
+    third = torch.autograd.grad(sum(g.float().sum() for g in second), inputs)
+    outs = function(*inputs)
+    last = outs[-1] if isinstance(outs, tuple) else outs
+    seeds = torch.linspace(-1, 1, 3 * last.numel(), device=DEVICE).view(3, *last.shape).to(last.dtype)
+    batched = torch.autograd.grad(last, inputs, seeds, is_grads_batched=True)
+    return [*first, *second, *third, *batched]
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu", "gelu", "layer_norm", "rms_norm"])
+def test_penalties_products_and_batched_gradients_are_those_of_eager(activation: str, launches: list[str]) -> None:
+    inputs = [random(3, 8), random(3, 8), random(8), random(8)]
+    if activation in ACTIVATIONS:
+
+        def ours(skip: Tensor, branch: Tensor, h: Tensor, scale: Tensor) -> Any:
+            return euler_step(skip, branch, h, activation=activation, layer_scale=scale)  # type: ignore[arg-type]
+
+        def eager(skip: Tensor, branch: Tensor, h: Tensor, scale: Tensor) -> Any:
+            return ACTIVATIONS[activation](skip + h * scale * branch)
+    else:
+        centred = activation == "layer_norm"
+
+        def ours(skip: Tensor, branch: Tensor, h: Tensor, weight: Tensor) -> Any:
+            return norms(activation)[0](skip, branch, weight, None, h)
+
+        def eager(skip: Tensor, branch: Tensor, h: Tensor, weight: Tensor) -> Any:
+            """Written out: the third derivative of `F.layer_norm` takes its standard deviation for a constant."""
+            state = skip + h * branch
+            z = state - state.mean(-1, keepdim=True) if centred else state
+            return state, z / (z.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight
+
+    with kernels.mode("triton"):
+        actual = derivatives(ours, inputs)
+    for a, e in zip(actual, derivatives(eager, inputs), strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)  # a third derivative has lost some digits
+    assert [name.endswith("forward") for name in launches].count(True) == 2
+
+
+def moved(tensor: Tensor) -> Tensor:
+    """What `save_on_cpu`, offloading and compression give back: the values, contiguous."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
+@pytest.mark.parametrize("what", [*ACTIVATIONS, "layer_norm", "rms_norm"])
+@pytest.mark.parametrize("case", LAYOUTS)
+def test_saved_tensors_may_come_back_with_other_strides(what: str | None, case: str, launches: list[str]) -> None:
+    shape, view = LAYOUTS[case]
+    skip, branch = (view(random(*shape, grad=False)).requires_grad_() for _ in "12")
+    if what in ACTIVATIONS:
+        scale = random(skip.shape[1], 1, 1) if skip.dim() == 4 else random(skip.shape[-1])
+        ours, eager = our_step(what, 0.3), eager_step(what, 0.3)
+        inputs = [skip, branch, scale, None]
+    else:
+        ours, eager = norms(what)
+        inputs = [skip, branch, random(skip.shape[-1]), None, random(skip.shape[-1])]
+
+    def hooked(*inputs: Tensor | None) -> Any:
+        with torch.autograd.graph.saved_tensors_hooks(moved, lambda x: x):
+            return ours(*inputs)
+
+    check(hooked, eager, inputs)
+    assert launches == [] or len(launches) == 2
+    assert launches or what not in ACTIVATIONS
+
+
+def test_a_state_requires_grad_where_it_depends_on_what_does() -> None:
+    x, weight = random(3, 8, grad=False), random(8)
+    with kernels.mode("triton"):
+        state, normed = euler_step_norm(x, x, 0.5, weight)
+        assert (state.requires_grad, normed.requires_grad) == (False, True)
+        for create_graph in (False, True):
+            grad = torch.autograd.grad(normed.sum(), weight, create_graph=create_graph, retain_graph=True)[0]
+            torch.testing.assert_close(grad, F.layer_norm(1.5 * x, (8,)).sum(0))
+
+
+@pytest.mark.parametrize("mode", ["torch", "triton"])
+@activations
+def test_tensors_without_dimensions_stay_so(mode: str, activation: str | None) -> None:
+    with kernels.mode(mode):
+        for h in (0.5, torch.tensor(0.5, device=DEVICE), torch.tensor(0.5), random()):
+            assert euler_step(random(), random(), h, activation=activation).shape == ()
+            assert euler_step(random(), random(), h, activation=activation, layer_scale=random()).shape == ()
+            assert euler_step(random(), random(), h, activation=activation, layer_scale=random(1)).shape == (1,)
+
+
+@pytest.mark.parametrize("mode", ["torch", "triton"])
+@activations
+def test_out_that_overlaps_is_refused(mode: str, activation: str | None) -> None:
+    z = random(5000, grad=False)
+    before = z.clone()
+    with kernels.mode(mode):
+        for out, skip, branch in ((z[1:], z[1:], z[:-1]), (z[:-1], z[1:], z[1:]), (z[:1].expand(8), z[:8], z[:8])):
+            with pytest.raises(EulernetError, match="call euler_step without it"):
+                euler_step(skip, branch, 0.5, activation=activation, out=out)
+        assert torch.equal(z, before)
+        halves, expected = z.view(50, 100), before.view(50, 100)
+        euler_step(halves[:, 50:], halves[:, 50:], 1.0, activation=activation, out=halves[:, :50])  # side by side
+    torch.testing.assert_close(z.view(50, 100)[:, :50], ACTIVATIONS[activation](2 * expected[:, 50:]))
+
+
+def test_h_on_the_cpu_is_not_copied_to_the_gpu() -> None:
+    """A copy waits for the GPU, and a graph cannot capture it; an operator takes the number along."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            assert "copy" not in func.__name__ and "_local_scalar" not in func.__name__, func
+            return func(*args, **kwargs or {})
+
+    with torch._subclasses.FakeTensorMode(), Copies():
+        x, h = torch.empty(4, 8, device="cuda"), torch.empty(())
+        assert euler_step(x, x, h, activation="relu").is_cuda
+
+
+def test_a_mode_is_of_one_thread() -> None:
+    import threading
+
+    seen: list[str] = []
+    with kernels.mode("torch"):
+        thread = threading.Thread(target=lambda: seen.append(kernels.current()))
+        thread.start()
+        thread.join()
+    assert seen == ["auto"]
+
+
+def test_a_kernel_that_does_not_compile_is_left_to_torch_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the forward and in the backward; where the kernels were asked for, it is an error."""
+
+    class Broken:
+        fn = _device.step_forward.fn
+
+        def __getitem__(self, grid: Any) -> Any:
+            raise RuntimeError("no such instruction")
+
+    skip, branch = random(3, 8), random(3, 8)
+    expected = torch.autograd.grad(F.silu(skip + 0.5 * branch).sum(), (skip, branch))
+    for name in ("step_backward", "step_forward"):
+        monkeypatch.setattr(kernels, "_broken", False)
+        monkeypatch.setattr(_step, "_plans", {})
+        monkeypatch.setattr(_device, name, Broken())
+        with kernels.mode("triton"):
+            if name == "step_forward":
+                with pytest.raises(RuntimeError, match="no such instruction"):
+                    euler_step(skip, branch, 0.5, activation="silu")
+            monkeypatch.setattr(kernels, "current", lambda: "auto")
+            monkeypatch.setattr(kernels, "chosen", lambda *args, **options: True)
+            with pytest.warns(eulernet.EulernetWarning, match="no such instruction") as warned:
+                for _ in "12":
+                    out = euler_step(skip, branch, 0.5, activation="silu")
+                    for a, e in zip(torch.autograd.grad(out.sum(), (skip, branch)), expected, strict=True):
+                        torch.testing.assert_close(a, e)
+            assert len(warned) == 1
+            monkeypatch.undo()
+
+
+def test_gpus_that_triton_cannot_serve_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
+    monkeypatch.setattr(torch.version, "hip", None)
+    kernels._works.cache_clear()
+    with pytest.warns(eulernet.EulernetWarning, match=r"7\.0 and more, and GPU 0 has \(6, 1\)"):
+        assert not kernels._works(0)
+    kernels._works.cache_clear()
 
 
 def test_broadcasting_operands_are_left_to_torch(launches: list[str]) -> None:

@@ -149,7 +149,8 @@ def first_order(*gradients: Any) -> bool:
     """Whether a kernel may compute with these gradients: nobody is to differentiate what it makes of them."""
     if torch.is_grad_enabled() or transformed():
         return False
-    return all(gradient is None or plain(gradient) for gradient in gradients)
+    # One that `is_grads_batched` batches looks like any other, but has no memory.
+    return all(g is None or (plain(g) and torch._C._has_storage(g)) for g in gradients)
 
 
 def plain(tensor: Any) -> bool:

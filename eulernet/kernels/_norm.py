@@ -12,7 +12,19 @@ from torch import Tensor
 from eulernet.kernels import _device, _formulas, first_order, plain
 from eulernet.kernels._launch import Launch, Unavailable
 from eulernet.kernels._layout import (
-    INNER, PROGRAMS, SINGLE, Layout, Strides, again, cdiv, dense, described, layout, ordered, power_of_two, room,
+    INNER,
+    PROGRAMS,
+    SINGLE,
+    Layout,
+    Strides,
+    again,
+    cdiv,
+    dense,
+    described,
+    layout,
+    ordered,
+    power_of_two,
+    room,
     varying,
 )  # fmt: skip
 from eulernet.kernels._step import FLOATS, MOST_PLANS, computed_in, in_double, sizes

@@ -11,7 +11,20 @@ from torch import Tensor
 from eulernet.kernels import _device, _formulas, first_order, plain
 from eulernet.kernels._launch import Launch, Unavailable
 from eulernet.kernels._layout import (
-    INNER, MIDDLE, OUTER, PROGRAMS, SINGLE, Layout, again, apart, cdiv, dense, described, ordered, room, walk,
+    INNER,
+    MIDDLE,
+    OUTER,
+    PROGRAMS,
+    SINGLE,
+    Layout,
+    again,
+    apart,
+    cdiv,
+    dense,
+    described,
+    ordered,
+    room,
+    walk,
 )  # fmt: skip
 
 ACTIVATIONS = {None: 0, "relu": 1, "silu": 2, "gelu": 3}
