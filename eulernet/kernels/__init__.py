@@ -24,6 +24,7 @@ __all__ = ["mode"]
 MIN_BYTES = 1 << 19
 _MODES = ("auto", "torch", "triton")
 _KEY = "eulernet.kernels.mode"
+_STRIDED = torch.strided
 
 
 class mode:
@@ -155,5 +156,6 @@ def first_order(*gradients: Any) -> bool:
 
 def plain(tensor: Any) -> bool:
     """A tensor whose memory holds its elements: none of a subclass, which would have to be asked first."""
-    known = type(tensor) is Tensor or type(tensor) is nn.Parameter
-    return known and tensor.layout is torch.strided and not (tensor.is_nested or tensor.is_neg())
+    kind = type(tensor)
+    known = kind is Tensor or kind is nn.Parameter
+    return known and tensor.layout is _STRIDED and not (tensor.is_nested or tensor.is_neg())

@@ -33,13 +33,10 @@ class Launch:
         self.stream: Any = None
 
     def __call__(self, tensors: tuple[Tensor | None, ...], h: float) -> None:
-        if self.index is not None and self.index != torch.cuda.current_device():
-            with torch.cuda.device(self.index):
-                self._run(tensors, h)
-        else:
-            self._run(tensors, h)
-
-    def _run(self, tensors: tuple[Tensor | None, ...], h: float) -> None:
+        index = self.index
+        if index is not None and index != torch._C._cuda_getDevice():
+            with torch.cuda.device(index):
+                return self(tensors, h)
         pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
         bits = 0
         for pointer in pointers:
@@ -51,8 +48,9 @@ class Launch:
             self._keep(self._through_triton(tensors, h))
         else:
             run, function, metadata = self.start
-            stream = self.stream(self.index or 0)
+            stream = self.stream(index or 0)
             run(self.programs, 1, 1, stream, function, metadata, None, None, None, *pointers, h, *self.tail)
+        return None
 
     def _through_triton(self, tensors: tuple[Tensor | None, ...], h: float) -> Any:
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -155,6 +155,12 @@ def dense(small: Tensor | None) -> Tensor | None:
 def described(small: Tensor | None) -> tuple[Any, ...] | None:
     """What a plan depends on of a small operand."""
     return None if small is None else (small.shape, small.dtype)
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """How many a GPU has; in the interpreter a few."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 def apart(out: Tensor, operand: Tensor) -> bool:

@@ -13,7 +13,6 @@ from eulernet.kernels import _device, _formulas, first_order, plain
 from eulernet.kernels._launch import Launch, Unavailable
 from eulernet.kernels._layout import (
     INNER,
-    PROGRAMS,
     SINGLE,
     Layout,
     Strides,
@@ -22,6 +21,7 @@ from eulernet.kernels._layout import (
     dense,
     described,
     layout,
+    multiprocessors,
     ordered,
     power_of_two,
     room,
@@ -30,6 +30,8 @@ from eulernet.kernels._layout import (
 from eulernet.kernels._step import FLOATS, MOST_PLANS, computed_in, in_double, sizes
 
 MOST = 8192  # columns that fit into one tile, so that the registers hold it
+FORWARD, BACKWARD = 16, 8  # elements of a tile a thread holds; more than 8 take the backward over 64 registers
+WARPS = 32  # of these a multiprocessor has room, with 64 registers a thread
 
 
 class Plan:
@@ -44,7 +46,7 @@ class Plan:
         self.wide = torch.promote_types(dtype, torch.float32)
         block = _block(way)
         tail = (*sizes(way), *way.axes[1:], eps, way.outer > 1, computed_in(dtype), *block)
-        self.forward = Launch(_device.norm_forward, cdiv(way.rows, block[0]), device, tail, _warps(block))
+        self.forward = Launch(_device.norm_forward, cdiv(way.rows, block[0]), device, tail, _warps(block, FORWARD))
         self.backwards: dict[Any, Backward] = {}
 
     def backward(self, branch: Tensor | None, wants: tuple[bool, ...]) -> Backward:
@@ -61,13 +63,13 @@ class Backward:
     def __init__(self, plan: Plan, branch: Tensor | None, wants: tuple[bool, ...]) -> None:
         way, self.copies = again(plan.way, branch, plan.normed)
         block = _block(way)
-        programs = cdiv(way.rows, block[0])
-        tiles = cdiv(programs, PROGRAMS // 4) if any(wants[2:5]) else 1
+        programs, warps = cdiv(way.rows, block[0]), _warps(block, BACKWARD)
+        tiles = cdiv(programs, multiprocessors(plan.device) * max(1, WARPS // warps)) if any(wants[2:5]) else 1
         programs = cdiv(programs, tiles)
         self.parts = programs, way.inner
         tail = (way.middle, way.inner, way.rows, *way.steps[2:], tiles)
         tail += (*way.axes[1:], way.outer > 1, computed_in(plan.dtype), *block)
-        self.launch = Launch(_device.norm_backward, programs, plan.device, tail, _warps(block))
+        self.launch = Launch(_device.norm_backward, programs, plan.device, tail, warps)
 
 
 _plans: dict[Any, Plan | None] = {}
@@ -292,9 +294,9 @@ def _backward(ctx: Any, state_grad: Tensor | None, normed_grad: Tensor | None) -
     return [skip_grad if wants[0] else None, branch_grad, scale_grad, weight_grad, bias_grad]
 
 
-def _warps(block: tuple[int, int]) -> int:
-    """16 elements a thread."""
-    return max(4, block[0] * block[1] // 512)
+def _warps(block: tuple[int, int], elements: int) -> int:
+    """Of so many elements a thread."""
+    return min(32, max(4, block[0] * block[1] // (32 * elements)))
 
 
 def _block(way: Layout) -> tuple[int, int]:

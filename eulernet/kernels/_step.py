@@ -129,7 +129,7 @@ def _plan(
         return None
     key = (
         skip.shape, skip.stride(), branch.stride(), skip.dtype, branch.dtype, skip.device, branch.device, dtype,
-        activation, described(scale), described(mask),
+        activation, scale is not None and described(scale), mask is not None and described(mask),
     )  # fmt: skip
     try:
         return _plans[key]
