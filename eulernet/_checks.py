@@ -12,8 +12,6 @@ from torch import nn
 from eulernet._errors import EulernetError
 from eulernet._step import ROOT
 
-MAX_SEED = 2**63 - 1  # the largest that torch's generators take
-
 
 def positive(value: Any, what: str, example: str) -> float:
     """A positive, finite number of Python or NumPy, or an error that says what must be one."""
@@ -26,24 +24,26 @@ def positive(value: Any, what: str, example: str) -> float:
     return number
 
 
-def whole_number(value: Any, what: str, example: str, least: int = 0, most: int = MAX_SEED) -> int:
-    """A whole number of Python or NumPy from `least` to `most`, or an error that says what must be one."""
+def whole_number(value: Any, what: str, example: str, least: int = 0, most: int | None = None) -> int:
+    """A whole number of Python or NumPy within bounds, or an error that says what must be one."""
     try:
         number = least - 1 if isinstance(value, bool) else operator.index(value)
     except TypeError:
         number = least - 1
-    if not least <= number <= most:
-        bounds = f"at least {least}" if number < least and least else f"from {least} to {most}"
+    if number < least or (most is not None and number > most):
+        bounds = f"at least {least}" if most is None else f"from {least} to {most}"
         raise EulernetError(f"{what} must be a whole number, {bounds}, not {value!r}; for example {example}")
     return number
 
 
 def check_module(model: object, caller: str) -> None:
+    """A model: any module, also within a wrapper."""
     if not isinstance(model, nn.Module):
         raise EulernetError(f"eulernet.{caller} takes a torch.nn.Module, not {type(model).__name__}")
 
 
 def check_model(model: nn.Module, caller: str) -> None:
+    """A model that can be traced and patched: not wrapped, not sharded, made of Python."""
     check_module(model, caller)
     name = type(model).__name__
     if unwrapped(model) is not model:
@@ -57,9 +57,8 @@ def check_model(model: nn.Module, caller: str) -> None:
     for path, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise EulernetError(
-                f"{path or ROOT} is a scripted or traced module ({type(module).__name__}), whose code is "
-                "compiled. Patch the "
-                "Python model it was made from, then use torch.jit.trace or torch.export."
+                f"{path or ROOT} is a scripted or traced module ({type(module).__name__}), whose code is compiled. "
+                "Patch the Python model it was made from, then use torch.jit.trace or torch.export."
             )
         if is_sharded(module):
             raise EulernetError(

@@ -289,11 +289,15 @@ def _scales(
                 users[traced[run].parameters.get(node, (run, node))].add(index)
 
     def scale(run: int, node: int, reader: int) -> float:
+        """By what a tensor must be multiplied in the eyes of one reader.
+
+        NaN, which equals nothing, where the reader uses it several times and only some of these are on the path.
+        """
         steps = []  # several where a step lies in the branch of another one
         for index, path in passing[run, node]:
             if reads := path[reader, node]:
                 steps.append(factors[index] if reads == traced[run].readers[node][reader] else math.nan)
-        return math.prod(sorted(steps))
+        return math.prod(sorted(steps))  # in one order: two readers must not differ by rounding
 
     scales: dict[Any, float] = {}  # of a parameter, or of the tensor at a node of a run
     conflicts: dict[int, str] = {}
@@ -301,6 +305,8 @@ def _scales(
         for node, readers in one.readers.items():
             key = one.parameters.get(node, (run, node))
             for reader in readers if key in users else ():
+                # All readers must agree, those as well that are on nobody's path and ask for 1. A parameter has one key
+                # for all runs and all modules that hold it, so eval and train mode and tied weights must agree too.
                 here = scale(run, node, reader)
                 if scales.setdefault(key, here) != here:
                     other = min(readers, key=lambda r: sum(w[r, node] for _, w in passing[run, node]))

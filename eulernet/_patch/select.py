@@ -16,7 +16,9 @@ from eulernet._step import ROOT, Step, Steps
 
 Pattern = str
 _NUMBERED = re.compile(r"(.*?)(?::([\d*?!\[\]-]*))?", re.DOTALL)  # what stands before a colon and a pattern of numbers
+# Which steps: a pattern on names, a class of modules, a predicate, or several of these; None for what is the default.
 Selector = Pattern | type | Callable[[Step], bool] | Iterable["Selector"] | None
+# What `patch` takes as h.
 HLike = float | Literal["auto"] | Sequence[float] | Mapping[str, float] | Callable[[Step], float] | Steps
 
 
@@ -55,6 +57,11 @@ def select(
     chosen = [s for s in steps if s.kind != "long"] if include is None else _which(steps, modules, include, "include")
     dropped = {s.index for s in _which(steps, modules, exclude, "exclude")} if exclude is not None else set()
     kept = [s for s in chosen if s.index not in dropped]
+    if not kept and include is None and exclude is None:
+        raise EulernetError(
+            f"all that was found, {_names(steps)}, is long: the branches run through other sums. Such steps are left "
+            'alone unless include= names them: eulernet.patch(model, h, include="*")'
+        )
     if not kept:
         raise EulernetError(
             f"include={include!r} and exclude={exclude!r} leave no step of {len(steps)}. The steps are: {_names(steps)}"

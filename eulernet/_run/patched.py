@@ -105,8 +105,8 @@ class Patched:
         if function is not copyreg.__newobj__:  # type: ignore[attr-defined]
             raise EulernetError(
                 f"{type(self).__name__} pickles itself in a way of its own, which would lose its step factors; call "
-                "eulernet.unpatch(model) first, keep eulernet.steps(model).to_json() beside it, and patch it "
-                "again with h=Steps"
+                "eulernet.unpatch(model) first, keep eulernet.steps(model).to_json() beside it, and patch it again "
+                "with h=Steps"
             )
         if rest and isinstance(rest[0], dict):  # who observes this module does not observe its copies
             rest[0] = {name: value for name, value in rest[0].items() if name not in OBSERVED}

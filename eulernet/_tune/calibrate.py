@@ -31,7 +31,7 @@ def calibrate(
     loss_fn: LossFn | None = None,
     *,
     target: float = TARGET,
-    quantity: Quantity = "gradient",
+    quantity: Literal["gradient", "noise"] = "gradient",
     rule: Callable[[Step], float] | None = None,
     bounds: tuple[float, float] = BOUNDS,
     tolerance: float = 0.01,

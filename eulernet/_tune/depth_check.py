@@ -17,17 +17,18 @@ from eulernet._errors import EulernetError
 from eulernet._find.inputs import as_arguments
 from eulernet._find.sandbox import preserve_state
 from eulernet._find.search import short
-from eulernet._fold import param_groups
 from eulernet._patch.patch import is_patched, patch
 from eulernet._patch.select import HLike
 from eulernet._run.hooks import StepInputs, add_step_hook, remove_step_hooks
 from eulernet._run.patched import by_module
 from eulernet._step import Step, as_text
+from eulernet._tune.groups import transfer_groups
 from eulernet._tune.meter import LossFn, most_frequent
 from eulernet.schedules import transfer
 
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 _FLAT = 0.25  # a power of D up to this is none
+_LARGE = 0.5  # a change beyond this share of the state is no small one, and cannot grow much further
 _PANELS = (
     ("change", "change of the state\n‖Δx_D‖ / ‖x_D‖"),
     ("increment_change", "change of the increments\nΣ ‖Δ hF‖ / ‖x_D‖"),
@@ -67,7 +68,7 @@ class DepthCheck:
     Attributes:
         rows: one `DepthRow` a depth.
         powers: of `state`, `increments`, `change` and `increment_change` the p of a fit by D^p; 0 is flat.
-        transfers: whether the change of the state is flat, |p| up to 0.25, and all is finite.
+        transfers: whether the change of the state is flat, |p| up to 0.25, and small enough to tell.
         answer: in words.
     """
 
@@ -146,8 +147,8 @@ def depth_check(
     *,
     h: HLike | None = None,
     optimizer: MakeOptimizer | None = None,
-    lr: float = 1e-3,
-    iterations: int = 10,
+    lr: float = 1e-4,
+    iterations: int = 5,
     seeds: int = 2,
     progress: bool = True,
 ) -> DepthCheck:
@@ -166,7 +167,7 @@ def depth_check(
         h: patch each model with it first; None leaves each as `build` made it.
         optimizer: `optimizer(model)` makes the optimiser. By default AdamW with `lr`; where h is a rule of transfer,
             with the groups of `param_groups`.
-        lr: of AdamW; it should be one that trains.
+        lr: of AdamW; smaller than one would train with, so that the changes stay small beside the state.
         iterations: of training, on the one batch.
         seeds: trainings a depth; each begins with `torch.manual_seed`. The caller's random numbers stay as they are.
         progress: show a bar where the output is a terminal.
@@ -188,15 +189,15 @@ def depth_check(
         ...         return x + self.map(self.norm(x))
         >>> build = lambda depth: nn.Sequential(*(Block() for _ in range(depth)))
         >>> batch = torch.randn(8, 16), torch.randn(8, 16)
-        >>> plain = eulernet.depth_check(build, [4, 16, 64], batch, nn.functional.mse_loss, lr=1e-4)
+        >>> plain = eulernet.depth_check(build, [4, 16, 64], batch, nn.functional.mse_loss)
         >>> rule = eulernet.schedules.transfer(base_depth=4)
-        >>> scaled = eulernet.depth_check(build, [4, 16, 64], batch, nn.functional.mse_loss, lr=1e-4, h=rule)
+        >>> scaled = eulernet.depth_check(build, [4, 16, 64], batch, nn.functional.mse_loss, h=rule)
         >>> plain.transfers, scaled.transfers
         (False, True)
     """
     depths = _checked(build, depths, batch, loss_fn, optimizer)
-    lr = positive(lr, "lr", "lr=1e-3")
-    iterations = whole_number(iterations, "iterations", "iterations=10", least=1)
+    lr = positive(lr, "lr", "lr=1e-4")
+    iterations = whole_number(iterations, "iterations", "iterations=5", least=1)
     seeds = whole_number(seeds, "seeds", "seeds=2", least=1)
     if optimizer is None:
         optimizer = partial(_adamw, lr=lr, h=h, inputs=batch[0])
@@ -226,7 +227,8 @@ def _checked(build: Any, depths: Any, batch: Any, loss_fn: Any, optimizer: Any) 
 
 def _adamw(model: nn.Module, lr: float, h: Any, inputs: Any) -> torch.optim.Optimizer:
     if isinstance(h, transfer):
-        return torch.optim.AdamW(param_groups(model, lr, transfer=h, example_inputs=inputs), lr=lr, weight_decay=0.0)
+        groups = transfer_groups(model, lr, h, "adamw", weight_decay=0.0, eps=1e-8, example_inputs=inputs)
+        return torch.optim.AdamW(groups, lr=lr)
     return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
 
 
@@ -367,6 +369,12 @@ def _result(rows: list[DepthRow], iterations: int) -> DepthCheck:
     p, ends = powers["change"], f"From depth {rows[0].depth} to {rows[-1].depth}"
     if lost:
         answer = f"At depth {lost[0]} the training diverges: take a smaller lr, and check again."
+        return DepthCheck(tuple(rows), powers, False, answer)
+    if max(row.change for row in rows) > _LARGE:
+        answer = (
+            f"{ends}, the final state changes by up to {max(row.change for row in rows):.2g} of its size, too much to "
+            "tell how the change goes with depth: check again with a smaller lr, or fewer iterations."
+        )
         return DepthCheck(tuple(rows), powers, False, answer)
     changed = f"{ends}, {iterations} iterations change the final state by an amount that goes as D^{p:.2f}"
     if abs(p) <= _FLAT:

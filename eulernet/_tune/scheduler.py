@@ -63,7 +63,13 @@ class HScheduler:
     """
 
     def __init__(
-        self, model: nn.Module, start: HLike = 1.0, end: HLike = 0.1, *, total_steps: int, kind: Kind = "linear"
+        self,
+        model: nn.Module,
+        start: HLike = 1.0,
+        end: HLike = 0.1,
+        *,
+        total_steps: int,
+        kind: Literal["linear", "cosine", "exponential"] = "linear",
     ) -> None:
         self.total_steps = _count(total_steps, "total_steps", 1)
         self.kind = _kind(kind)
