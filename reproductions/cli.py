@@ -340,20 +340,20 @@ def transfer(
     out: Out = None,
 ) -> None:
     """Depth transfer: is the learning rate of a shallow GPT that of a deep one; what h does for it."""
-    from reproductions import depth_training
-    from reproductions import transfer as study
+    from reproductions.studies import depth_transfer as study
+    from reproductions.training import pool
 
     if preset not in study.DEEP:
         raise typer.BadParameter(f"{preset!r} is none of {', '.join(study.DEEP)}", param_hint="--preset")
     folder = check_folder(out or Path("runs/transfer"), "transfer")
-    cells = study.trials(preset)
+    cells = study.cells(preset)
     with _progress() as progress:
         whole = progress.add_task("transfer", total=1.0)
 
         def show(label: str, share: float) -> None:
             progress.update(whole, description=label, completed=share)
 
-        records = depth_training.run(cells, folder, data_root, workers, minutes, show)
+        records = pool.run(cells, folder, data_root, workers, minutes, show)
     console.print(f"{len(records)} of {len(cells)} trainings have a record in {folder / FILE}.", soft_wrap=True)
 
 

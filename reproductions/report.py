@@ -61,7 +61,8 @@ def write(results: Path) -> Path:
 def text(folder: Path) -> str:
     """What REPORT.md says of the records in the folders below."""
     results = Results(record for path in sorted(folder.rglob(FILE)) for record in read_records(path.parent))
-    euler, two_moon, dynamics, bounds = (STUDIES[name] for name in ("euler", "two-moon", "dynamics", "bounds"))
+    names = ("euler", "two-moon", "dynamics", "bounds", "transfer")
+    euler, two_moon, dynamics, bounds, transfer = (STUDIES[name] for name in names)
     parts = [HEAD, "## Fig. 1 and Fig. 4\n"]
     parts.append(table([*euler.claims(results, ""), *two_moon.claims(results, "")]))
     for name, study in GRIDS.items():
@@ -72,6 +73,8 @@ def text(folder: Path) -> str:
     parts.append(f"## {bounds.TITLE}\n")
     run = [preset for preset in PRESETS if any(r["config"]["preset"] == preset for r in results.of("bounds"))]
     parts += [table(bounds.claims(results, preset)) for preset in run or ["paper"]]
+    parts += [f"## {transfer.TITLE}\n", transfer.ABOUT, table(transfer.claims(results, ""))]
+    parts += [f"![{path.stem}]({path.relative_to(folder)})\n" for path in sorted(folder.rglob("transfer*.png"))]
     return "\n".join(parts)
 
 

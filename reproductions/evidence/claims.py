@@ -15,6 +15,7 @@ import numpy as np
 
 from reproductions.evidence.statistics import mean_interval
 from reproductions.records import Record
+from reproductions.training.depth_cells import Cell
 from reproductions.trial import Trial
 
 SEEDS = range(10)
@@ -57,7 +58,7 @@ class Results:
         """The records of a study that is no grid of trials."""
         return [record for record in self._all if record["study"] == study]
 
-    def values(self, cell: Trial, name: str) -> dict[int, float]:
+    def values(self, cell: Trial | Cell, name: str) -> dict[int, float]:
         """By seed, one number of the trials that differ from `cell` in the seed alone; what is null is not a number."""
         found = {}
         for seed in SEEDS:
@@ -67,7 +68,7 @@ class Results:
                 found[seed] = math.nan if value is None else float(value)
         return found
 
-    def column(self, cell: Trial, name: str) -> list[float]:
+    def column(self, cell: Trial | Cell, name: str) -> list[float]:
         return list(self.values(cell, name).values())
 
     def has(self, cells: Iterable[Trial]) -> bool:
