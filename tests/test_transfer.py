@@ -367,6 +367,7 @@ def test_the_power_of_depth_is_that_of_theory(h: Any, optimizer: Any, power: flo
     found = eulernet.depth_check(stack, [4, 16, 64], LINEAR, total, h=h, optimizer=optimizer, lr=1e-6, iterations=1)
     assert found.powers["change"] == pytest.approx(power, abs=1e-3)
     assert found.powers["increment_change"] == pytest.approx(power, abs=1e-3)
+    assert all(row.moved == pytest.approx(row.change * row.state, rel=1e-6) for row in found.rows)
     assert found.transfers == (abs(power) < 0.25)
     assert ("can be expected to transfer" in found.answer) == found.transfers
 
@@ -397,7 +398,7 @@ def test_the_check_of_a_gpt_prints_draws_and_leaves_random_numbers_alone(tmp_pat
     assert len(lines) >= 6 and lines[-1] == found.answer and repr(found) == f"<DepthCheck: {found.answer}>"
     assert "loss before" in str(found)
     figure = found.plot(tmp_path / "check.png")
-    assert (tmp_path / "check.png").stat().st_size > 5000 and len(figure.axes) == 4
+    assert (tmp_path / "check.png").stat().st_size > 5000 and len(figure.axes) == 5
 
 
 def test_a_training_that_diverges_is_said() -> None:

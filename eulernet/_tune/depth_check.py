@@ -31,6 +31,7 @@ _FLAT = 0.25  # a power of D up to this is none
 _LARGE = 0.5  # a change beyond this share of the state is no small one, and cannot grow much further
 _PANELS = (
     ("change", "change of the state\n‖Δx_D‖ / ‖x_D‖"),
+    ("moved", "the same, beside x_0\n‖Δx_D‖ / ‖x_0‖"),
     ("increment_change", "change of the increments\nΣ ‖Δ hF‖ / ‖x_D‖"),
     ("increments", "increments at the start\n‖x_D - x_0‖ / ‖x_0‖"),
     ("state", "state at the start\n‖x_D‖ / ‖x_0‖"),
@@ -47,6 +48,7 @@ class DepthRow:
         state: ||x_D|| / ||x_0|| before training.
         increments: ||x_D - x_0|| / ||x_0|| before training.
         change: ||x_D after training - x_D before|| / ||x_D before||.
+        moved: the same beside ||x_0||, change * state.
         increment_change: the sum over the steps of ||hF after - hF before||, divided by ||x_D before||.
         loss_before, loss_after: on the batch.
     """
@@ -56,6 +58,7 @@ class DepthRow:
     state: float
     increments: float
     change: float
+    moved: float
     increment_change: float
     loss_before: float
     loss_after: float
@@ -67,7 +70,7 @@ class DepthCheck:
 
     Attributes:
         rows: one `DepthRow` a depth.
-        powers: of `state`, `increments`, `change` and `increment_change` the p of a fit by D^p; 0 is flat.
+        powers: of each quantity but the losses the p of a fit by D^p; 0 is flat.
         transfers: whether the change of the state is flat, |p| up to 0.25, and small enough to tell.
         answer: in words.
     """
@@ -103,7 +106,7 @@ class DepthCheck:
         return table
 
     def plot(self, path: str | PathLike[str] | None = None) -> Any:
-        """Draw the four quantities over D.
+        """Draw the quantities over D.
 
         Args:
             path: where the picture goes, with an ending that matplotlib knows (.png, .svg, .pdf); None writes none.
@@ -119,7 +122,7 @@ class DepthCheck:
             from matplotlib.figure import Figure
         except ModuleNotFoundError as error:
             raise EulernetError("matplotlib, which draws, is not installed; run: pip install matplotlib") from error
-        figure = Figure(figsize=(10, 3.2), layout="constrained")
+        figure = Figure(figsize=(12.5, 3.2), layout="constrained")
         depths = [row.steps for row in self.rows]
         for axes, (name, title) in zip(figure.subplots(1, len(_PANELS)), _PANELS, strict=True):
             values = [getattr(row, name) for row in self.rows]
@@ -148,7 +151,7 @@ def depth_check(
     h: HLike | None = None,
     optimizer: MakeOptimizer | None = None,
     lr: float = 1e-4,
-    iterations: int = 5,
+    iterations: int = 3,
     seeds: int = 2,
     progress: bool = True,
 ) -> DepthCheck:
@@ -156,8 +159,9 @@ def depth_check(
 
     At each depth a model is built and trained for some iterations on one batch. Where the change of its final state is
     the same at all depths, one rate does the same everywhere; where it grows or falls with depth, the rate has to fall
-    or grow with it. As in CompleteP (arXiv:2505.01618, Fig. 7), of which this is the quantity; its width is fixed here.
-    It looks at the first iterations alone: a training that is tuned at two depths says more, and takes longer.
+    or grow with it. The change counts as a share of the state, which is what a norm behind the last block passes on;
+    CompleteP's check over depth (arXiv:2505.01618, Fig. 7) has it beside a state of size 1, here `moved`. It looks at
+    the first iterations alone: a training that is tuned at two depths says more, and takes longer.
 
     Args:
         build: `build(depth)` makes a model, patched or not; a new one each time.
@@ -197,7 +201,7 @@ def depth_check(
     """
     depths = _checked(build, depths, batch, loss_fn, optimizer)
     lr = positive(lr, "lr", "lr=1e-4")
-    iterations = whole_number(iterations, "iterations", "iterations=5", least=1)
+    iterations = whole_number(iterations, "iterations", "iterations=3", least=1)
     seeds = whole_number(seeds, "seeds", "seeds=2", least=1)
     if optimizer is None:
         optimizer = partial(_adamw, lr=lr, h=h, inputs=batch[0])
@@ -286,6 +290,7 @@ def _train(
         state=size / _norm(before.first),
         increments=_norm(before.last - before.first) / _norm(before.first),
         change=_norm(after.last - before.last) / size,
+        moved=_norm(after.last - before.last) / _norm(before.first),
         increment_change=sum(_norm(b - a) for a, b in pairs) / size,
         loss_before=losses[0],
         loss_after=losses[-1],
@@ -351,7 +356,7 @@ def _mean(rows: list[DepthRow]) -> DepthRow:
         return math.exp(sum(math.log(max(value, 1e-30)) for value in values) / len(values))
 
     losses = (sum(getattr(row, name) for row in rows) / len(rows) for name in ("loss_before", "loss_after"))
-    quantities = ("state", "increments", "change", "increment_change")
+    quantities = ("state", "increments", "change", "moved", "increment_change")
     return DepthRow(rows[0].depth, rows[0].steps, *map(mean, quantities), *losses)
 
 
