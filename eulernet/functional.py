@@ -117,8 +117,8 @@ def euler_step_norm(
 
     Example:
         >>> import torch
-        >>> euler_step_norm(torch.tensor([1.0, 1.0]), torch.tensor([-4.0, 0.0]), h=0.5, eps=0.0)
-        (tensor([-1.,  1.]), tensor([-1.,  1.]))
+        >>> euler_step_norm(torch.tensor([1.0, 1.0]), torch.tensor([-4.0, 0.0]), h=0.5)
+        (tensor([-1.,  1.]), tensor([-1.0000,  1.0000]))
     """
     if kind not in ("layer_norm", "rms_norm"):
         raise EulernetError(f"kind={kind!r} is not known; use 'layer_norm' or 'rms_norm'")
@@ -170,7 +170,7 @@ def euler_step_bn(
     Example:
         >>> import torch
         >>> x = torch.tensor([[3.0], [5.0]])
-        >>> euler_step_bn(x, x, 0.5, torch.tensor([4.0]), torch.tensor([1.0]), eps=0.0)
+        >>> euler_step_bn(x, x, 0.5, torch.tensor([4.0]), torch.tensor([1.0]))
         tensor([[2.5000],
                 [5.5000]])
     """

@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import eulernet
 from eulernet.functional import euler_step
-from helpers.trapped import build
-from traps import TRAPS, Trap
+from tests.helpers.trapped import build
+from tests.traps import TRAPS, Trap
 
 # Where Dynamo breaks the graph, patched or not: at += into the attribute of a SimpleNamespace, and in training where
 # random numbers decide which layers run. Both by class, with the modes.
@@ -62,7 +62,7 @@ class Bottleneck(nn.Module):
         return self.relu(out)
 
 
-def vector_net() -> tuple[nn.Module, Tensor]:
+def vector_net() -> tuple[nn.Sequential, Tensor]:
     return nn.Sequential(*(Block() for _ in range(12))), torch.randn(2, 5, 8)
 
 

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import eulernet
-from traps.base import DIM, Block
-from traps.calls import BranchBegunByTheCaller, FreeFunction
-from traps.classes import Decorated, Extended, ZeroArgumentSuper
-from traps.forms import Plus
-from traps.steps import GlobalSkip
+from tests.traps.base import DIM, Block
+from tests.traps.calls import BranchBegunByTheCaller, FreeFunction
+from tests.traps.classes import Decorated, Extended, ZeroArgumentSuper
+from tests.traps.forms import Plus
+from tests.traps.steps import GlobalSkip
 
 ROOT = str(Path(eulernet.__file__).parents[1])
 

@@ -18,10 +18,10 @@ from torch.utils._pytree import tree_leaves
 import eulernet
 from eulernet import EulernetError, EulernetWarning, Step
 from eulernet._maps import _HOMOGENEOUS
-from helpers.refusals import refused
-from helpers.trapped import build
-from traps import TRAPS, Trap
-from traps.forms import NarrowingInPlaceAddition, WideningAddition
+from tests.helpers.refusals import refused
+from tests.helpers.trapped import build
+from tests.traps import TRAPS, Trap
+from tests.traps.forms import NarrowingInPlaceAddition, WideningAddition
 
 SHAPE = (3, 4, 8, 8)
 X = torch.linspace(-2, 2, 3 * 4 * 8 * 8, dtype=torch.float64).sin().view(SHAPE) * 1.7

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import eulernet
 from eulernet import _fuse, kernels
-from helpers.checks import assert_identical, run, train
-from helpers.reference import tensors
+from tests.helpers.checks import assert_identical, run, train
+from tests.helpers.reference import tensors
 
 pytest.importorskip("triton")
 from eulernet.kernels import _bn, _layout, _norm, _step

@@ -5,9 +5,9 @@ from collections.abc import Callable
 import pytest
 
 import eulernet
-from helpers.checks import check
-from helpers.coverage import Covered
-from helpers.zoo import hugging_face_model, hugging_face_types
+from tests.helpers.checks import check
+from tests.helpers.coverage import Covered
+from tests.helpers.zoo import hugging_face_model, hugging_face_types
 
 transformers = pytest.importorskip("transformers")
 

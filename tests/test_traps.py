@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import eulernet
-from helpers.trapped import assert_identical, both_modes, build, every_trap, run
-from traps import TRAPS, UNSUPPORTED, Trap, calls
-from traps.base import DIM, Block, linear
-from traps.calls import BranchBegunByTheCaller, Dense, FreeFunction
-from traps.classes import Registered, RegisteredChild, RegistryGenericAbstract
-from traps.places import TwoOnALine
-from traps.steps import ParallelStatements, TwoTowers
+from tests.helpers.trapped import assert_identical, both_modes, build, every_trap, run
+from tests.traps import TRAPS, UNSUPPORTED, Trap, calls
+from tests.traps.base import DIM, Block, linear
+from tests.traps.calls import BranchBegunByTheCaller, Dense, FreeFunction
+from tests.traps.classes import Registered, RegisteredChild, RegistryGenericAbstract
+from tests.traps.places import TwoOnALine
+from tests.traps.steps import ParallelStatements, TwoTowers
 
 
 def patched(model: Trap, inputs: tuple[Any, ...], h: float | Sequence[float]) -> Trap:

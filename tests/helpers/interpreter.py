@@ -8,7 +8,6 @@ the element out of the array first, and so does this.
 from typing import Any
 
 
-
 def mend() -> None:
     """Bounds of loops are taken out of their arrays; to be called before the first kernel runs."""
     try:

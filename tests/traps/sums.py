@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from traps.base import DIM, Expected, Trap, WithABlock, body, conv, each, linear, mlp, trap, two
+from tests.traps.base import DIM, Expected, Trap, WithABlock, body, conv, each, linear, mlp, trap, two
 
 
 @trap
