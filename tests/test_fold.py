@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 import eulernet
 from eulernet import EulernetError, EulernetWarning, Step
-from eulernet._maps import _HOMOGENEOUS
+from eulernet._find.absorb import _HOMOGENEOUS
 from tests.helpers.refusals import refused
 from tests.helpers.trapped import build
 from tests.traps import TRAPS, Trap
@@ -325,7 +325,7 @@ def test_what_does_not(name: str) -> None:
     assert [step.h for step in eulernet.steps(model)] == [0.3]
     assert all(torch.equal(a, b) for a, b in zip(in_both_modes(model, X), expected, strict=True))
     eulernet.unpatch(model)
-    eulernet.patch(model, 0.3, example_inputs=X, preserve="where possible")
+    eulernet.patch(model, 0.3, example_inputs=X, preserve="where_possible")
     assert [step.h for step in eulernet.steps(model)] == [1.0]
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
@@ -620,7 +620,7 @@ def test_every_trap(cls: type[Trap]) -> None:
     eulernet.fold(model, where_possible=True, example_inputs=inputs)
     assert_equal_to_rounding(in_both_modes(model, *inputs), expected)
     expected = in_both_modes(original, *inputs)
-    eulernet.patch(original, factor, example_inputs=inputs, preserve="where possible")
+    eulernet.patch(original, factor, example_inputs=inputs, preserve="where_possible")
     assert_equal_to_rounding(in_both_modes(original, *inputs), expected)
 
 
@@ -636,7 +636,7 @@ def test_what_cannot_be_folded_at_all() -> None:
         eulernet.fold(nn.DataParallel(eulernet.patch(model, H, example_inputs=X)))
     with pytest.raises(EulernetError, match=r"does not say what it takes(.|\n)*example_inputs="):
         eulernet.fold(model)
-    with pytest.raises(EulernetError, match=r'preserve=\'yes\' must be True, False or "where possible"'):
+    with pytest.raises(EulernetError, match=r'preserve=\'yes\' must be True, False or "where_possible"'):
         eulernet.patch(net(), H, example_inputs=X, preserve="yes")  # type: ignore[arg-type]
 
 

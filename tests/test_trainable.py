@@ -23,8 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 import eulernet
 from eulernet import EulernetError, Step
-from eulernet._factor import step_parameters
-from eulernet._learn import stage
+from eulernet._run.learned import stage, step_parameters
 from tests.helpers.refusals import refused
 from tests.helpers.trapped import assert_identical, both_modes, build, every_trap, run
 from tests.traps import TRAPS, Trap

@@ -13,7 +13,7 @@ from torch.utils._pytree import keystr, tree_map, tree_map_with_path
 
 import eulernet
 from eulernet import Step, Steps
-from eulernet._inputs import Call
+from eulernet._find.inputs import Arguments
 from tests.helpers.reference import reference, tensors
 from tests.helpers.zoo import Specimen, quiet
 
@@ -113,7 +113,7 @@ def check_folded(original: nn.Module, patched: nn.Module, specimen: Specimen) ->
         fresh.load_state_dict(model.state_dict(), strict=True)
         assert_identical(run(fresh, in_dtype(specimen.inputs, dtype)), run(model, in_dtype(specimen.inputs, dtype)))
     if len(left) < steps:
-        eulernet.patch(model, factor, example_inputs=example, preserve="where possible")
+        eulernet.patch(model, factor, example_inputs=example, preserve="where_possible")
         check_same()
         assert [step.h for step in eulernet.steps(model)] == [factor(step) for step in eulernet.steps(patched)]
         for ours, theirs in zip(model.parameters(), original.parameters(), strict=True):
@@ -193,7 +193,7 @@ def snapshot(model: nn.Module) -> list[Any]:
     ]
 
 
-def run(model: nn.Module, inputs: Call) -> list[Tensor]:
+def run(model: nn.Module, inputs: Arguments) -> list[Tensor]:
     """All tensors of the output, in eval mode."""
     seed()
     args, kwargs = copy.deepcopy(inputs)  # some models write into their input
@@ -201,7 +201,7 @@ def run(model: nn.Module, inputs: Call) -> list[Tensor]:
         return tensors(model.eval()(*args, **kwargs))
 
 
-def train(model: nn.Module, inputs: Call) -> list[Tensor]:
+def train(model: nn.Module, inputs: Arguments) -> list[Tensor]:
     """The output in train mode, the gradients of a random function of it, and the buffers afterwards."""
     seed()
     args, kwargs = copy.deepcopy(inputs)
@@ -243,7 +243,7 @@ def in_dtype(inputs: Any, dtype: torch.dtype) -> Any:
     return tree_map_with_path(cast, inputs)
 
 
-def channels_last(inputs: Call) -> Call:
+def channels_last(inputs: Arguments) -> Arguments:
     """The arguments with their images in channels_last."""
     return tree_map(
         lambda x: x.contiguous(memory_format=torch.channels_last) if isinstance(x, Tensor) and x.dim() == 4 else x,

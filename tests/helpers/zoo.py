@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from eulernet._inputs import Call, guess_inputs
+from eulernet._find.inputs import Arguments, guess_inputs
 
 
 @contextlib.contextmanager
@@ -80,8 +80,8 @@ class Specimen:
     """A model in eval mode with random weights, and its arguments: in eval mode, in train mode, and for `patch`."""
 
     model: nn.Module
-    inputs: Call
-    training: Call
+    inputs: Arguments
+    training: Arguments
     example: Any = None  # None: to be guessed
     cannot: frozenset[str] = frozenset()  # what fails: "float64", "autocast", "channels_last", "train"
     rounded: bool = False  # ends its branches in float32, whatever it is given
