@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from eulernet._errors import EulernetError
-from eulernet._find.classify import CASTS, VIEWS, StepCall
+from eulernet._find.graph import CASTS, VIEWS, StepCall
 from eulernet._find.search import Run, Search
 from eulernet._find.trace import Node, Ref, Trace
 from eulernet._step import ROOT, Step

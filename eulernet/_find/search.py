@@ -13,7 +13,8 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from eulernet._errors import EulernetError
-from eulernet._find.classify import StepCall, classify
+from eulernet._find.classify import classify
+from eulernet._find.graph import StepCall
 from eulernet._find.inputs import as_arguments, guess_inputs
 from eulernet._find.locate import Location, locate, nowhere
 from eulernet._find.sandbox import Sandbox, no_fakes_left, preserve_state
@@ -207,9 +208,7 @@ def _collect(model: nn.Module, runs: list[Run], traces: list[Trace], notes: list
         FoundStep(
             _step(numbers[id(group)], group, groups, names),
             group[0].module,
-            tuple(
-                Site(s.location, s.skip_is_left, s.subtracts, s.calls) for s in group
-            ),
+            tuple(Site(s.location, s.skip_is_left, s.subtracts, s.calls) for s in group),
             next((s.error for s in group if s.error is not None), None),
         )
         for group in groups
