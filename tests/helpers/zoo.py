@@ -366,8 +366,8 @@ def shrink(config: Any, scale: Scale) -> Any:
     """
     kind = type(config)
     default = vars(kind())
-    changed = {}
-    for name, first in _declared(kind).items():
+    declared, changed = _declared(kind), {}
+    for name, first in declared.items():
         value = vars(config).get(name)
         if hasattr(value, "model_type"):
             changed[name] = shrink(value, scale)
