@@ -38,7 +38,7 @@ FORMER = {
 @pytest.fixture
 def pickled(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(DATA))
-    import pickled
+    import pickled  # type: ignore[import-not-found]  # it is found when the test runs
 
     return pickled
 

@@ -325,7 +325,7 @@ class Python2Pickler(pickle._Pickler):
 
     def save_string(self, value: bytes | str) -> None:
         raw = value if isinstance(value, bytes) else value.encode("latin1")
-        self.write(pickle.BINSTRING + len(raw).to_bytes(4, "little") + raw)
+        self.write(pickle.BINSTRING + len(raw).to_bytes(4, "little") + raw)  # type: ignore[attr-defined]
 
     dispatch[bytes] = dispatch[str] = save_string
 
