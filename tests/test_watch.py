@@ -279,6 +279,8 @@ def test_it_can_be_unpatched_meanwhile() -> None:
     assert snapshot(model) == before
 
 
+# As in test_compile.py: where Dynamo looks at the attributes of a tensor, torch 2.11 warns of .grad.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 @pytest.mark.parametrize("how", ["wrapper", "inner", "in place"])
 def test_a_compiled_model(how: str) -> None:
     """Weights and gradients are recorded, and that steps cannot be seen is said."""
