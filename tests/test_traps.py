@@ -37,7 +37,7 @@ def patched(model: Trap, inputs: tuple[Any, ...], h: float | Sequence[float]) ->
 
 
 @every_trap
-def test_what_is_found(cls: type[Trap]) -> None:
+def test_the_expected_steps_are_found(cls: type[Trap]) -> None:
     model, inputs = build(cls)
     found = eulernet.find_steps(model, example_inputs=inputs)
     seen = [(step.name, step.kind, step.calls, step.depth, len(step.places)) for step in found]
@@ -69,7 +69,7 @@ def test_a_factor_for_each_step_gives_the_reference(cls: type[Trap], training: b
 
 @both_modes
 @every_trap
-def test_one_is_bit_identical(cls: type[Trap], training: bool) -> None:
+def test_h_of_one_is_bit_identical(cls: type[Trap], training: bool) -> None:
     model, inputs = build(cls, training=training)
     one = patched(model, inputs, 1.0)
     other = copy.deepcopy(model)
@@ -79,7 +79,7 @@ def test_one_is_bit_identical(cls: type[Trap], training: bool) -> None:
 
 
 @every_trap
-def test_one_is_bit_identical_without_grad(cls: type[Trap]) -> None:
+def test_h_of_one_is_bit_identical_without_grad(cls: type[Trap]) -> None:
     model, inputs = build(cls)
     one = patched(model, inputs, 1.0)
     for context in (torch.no_grad(), torch.inference_mode()):
@@ -93,7 +93,7 @@ def test_one_is_bit_identical_without_grad(cls: type[Trap]) -> None:
 
 @pytest.mark.parametrize("cls", [cls for cls in TRAPS if len(cls.shape) == 4], ids=lambda cls: cls.__name__)
 @both_modes
-def test_one_is_bit_identical_in_channels_last(cls: type[Trap], training: bool) -> None:
+def test_h_of_one_is_bit_identical_in_channels_last(cls: type[Trap], training: bool) -> None:
     model, inputs = build(cls, training=training)
     model = model.to(memory_format=torch.channels_last)
     inputs = tuple(x.contiguous(memory_format=torch.channels_last) for x in inputs)
@@ -104,7 +104,7 @@ def test_one_is_bit_identical_in_channels_last(cls: type[Trap], training: bool) 
 
 @both_modes
 @pytest.mark.parametrize("cls", [cls for cls in TRAPS if cls.autocast], ids=lambda cls: cls.__name__)
-def test_one_is_bit_identical_under_autocast(cls: type[Trap], training: bool) -> None:
+def test_h_of_one_is_bit_identical_under_autocast(cls: type[Trap], training: bool) -> None:
     model, inputs = build(cls, training=training)
     one = patched(model, inputs, 1.0)
     with torch.autocast("cpu", torch.bfloat16):
@@ -469,7 +469,7 @@ class Block(nn.Module):
     ],
     ids=["plain", "crlf", "tabs", "bom", "latin-1", "future", "form-feed", "triple-quotes"],
 )
-def test_source_files_of_all_kinds(encode: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_source_files_of_all_kinds_are_patched(encode: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = f"source_{tmp_path.name}"
     (tmp_path / f"{name}.py").write_bytes(encode(SOURCE))
     monkeypatch.syspath_prepend(tmp_path)
