@@ -1,4 +1,4 @@
-"""What the README and the docstrings show is run."""
+"""What the README, the pages and the docstrings show is run, and what they name is there."""
 
 import doctest
 import importlib
@@ -16,20 +16,40 @@ from eulernet.cli import app
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+PAGES = {path.name: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+TEXTS = {**PAGES, **{name: (ROOT / name).read_text() for name in ("CONTRIBUTING.md", "SECURITY.md")}}
 MODULES = [m.name for m in pkgutil.walk_packages(eulernet.__path__, "eulernet.")]
+URL = "https://github.com/eulernet/eulernet"
+IN_REPOSITORY = re.compile(
+    r"https://(?:raw\.githubusercontent\.com/eulernet/eulernet/|github\.com/eulernet/eulernet/(?:blob|tree)/)main/"
+    r"([^)#\s\"]+)"
+)
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
 
 
-def test_readme_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("page", [name for name, text in PAGES.items() if blocks("python", text)])
+def test_the_python_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The blocks run one after another, as a reader would paste them, in an empty folder."""
+    source = tmp_path / f"{page}.py"  # a class that is shown needs a source
+    source.write_text("\n".join(blocks("python", PAGES[page])))
     monkeypatch.chdir(tmp_path)
-    names: dict[str, object] = {}
-    assert blocks("python")
-    for block in blocks("python"):
-        exec(compile(block, "README.md", "exec"), names)
+    exec(compile(source.read_text(), str(source), "exec"), {})
+
+
+def test_the_readme_shows_what_is_printed() -> None:
+    """All but the line numbers, which are those of the timm that is installed."""
+    (shown,) = blocks("text")
+    model = eulernet.patch(pytest.importorskip("timm").create_model("resnet18"), h=0.1)
+    lines = re.compile(r"(?<=\.py:)\d+")
+    assert lines.sub("", shown.rstrip()) == lines.sub("", str(eulernet.steps(model)))
+
+
+def test_the_readme_is_short_and_its_links_work_everywhere() -> None:
+    assert len(README.splitlines()) <= 300
+    assert re.findall(r"\]\((?!https://)[^)]*\)", README) == []
 
 
 @pytest.mark.parametrize("command", re.findall(r"^eulernet (inspect [^#\n]*)", "\n".join(blocks("bash")), re.MULTILINE))
@@ -44,11 +64,17 @@ def test_the_test_command_is_that_of_ci() -> None:
     assert f"check {command}" in (ROOT / ".ci" / "run").read_text()
 
 
-def test_files_that_the_readme_names_are_there() -> None:
-    links = re.findall(r"\]\((?!https?:)([^)#]+)\)|src=\"(?!https?:)([^\"]+)\"", README)
-    assert links
-    for link in links:
-        assert (ROOT / "".join(link)).exists(), link
+@pytest.mark.parametrize("page", TEXTS)
+def test_what_a_page_links_to_is_there(page: str) -> None:
+    for name in IN_REPOSITORY.findall(TEXTS[page]):
+        assert (ROOT / name).exists(), name
+    for other in re.findall(r"https://github\.com/eulernet[^)\s\"]*", TEXTS[page]):
+        assert other.startswith(URL), other
+
+
+def test_the_reference_has_every_public_name() -> None:
+    shown = set(re.findall(r"^::: eulernet\.(\w+)$", PAGES["reference.md"], re.MULTILINE))
+    assert set(eulernet.__all__) <= shown
 
 
 @pytest.mark.parametrize("name", [*MODULES, benchmarks.timing.__name__])

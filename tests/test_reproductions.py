@@ -224,7 +224,10 @@ def test_two_moon_command_writes_what_figures_draws_again(tmp_path: Path) -> Non
         assert len(record["result"]["train_loss_curve"]) == 8
     assert "Failed trainings of 2" in printed and "paired by seed" in printed
 
-    pictures = {name: (tmp_path / "study" / name).read_bytes() for name in ("features.png", "learning_rates.png", "at_a_glance.png")}
+    pictures = {
+        name: (tmp_path / "study" / name).read_bytes()
+        for name in ("features.png", "learning_rates.png", "at_a_glance.png")
+    }
     for name in pictures:
         (tmp_path / "study" / name).unlink()
     run_cli("figures", "--results", tmp_path)
