@@ -7,17 +7,17 @@ from typing import Any
 import griffe
 
 ROOT = Path(__file__).parent.parent
-PAGE = re.compile(r"https://github\.com/eulernet/eulernet/blob/main/docs/([\w-]+\.md)")
-PICTURES = "https://raw.githubusercontent.com/eulernet/eulernet/main/reproductions/results/"
+STUDIES = ROOT / "reproductions"
+PAGE = re.compile(r"https://github\.com/eulernet/eulernet/blob/main/(?:docs|reproductions)/([\w/-]+\.md)")
+PICTURES = "https://raw.githubusercontent.com/eulernet/eulernet/main/reproductions/"
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """The figures of the studies are pictures of the site."""
+    """The report of the studies and their figures are part of the site, where they are in the repository."""
     from mkdocs.structure.files import File
 
-    results = ROOT / "reproductions" / "results"
-    for path in sorted(results.rglob("*.png")):
-        files.append(File.generated(config, f"results/{path.relative_to(results)}", abs_src_path=str(path)))
+    for path in sorted([*STUDIES.glob("results/**/*.png"), STUDIES / "results" / "REPORT.md", STUDIES / "campaign.md"]):
+        files.append(File.generated(config, path.relative_to(STUDIES).as_posix(), abs_src_path=str(path)))
     return files
 
 
@@ -25,7 +25,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     """The first page is the README; links become relative, so that `mkdocs build --strict` checks them."""
     if page.file.src_uri == "index.md":
         markdown = (ROOT / "README.md").read_text()
-    return PAGE.sub(r"\1", markdown).replace(PICTURES, "results/")
+    return PAGE.sub(r"\1", markdown).replace(PICTURES, "")
 
 
 class Examples(griffe.Extension):
