@@ -23,8 +23,8 @@ from rich.progress import (
 from rich.table import Table
 
 from eulernet import EulernetError
-from reproductions.claims import Row
-from reproductions.data import DataError
+from reproductions.errors import DataError
+from reproductions.evidence.claims import Row
 from reproductions.records import FILE, Record, check_folder, write_records
 from reproductions.trial import Trial
 
@@ -46,7 +46,7 @@ Out = Annotated[Path | None, typer.Option("--out", help="Folder for records and 
 @app.command()
 def euler(out: Out = None) -> None:
     """Fig. 1: Euler's method on x' = -2.3 x, for several step sizes."""
-    from reproductions import euler as study
+    from reproductions.studies import fig1_euler as study
 
     folder = check_folder(out or Path("runs/euler"), "euler")
     records = study.run()
@@ -60,7 +60,7 @@ def two_moon(
     preset: Annotated[str, typer.Option(help="small: the study; smoke: a small trial of it, in seconds.")] = "small",
 ) -> None:
     """Fig. 4: a residual network without normalisation on noisy points, h = 1 against h = 0.1."""
-    from reproductions import two_moon as study
+    from reproductions.studies import fig4_two_moon as study
 
     if preset not in study.PRESETS:
         raise typer.BadParameter(f"{preset!r} is none of {', '.join(study.PRESETS)}", param_hint="--preset")
@@ -99,8 +99,8 @@ def cifar10(
     """A network of timm, patched in one line, trained for some steps on CIFAR-10."""
     import timm
 
-    from reproductions import cifar10 as study
-    from reproductions.data import load_cifar10
+    from reproductions.data.cifar10 import load_cifar10
+    from reproductions.studies import timm_on_cifar10 as study
 
     if not timm.is_model(model):
         raise typer.BadParameter(f"timm has no model {model!r}", param_hint="--model")
@@ -157,13 +157,13 @@ def dynamics(
     """Fig. 2: weights and gradients of layer 2 over the iterations, h = 1 against h = 0.1."""
     if not init:
         return _grid("dynamics", data_root, preset, device, seeds, only or [], at_once, download, ray, out)
-    from reproductions import dynamics as study
-    from reproductions import report
+    from reproductions.evidence.claims import Results
+    from reproductions.studies import fig2_dynamics as study
 
     folder = check_folder(Path("runs/dynamics-init") if out == TRIALS else out, "dynamics-init")
     with _progress() as progress:
         records = study.at_start(data_root, _device(device), seeds or 3, _bar(progress))
-    _finish(records, folder, [_rows(report.start(records))])
+    _finish(records, folder, [_rows(study.start_claims(Results(records)))])
 
 
 @app.command()
@@ -175,14 +175,15 @@ def bounds(
     out: Out = None,
 ) -> None:
     """Eq. 6, Propositions 1 and 2: gains, gradient growth and noise beside their bounds, over depth and h."""
-    from reproductions import bounds as study
-    from reproductions.scales import SEEDS
+    from reproductions.evidence.claims import Results
+    from reproductions.presets import SEEDS
+    from reproductions.studies import propositions as study
 
     _known(preset)
     folder = check_folder(out or Path("runs/bounds"), "bounds")
     with _progress() as progress:
         records = study.run(preset, seeds or SEEDS[preset], data_root, _device(device), _bar(progress))
-    _finish(records, folder, [_rows(study.claims(records, preset))])
+    _finish(records, folder, [_rows(study.claims(Results(records), preset))])
 
 
 def _grid_command(name: str, about: str) -> None:
@@ -222,11 +223,12 @@ def _grid(
     out: Path,
 ) -> None:
     """Run a study's trials, say what came out, draw the figures."""
-    from reproductions import grid, sources
-    from reproductions.claims import Results
-    from reproductions.figures import draw
-    from reproductions.report import GRIDS
-    from reproductions.scales import SEEDS
+    from reproductions.data import batches as sources
+    from reproductions.evidence.claims import Results
+    from reproductions.presets import SEEDS
+    from reproductions.report import draw
+    from reproductions.studies import GRIDS
+    from reproductions.training import grid
 
     _known(preset)
     study = GRIDS[name]
@@ -249,7 +251,7 @@ def _grid(
             progress.advance(whole, work)
 
         if ray:
-            from reproductions.on_ray import run
+            from reproductions.training.ray_cluster import run
 
             records = run(ray, place, trials, show)
         else:
@@ -271,7 +273,7 @@ def throughput(
     out: Annotated[Path | None, typer.Option(help="Folder for the records; none are written without it.")] = None,
 ) -> None:
     """Samples a second of 1, 4, 8 and 16 trials side by side, in fp32, TF32 and bf16."""
-    from reproductions import throughput as study
+    from reproductions.studies import throughput as study
 
     if out is not None:
         check_folder(out, "throughput")
@@ -287,7 +289,7 @@ def figures(
     results: Annotated[Path, typer.Option(help="Folder with records, or of such folders.")] = RESULTS,
 ) -> None:
     """Draw all figures anew from stored records."""
-    from reproductions.figures import draw
+    from reproductions.report import draw
 
     folders = sorted(path.parent for path in results.rglob(FILE))
     if not folders:
@@ -332,7 +334,7 @@ def _shown(value: object) -> str:
 
 
 def _known(preset: str) -> None:
-    from reproductions.scales import PRESETS
+    from reproductions.presets import PRESETS
 
     if preset not in PRESETS:
         raise typer.BadParameter(f"{preset!r} is none of {', '.join(PRESETS)}", param_hint="--preset")
@@ -368,7 +370,7 @@ def _rows(rows: Sequence[Row]) -> Table:
 
 def _finish(records: list[Record], folder: Path, statements: Sequence[str | Table]) -> None:
     """Write the records, draw the figures from what was written, say what was measured."""
-    from reproductions.figures import draw
+    from reproductions.report import draw
 
     written = [write_records(folder, records)]
     written += draw(folder)

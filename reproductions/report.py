@@ -1,26 +1,18 @@
-"""REPORT.md: for each claim of the paper a row, made from the stored records."""
+"""What is made of the stored records: the pictures, and REPORT.md, which has a row for each claim of the paper."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from types import ModuleType
 
-import numpy as np
+import matplotlib.pyplot as plt
 
-from reproductions import bounds, depth, dynamics, finetune, noise, robust, select, two_moon
-from reproductions.claims import NOT_RUN, REFUTED, SUPPORTED, Results, Row, verdict
-from reproductions.records import FILE, Record, mean_interval, read_records
-from reproductions.scales import PRESETS
+from reproductions.evidence.claims import NOT_RUN, Results, Row
+from reproductions.evidence.style import STYLE, save
+from reproductions.presets import PRESETS
+from reproductions.records import FILE, read_records
+from reproductions.studies import GRIDS, STUDIES
 
-GRIDS: dict[str, ModuleType] = {
-    "dynamics": dynamics,
-    "depth": depth,
-    "noise": noise,
-    "select": select,
-    "robust": robust,
-    "finetune": finetune,
-}
 HEAD = """# What came of the paper's claims
 
 Written by `python -m reproductions report` from the records beside this file.
@@ -47,6 +39,18 @@ SCALES = {
 }
 
 
+def draw(folder: Path) -> list[Path]:
+    """Draw the figures of the studies whose records lie in `folder`, beside them; returns their paths."""
+    results = Results(read_records(folder), folder)
+    with plt.rc_context(STYLE):
+        return [
+            save(figure, folder / f"{name}.png")
+            for study in STUDIES.values()
+            if hasattr(study, "figures")
+            for name, figure in study.figures(results)
+        ]
+
+
 def write(results: Path) -> Path:
     """Write `results/REPORT.md` from the records in the folders below."""
     path = results / "REPORT.md"
@@ -54,27 +58,20 @@ def write(results: Path) -> Path:
     return path
 
 
-def text(results: Path) -> str:
+def text(folder: Path) -> str:
     """What REPORT.md says of the records in the folders below."""
-    stored = {path.parent.name: read_records(path.parent) for path in sorted(results.rglob(FILE))}
-    trials = Results(record for records in stored.values() for record in records)
-    parts = [HEAD, "## Fig. 1 and Fig. 4\n", table([*_euler(stored.get("euler")), *_two_moon(stored.get("two-moon"))])]
-    for title, name, picture in (
-        ("Fig. 2: weights and gradients", "dynamics", "dynamics*-{}.png"),
-        ("Fig. 3: depth", "depth", "depth-{}.png"),
-        ("Fig. 5: noise", "noise", "noise-{}.png"),
-        ("Fig. 6: the choice of h", "select", "select-{}.png"),
-        ("Learning rates, optimisers, no BN, other remedies", "robust", "robust-{}.png"),
-        ("Beyond the paper: fine-tuning a patched network", "finetune", ""),
-    ):
-        parts.append(f"## {title}\n")
-        if name == "dynamics":
-            parts += ["Before training (no epoch):\n", table(start(stored.get("dynamics-init")))]
-        parts += _scales(GRIDS[name].claims, trials, picture, results)
-    parts += ["## Eq. 6, Propositions 1 and 2\n"]
-    measured = stored.get("bounds", [])
-    presets = [preset for preset in PRESETS if any(r["config"]["preset"] == preset for r in measured)]
-    parts += [table(bounds.claims(measured, preset)) for preset in presets or ["paper"]]
+    results = Results(record for path in sorted(folder.rglob(FILE)) for record in read_records(path.parent))
+    euler, two_moon, dynamics, bounds = (STUDIES[name] for name in ("euler", "two-moon", "dynamics", "bounds"))
+    parts = [HEAD, "## Fig. 1 and Fig. 4\n"]
+    parts.append(table([*euler.claims(results, ""), *two_moon.claims(results, "")]))
+    for name, study in GRIDS.items():
+        parts.append(f"## {study.TITLE}\n")
+        if study is dynamics:
+            parts += ["Before training (no epoch):\n", table(dynamics.start_claims(results))]
+        parts += _scales(study.claims, results, f"{name}*-{{}}.png", folder)
+    parts.append(f"## {bounds.TITLE}\n")
+    run = [preset for preset in PRESETS if any(r["config"]["preset"] == preset for r in results.of("bounds"))]
+    parts += [table(bounds.claims(results, preset)) for preset in run or ["paper"]]
     return "\n".join(parts)
 
 
@@ -98,71 +95,3 @@ def table(rows: Iterable[Row]) -> str:
     lines = ["| claim | what was run | what came out | verdict |", "| --- | --- | --- | --- |"]
     lines += [f"| {row.claim} | {row.run} | {row.outcome} | **{row.verdict}** |" for row in rows]
     return "\n".join(lines).replace("||", "| |") + "\n"
-
-
-# ---- the studies that are no grid of trials
-def _euler(records: Sequence[Record] | None) -> list[Row]:
-    claims = ("A smaller step factor approximates the solution better", "Euler's method is unstable beyond h = 2 / 2.3")
-    if not records:
-        return [Row(claim, "", "", NOT_RUN) for claim in claims]
-    errors = {record["config"]["h"]: record["result"]["largest_error"] for record in records}
-    ordered = [errors[h] for h in sorted(errors)]
-    last = {record["config"]["h"]: abs(record["result"]["states"][-1]) for record in records}
-    run = f"x' = -2.3 x, t to 5, h = {', '.join(f'{h:g}' for h in sorted(errors))}"
-    shown = ", ".join(f"{error:.3f}" for error in ordered)
-    growth = all((value > 1) == (h > 2 / 2.3) for h, value in last.items())
-    ends = ", ".join(f"{last[h]:.2g}" for h in sorted(last))
-    return [
-        Row(claims[0], run, f"largest error {shown}", SUPPORTED if ordered == sorted(ordered) else REFUTED),
-        Row(claims[1], run, f"last state {ends}, from 1", SUPPORTED if growth else REFUTED),
-    ]
-
-
-def _two_moon(records: Sequence[Record] | None) -> list[Row]:
-    wanted = (
-        ("noise_amplification", "Noise is amplified less over the blocks with h = 0.1", False),
-        ("relative_noise_amplification", "The same, relative to how far the features spread (beyond the paper)", False),
-        ("test_accuracy", "h = 0.1 classifies noisy points better", True),
-    )
-    if not records:
-        return [Row(claim, "", "", NOT_RUN) for _, claim, _ in wanted]
-    plain, small = (two_moon.select(records, arm) for arm in (two_moon.PLAIN, two_moon.EULER))
-    rows = []
-    rates = {"at each h's best learning rate": [two_moon.best_learning_rate(side) for side in (plain, small)]}
-    rates |= {f"at learning rate {rate:g}": [rate, rate] for rate in (0.01, 0.1)}
-    blocks = records[0]["config"]["steps"]
-    for where, chosen in rates.items():
-        sides = [two_moon.select(records, a, r) for a, r in zip((two_moon.PLAIN, two_moon.EULER), chosen, strict=True)]
-        failed = [sum(record["result"]["failed"] for record in side) for side in sides]
-        run = f"{blocks} blocks without BN, {where} ({chosen[0]:g}, {chosen[1]:g}), {len(sides[0])} seeds"
-        for name, claim, higher in wanted:
-            if "noise" in name and any(failed):
-                continue
-            gaps = [b["result"][name] - a["result"][name] for a, b in zip(*sides, strict=True)]
-            mean, low, high = mean_interval(gaps)
-            medians = " -> ".join(f"{np.median([r['result'][name] for r in side]):.3g}" for side in sides)
-            outcome = (
-                f"{medians}; {mean:+.3g} ({low:+.3g} to {high:+.3g}); {failed[0]} and {failed[1]} trainings failed"
-            )
-            rows.append(Row(claim, run, outcome, verdict(low, high, higher)))
-    return rows
-
-
-def start(records: Sequence[Record] | None) -> list[Row]:
-    claim = "The gradient of layer 2 explodes with depth for h = 1, not for h = 0.1"
-    if not records:
-        return [Row(claim, "", "", NOT_RUN)]
-    norms: dict[tuple[float, int], list[float]] = {}
-    for record in records:
-        key = record["config"]["h"], record["config"]["depth"]
-        norms.setdefault(key, []).append(record["result"]["gradients"]["2"])
-    depths = sorted({depth for _, depth in norms})
-    shown = [" / ".join(f"{np.median(norms[h, depth]):.3g}" for depth in depths) for h in (1.0, 0.1)]
-    seeds = len(norms[1.0, depths[0]])
-    gaps = [b - a for a, b in zip(norms[1.0, depths[-1]], norms[0.1, depths[-1]], strict=True)]
-    mean, low, high = mean_interval(gaps)
-    run = f"ResNet-{' / '.join(map(str, depths))}, 64 images of 16 x 16, {seeds} seeds"
-    outcome = (
-        f"norm {shown[0]} with h = 1, {shown[1]} with h = 0.1; at {depths[-1]} {mean:+.3g} ({low:+.3g} to {high:+.3g})"
-    )
-    return [Row(claim, run, outcome, verdict(low, high, higher=False))]

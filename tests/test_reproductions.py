@@ -21,10 +21,20 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import eulernet
-from reproductions import cifar10, data, euler, records, two_moon
+from reproductions import records
 from reproductions.cli import RESULTS, app, main
-from reproductions.data import DataError, load_cifar10, two_moons
-from reproductions.records import mean_interval, read_records, t_quantile, write_records
+from reproductions.data import cifar10 as data
+from reproductions.data import two_moons as moons
+from reproductions.data.cifar10 import load_cifar10
+from reproductions.data.two_moons import two_moons
+from reproductions.errors import DataError
+from reproductions.evidence import statistics
+from reproductions.evidence.statistics import mean_interval, t_quantile
+from reproductions.records import read_records, write_records
+from reproductions.studies import fig1_euler as euler
+from reproductions.studies import fig4_two_moon as two_moon
+from reproductions.studies import timm_on_cifar10 as cifar10
+from reproductions.training import two_moon as trainings
 
 TINY = replace(two_moon.PRESETS["smoke"], steps=4, epochs=3)
 
@@ -36,7 +46,9 @@ def run_cli(*arguments: object) -> str:
 
 
 # ---- the package
-@pytest.mark.parametrize("module", [data, euler, records, two_moon], ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    "module", [data, euler, moons, records, statistics, two_moon], ids=lambda module: module.__name__
+)
 def test_examples_in_docstrings_run(module: ModuleType) -> None:
     assert doctest.testmod(module).failed == 0
 
@@ -88,10 +100,10 @@ def test_noise_has_the_standard_deviation_asked_for() -> None:
     assert (noisy - clean).std().item() == pytest.approx(0.25, rel=0.02)  # 4 standard errors of 40,000 draws
 
 
-@pytest.mark.parametrize("arm", [two_moon.PLAIN, two_moon.EULER, two_moon.Arm(rate=0.01)], ids=str)
-def test_trainings_at_once_are_those_of_torch_optim_one_by_one(arm: two_moon.Arm) -> None:
-    group = [two_moon.Trial(arm, rate, seed) for rate in (0.01, 0.1) for seed in (3, 5)]
-    results, together = two_moon.train(group, TINY)
+@pytest.mark.parametrize("arm", [two_moon.PLAIN, two_moon.EULER, trainings.Arm(rate=0.01)], ids=str)
+def test_trainings_at_once_are_those_of_torch_optim_one_by_one(arm: trainings.Arm) -> None:
+    group = [trainings.Trial(arm, rate, seed) for rate in (0.01, 0.1) for seed in (3, 5)]
+    results, together = trainings.train(group, TINY)
     for index, trial in enumerate(group):
         network, loss = train_alone(trial)
         for name, parameter in network.named_parameters():
@@ -99,9 +111,9 @@ def test_trainings_at_once_are_those_of_torch_optim_one_by_one(arm: two_moon.Arm
         assert results[index]["train_loss"] == pytest.approx(loss, rel=1e-4)
 
 
-def train_alone(trial: two_moon.Trial) -> tuple[nn.Module, float]:
+def train_alone(trial: trainings.Trial) -> tuple[nn.Module, float]:
     """The same training, written as anybody would."""
-    network = two_moon.build(trial.arm, TINY, trial.seed)
+    network = trainings.build(trial.arm, TINY, trial.seed)
     second = {p for block in network.blocks for p in block.second.parameters()}
     optimizer = torch.optim.SGD(
         [
@@ -127,8 +139,8 @@ def test_h_is_a_scaled_start_and_a_squared_learning_rate_of_the_last_maps() -> N
     torch.set_default_dtype(torch.float64)
     try:
         curves = [
-            two_moon.train([two_moon.Trial(arm, 0.1, seed) for seed in range(3)], protocol)[0]
-            for arm in (two_moon.Arm(h=h), two_moon.Arm(initial=h, rate=h**2), two_moon.Arm())
+            trainings.train([trainings.Trial(arm, 0.1, seed) for seed in range(3)], protocol)[0]
+            for arm in (trainings.Arm(h=h), trainings.Arm(initial=h, rate=h**2), trainings.Arm())
         ]
     finally:
         torch.set_default_dtype(torch.float32)
@@ -143,15 +155,15 @@ def test_controls_are_the_two_halves_of_h() -> None:
 
 
 def test_identity_amplifies_noise_by_one() -> None:
-    identity = two_moon.Arm(initial=0.0)
-    result = two_moon.train([two_moon.Trial(identity, 0.0, 0)], TINY)[0][0]
+    identity = trainings.Arm(initial=0.0)
+    result = trainings.train([trainings.Trial(identity, 0.0, 0)], TINY)[0][0]
     assert result["noise_amplification"] == pytest.approx(1.0, abs=1e-5)
     assert result["relative_noise_amplification"] == pytest.approx(1.0, abs=1e-5)
 
 
 def test_scaling_amplifies_noise_and_features_alike() -> None:
     """Four blocks x + x make 16 x: the noise is 16 times as large, and no larger beside the features."""
-    network = two_moon.build(two_moon.PLAIN, replace(TINY, hidden=4))
+    network = trainings.build(two_moon.PLAIN, replace(TINY, hidden=4))
     for block in network.blocks:
         block.first.weight.data = torch.cat([torch.eye(2), -torch.eye(2)])
         block.second.weight.data = torch.cat([torch.eye(2), -torch.eye(2)], dim=1)
@@ -160,7 +172,7 @@ def test_scaling_amplifies_noise_and_features_alike() -> None:
     parameters = {name: value[None] for name, value in network.named_parameters()}
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        measured = two_moon._amplification(
+        measured = trainings._amplification(
             network, parameters, torch.randn(1, 50, 2), 0.05, [generator], torch.tensor([0])
         )
     assert measured["noise_amplification"].item() == pytest.approx(16.0, rel=1e-4)
@@ -169,7 +181,7 @@ def test_scaling_amplifies_noise_and_features_alike() -> None:
 
 def test_same_seed_same_results_and_another_seed_others() -> None:
     def results(seed: int) -> list[dict[str, object]]:
-        return two_moon.train([two_moon.Trial(two_moon.EULER, 0.1, seed)], TINY)[0]
+        return trainings.train([trainings.Trial(two_moon.EULER, 0.1, seed)], TINY)[0]
 
     assert results(1) == results(1)
     assert results(1) != results(2)
@@ -177,8 +189,8 @@ def test_same_seed_same_results_and_another_seed_others() -> None:
 
 def test_learns_where_it_should_and_fails_where_it_must() -> None:
     protocol = replace(two_moon.PRESETS["smoke"], steps=50, epochs=20)
-    good = two_moon.train([two_moon.Trial(two_moon.EULER, 0.1, 0)], protocol)[0][0]
-    bad = two_moon.train([two_moon.Trial(two_moon.PLAIN, 1.0, 0)], protocol)[0][0]
+    good = trainings.train([trainings.Trial(two_moon.EULER, 0.1, 0)], protocol)[0][0]
+    bad = trainings.train([trainings.Trial(two_moon.PLAIN, 1.0, 0)], protocol)[0][0]
     assert not good["failed"] and good["test_accuracy"] > 0.75
     assert bad["failed"] and bad["test_accuracy"] < 0.75
 
@@ -188,7 +200,7 @@ def test_learns_where_it_should_and_fails_where_it_must() -> None:
     [(0.3, False), (0.65, False), (0.66, True), (math.log(2), True), (math.inf, True), (math.nan, True)],
 )
 def test_failed_training(loss: float, expected: bool) -> None:
-    assert two_moon.failed(loss) is expected
+    assert trainings.failed(loss) is expected
 
 
 def test_best_learning_rate_is_chosen_on_validation_points() -> None:
@@ -208,14 +220,14 @@ def test_two_moon_command_writes_what_figures_draws_again(tmp_path: Path) -> Non
     assert len(records) == len(two_moon.ARMS) * len(two_moon.LEARNING_RATES) * 2
     assert {record["study"] for record in records} == {"two-moon"}
     trials = [
-        two_moon.Trial(
-            two_moon.Arm(*(record["config"][name] for name in ("h", "initial", "rate"))),
+        trainings.Trial(
+            trainings.Arm(*(record["config"][name] for name in ("h", "initial", "rate"))),
             record["config"]["learning_rate"],
             record["config"]["seed"],
         )
         for record in records
     ]
-    assert trials == two_moon.trials(2)
+    assert trials == two_moon.trainings(2)
     for record in records:
         assert record["config"]["steps"] == two_moon.PRESETS["smoke"].steps
         assert record["environment"]["torch"] == torch.__version__
@@ -253,11 +265,11 @@ def test_pictured_networks_come_back_with_their_step_factor(tmp_path: Path) -> N
 def test_stored_results_are_those_of_the_study_as_it_is() -> None:
     records = read_records(RESULTS / "two-moon")
     expected = [
-        {**asdict(trial.arm), "learning_rate": trial.learning_rate, "seed": trial.seed, **asdict(two_moon.Protocol())}
-        for trial in two_moon.trials(10)
+        {**asdict(trial.arm), "learning_rate": trial.learning_rate, "seed": trial.seed, **asdict(trainings.Protocol())}
+        for trial in two_moon.trainings(10)
     ]
     assert [record["config"] for record in records] == expected
-    assert all(record["result"]["failed"] == two_moon.failed(loss_of(record)) for record in records)
+    assert all(record["result"]["failed"] == trainings.failed(loss_of(record)) for record in records)
 
 
 def loss_of(record: dict[str, dict[str, float | None]]) -> float:

@@ -23,42 +23,40 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import eulernet
-from reproductions import (
-    bounds,
-    claims,
-    cli,
-    corrupt,
-    data,
-    depth,
-    dynamics,
-    finetune,
-    grid,
-    grid_figures,
-    noise,
-    report,
-    robust,
-    select,
-    sources,
-    texts,
-    throughput,
-    train,
-    trial,
-)
-from reproductions.claims import Results, Row, compare, compare_spreads
+from reproductions import cli, report, trial
 from reproductions.cli import RESULTS, app
-from reproductions.data import DataError
-from reproductions.records import append_record, mean_interval, read_records
-from reproductions.scales import PRESETS, SEEDS
-from reproductions.texts import ALPHABET, load_ag_news, read_csv
-from reproductions.train import SideBySide, Training
-from reproductions.trial import Trial, build
+from reproductions.data import ag_news as texts
+from reproductions.data import batches as sources
+from reproductions.data import cifar10 as data
+from reproductions.data import noise as corrupt
+from reproductions.data.ag_news import ALPHABET, load_ag_news, read_csv
+from reproductions.errors import DataError
+from reproductions.evidence import claims, style
+from reproductions.evidence.claims import Results, Row, compare, compare_spreads
+from reproductions.evidence.statistics import mean_interval
+from reproductions.presets import PRESETS, SEEDS
+from reproductions.records import append_record, read_records
+from reproductions.studies import GRIDS, throughput
+from reproductions.studies import fig2_dynamics as dynamics
+from reproductions.studies import fig3_depth as depth
+from reproductions.studies import fig5_noise as noise
+from reproductions.studies import fig6_choice_of_h as select
+from reproductions.studies import finetuning as finetune
+from reproductions.studies import propositions as bounds
+from reproductions.studies import robustness as robust
+from reproductions.training import grid
+from reproductions.training import loop as train
+from reproductions.training import network as made
+from reproductions.training.loop import SideBySide, Training
+from reproductions.training.network import build
+from reproductions.trial import Trial
 
 CPU = torch.device("cpu")
 COUNT = 40  # images a file
 TINY = Trial(depth=8, size=8, batch_size=32, train=72, test=24, epochs=2, milestones=(0.5,), learning_rate=0.05)
 
 
-@pytest.mark.parametrize("module", [claims, corrupt, texts, train, trial], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [claims, corrupt, made, texts, train, trial], ids=lambda module: module.__name__)
 def test_examples_in_docstrings_run(module: ModuleType) -> None:
     assert doctest.testmod(module).failed == 0
 
@@ -302,8 +300,8 @@ def test_a_training_is_that_of_a_plain_loop(one: Trial, root: Path) -> None:
 def test_a_copied_network_is_one_that_was_patched_itself(one: Trial, h: float | str) -> None:
     built = [build(replace(one, h=h, seed=seed)) for seed in (0, 1, 0)]
     torch.manual_seed(0)
-    network = trial._plain(one.model, one.depth, one.norm, one.class_count)
-    eulernet.patch(network, h=trial.RULES.get(h, h), example_inputs=trial.example(network))
+    network = made._plain(one.model, one.depth, one.norm, one.class_count)
+    eulernet.patch(network, h=trial.RULES.get(h, h), example_inputs=made.example(network))
     inputs = torch.rand(4, 3, 8, 8) if one.data == "cifar10" else torch.randint(70, (4, 64))
     assert torch.equal(network(inputs), built[0](inputs)) and torch.equal(built[0](inputs), built[2](inputs))
     assert not torch.equal(built[0](inputs), built[1](inputs))
@@ -386,7 +384,7 @@ def test_other_optimisers_take_the_learning_rate_as_it_stands(name: Any, root: P
 def test_the_last_maps_are_found_wherever_the_network_is() -> None:
     """On a GPU an example that lies on the CPU would not do; the meta device is as strict."""
     one, meta = replace(TINY, rate=0.01), torch.device("meta")
-    optimizer = trial.make_optimizer(one, build(one).to(meta), meta)
+    optimizer = made.make_optimizer(one, build(one).to(meta), meta)
     assert [group["rate"] for group in optimizer.param_groups] == pytest.approx([1.0, 0.01])
 
 
@@ -436,7 +434,7 @@ def test_reestimated_statistics_are_means_over_batches(root: Path) -> None:
 def test_bf16_keeps_the_residual_stream_in_fp32(root: Path) -> None:
     training = Training(replace(TINY, precision="bf16", h=0.01), source_of(TINY, root), CPU)
     seen: dict[str, list[torch.dtype]] = {"block": [], "branch": []}
-    for block in (m for m in training.network.modules() if isinstance(m, trial.ConvBlock)):
+    for block in (m for m in training.network.modules() if isinstance(m, made.ConvBlock)):
         block.register_forward_hook(lambda module, inputs, output: seen["block"].append(output.dtype))
         block.conv2.register_forward_hook(lambda module, inputs, output: seen["branch"].append(output.dtype))
     training.begin()
@@ -463,7 +461,8 @@ import sys, torch
 from pathlib import Path
 from dataclasses import replace
 torch.set_num_threads(1)
-from reproductions import data, grid
+from reproductions.data import cifar10 as data
+from reproductions.training import grid
 from reproductions.trial import Trial
 data.IMAGES_PER_FILE = 40
 base = Trial(depth=8, size=8, batch_size=32, train=72, test=24, epochs=6, milestones=(0.5,), learning_rate=0.05)
@@ -572,12 +571,9 @@ def test_keys_are_those_of_stored_records() -> None:
     """A key that changes with the code would train everything again."""
     assert Trial().key == Trial(depth=20, h=1.0).key
     assert Trial(h=0.1, depth=110, seed=3).key == "2de5f9c80b5d"
-    keys = [one.key for name in report.GRIDS for preset in PRESETS for one in report.GRIDS[name].trials(preset, 10)]
+    keys = [one.key for name in GRIDS for preset in PRESETS for one in GRIDS[name].trials(preset, 10)]
     configs = {
-        json.dumps(one.config(), sort_keys=True)
-        for g in report.GRIDS.values()
-        for p in PRESETS
-        for one in g.trials(p, 10)
+        json.dumps(one.config(), sort_keys=True) for g in GRIDS.values() for p in PRESETS for one in g.trials(p, 10)
     }
     assert len(set(keys)) == len(configs)
 
@@ -588,7 +584,8 @@ import os, signal, sys, torch
 from pathlib import Path
 from dataclasses import replace
 torch.set_num_threads(1)
-from reproductions import data, grid, on_ray
+from reproductions.data import cifar10 as data
+from reproductions.training import grid, ray_cluster as on_ray
 from reproductions.trial import Trial
 root, folder, always = Path(sys.argv[2]), Path(sys.argv[1]), len(sys.argv) > 3
 on_ray.RETRIES = 1
@@ -762,10 +759,10 @@ def test_best_h_is_chosen_on_held_out_samples_and_ties_go_to_the_smaller() -> No
     assert "resnet 20: h = auto (0.333) tests worse than that" in said  # where the rule landed
 
 
-@pytest.mark.parametrize("name", report.GRIDS)
+@pytest.mark.parametrize("name", GRIDS)
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_study_has_a_grid_and_claims_in_every_preset(name: str, preset: str) -> None:
-    study = report.GRIDS[name]
+    study = GRIDS[name]
     trials = study.trials(preset, SEEDS[preset])
     assert trials and len({one.key for one in trials}) == len(trials)
     rows = study.claims(Results([]), preset)
@@ -823,8 +820,9 @@ def test_norms_on_texts_and_of_the_first_iterations_are_claimed_and_drawn(tmp_pa
     log = {"iterations": [0, 1], **{f"layer {n}": layer for n in (2, 19, 49)}}
     cells = [dynamics.early("paper", 20, {"h": 0.1}), dynamics.news("paper", 49, False, {"h": 0.1})]
     assert all(one in dynamics.trials("paper", 1) for one in cells)
-    drawn = grid_figures.draw([{"key": one.key, "result": {"log": log}} for one in cells], tmp_path)
-    assert [path.name for path in drawn] == ["dynamics-early-paper.png", "dynamics-texts-paper.png"]
+    results = Results({"study": "trials", "key": one.key, "result": {"log": log}} for one in cells)
+    drawn = [style.save(figure, tmp_path / name) for name, figure in dynamics.figures(results)]
+    assert [path.name for path in drawn] == ["dynamics-early-paper", "dynamics-texts-paper"]
     said = {(row.claim, row.run) for row in dynamics.claims(Results([]), "paper")}
     claim = "vdcnn 49: with h = 0.1 the averaged weight norm of layer 2 is smaller"
     assert (claim, "VDCNN-49 without BN; all training texts at hand; 1 epochs") in said
@@ -833,7 +831,7 @@ def test_norms_on_texts_and_of_the_first_iterations_are_claimed_and_drawn(tmp_pa
 def test_diverged_trainings_are_crosses() -> None:
     figure, axes = plt.subplots()
     results = Results(records_of(TINY, [1.0, None, None], "train_loss"))
-    shown = grid_figures.points(axes, results, {0.0: TINY}, "train_loss", "h = 1", ("red", "o", "-"))
+    shown = style.points(axes, results, {0.0: TINY}, "train_loss", "h = 1", ("red", "o", "-"))
     crosses = next(c for c in axes.collections if len(c.get_offsets()) == 2)
     assert shown == 1 and crosses.get_offsets()[:, 1].tolist() == [0.98] * 2
     assert "diverged: not finite" in axes.get_legend_handles_labels()[1]
@@ -871,7 +869,7 @@ def test_arguments_that_mean_nothing_are_refused(arguments: list[str], words: st
 
 
 def test_stored_trials_belong_to_the_studies_as_they_are() -> None:
-    known = {one.key: one for g in report.GRIDS.values() for p in PRESETS for one in g.trials(p, 10)}
+    known = {one.key: one for g in GRIDS.values() for p in PRESETS for one in g.trials(p, 10)}
     for record in read_records(RESULTS / "trials"):
         assert record["config"] == known[record["key"]].config()
         loss = record["result"]["train_loss"]

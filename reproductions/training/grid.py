@@ -1,0 +1,194 @@
+"""Run the trials of a study: those that have no record yet, each from where it was left."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reproductions.data.batches import load
+from reproductions.errors import DataError
+from reproductions.records import FILE, Record, append_record, environment, read_records
+from reproductions.training.loop import SideBySide, Training, settings
+from reproductions.trial import Trial
+
+Show = Callable[
+    [str, float, float], None
+]  # what is trained, the share of it that is done, the work since the last call
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where trials run: the folder of the records, the folder of the data, the device.
+
+    `at_once` trials are trained side by side on the device. `download` lets missing data be fetched.
+    """
+
+    folder: Path
+    data_root: Path
+    device: torch.device
+    at_once: int = 1
+    download: bool = False
+
+    def checkpoint(self, key: str) -> Path:
+        return self.folder / "checkpoints" / f"{key}.pt"
+
+    def network(self, key: str) -> Path:
+        return self.folder / "networks" / f"{key}.pt"
+
+
+def run(place: Place, trials: Sequence[Trial], show: Show = lambda label, share, work: None) -> list[Record]:
+    """Train what has no record yet, and return the records of all trials, in their order.
+
+    A process that is killed leaves the records of the trials that were done and a checkpoint of each that was not; the
+    next one goes on there, and ends with the same results.
+
+    Raises:
+        DataError: a data file is missing or damaged.
+    """
+    for group in groups(place, trials):
+        for record in train(place, group, keys_to_keep(trials), show):
+            settle(place, record)
+    return recorded(place, trials)
+
+
+def recorded(place: Place, trials: Iterable[Trial]) -> list[Record]:
+    """The records that there are of some trials, in their order."""
+    found = {r["key"]: r for r in read_records(place.folder)} if (place.folder / FILE).exists() else {}
+    return [found[trial.key] for trial in trials if trial.key in found]
+
+
+def keys_done(place: Place, trials: Iterable[Trial]) -> set[str]:
+    return {record["key"] for record in recorded(place, trials)}
+
+
+def settle(place: Place, record: Record) -> None:
+    """Keep a record; the trial's checkpoint has had its day."""
+    append_record(place.folder, record)
+    place.checkpoint(record["key"]).unlink(missing_ok=True)
+
+
+def keys_to_keep(trials: Iterable[Trial]) -> frozenset[str]:
+    """The trials whose trained networks others begin with."""
+    return frozenset(trial.base.key for trial in trials if trial.base)
+
+
+def groups(place: Place, trials: Sequence[Trial]) -> Iterator[list[Trial]]:
+    """What is left to train, in groups to be trained side by side; what others begin with comes first."""
+    done = keys_done(place, trials)
+    left = {trial.key: trial for trial in trials if trial.key not in done}
+
+    def alike(trial: Trial) -> tuple[Any, ...]:
+        fields = "data train held_out classes batch_size epochs precision optimizer size model depth".split()
+        saved = place.checkpoint(trial.key)
+        epoch = _load(saved)["epoch"] if saved.exists() else 0
+        return (bool(trial.start), *(getattr(trial, name) for name in fields), epoch)
+
+    first = {key: number for number, key in enumerate(map(alike, left.values()))}
+    ordered = sorted(left.values(), key=lambda trial: (bool(trial.start), first[alike(trial)]))
+    for _, together in groupby(ordered, key=alike):
+        some = list(together)
+        yield from (some[i : i + place.at_once] for i in range(0, len(some), place.at_once))
+
+
+def work(trial: Trial) -> float:
+    """How much there is to do, roughly: layers times samples times places, a place of a text as ten of an image."""
+    samples = trial.epochs * (trial.train or (50_000 if trial.data == "cifar10" else 77_000))
+    return trial.depth * samples * ((trial.size or 32) ** 2 if trial.data == "cifar10" else 10 * (trial.size or 1024))
+
+
+def train(
+    place: Place, trials: Sequence[Trial], keep: frozenset[str], show: Show = lambda label, share, work: None
+) -> list[Record]:
+    """Train a group side by side, from its checkpoints where there are any; returns its records.
+
+    Args:
+        place: where.
+        trials: the group.
+        keep: keys of trials whose networks are to be kept.
+        show: called with what is trained, the share of it that is done, and the work done since the last call.
+    """
+    with settings(trials[0].precision):
+        return _train(place, trials, keep, show)
+
+
+def _train(place: Place, trials: Sequence[Trial], keep: frozenset[str], show: Show) -> list[Record]:
+    trainings = [_begun(place, trial) for trial in trials]
+    label = name(trials)
+    total, seen = sum(map(work, trials)), 0.0
+    side_by_side: SideBySide | None = None
+    while alive := [training for training in trainings if not training.done]:
+        if side_by_side is None or side_by_side.trainings != alive:
+            side_by_side = SideBySide(alive)
+        epoch, epochs, iterations = alive[0].epoch, alive[0].trial.epochs, len(alive[0].sizes)
+
+        def progress(done: int, epoch: int = epoch, epochs: int = epochs, iterations: int = iterations) -> None:
+            nonlocal seen
+            share = (epoch + done / iterations) / epochs
+            show(label, share, (share - seen) * total)
+            seen = share
+
+        side_by_side.epoch(progress)
+        for training in alive:
+            _save(place.checkpoint(training.trial.key), training.state())
+    show(label, 1.0, (1.0 - seen) * total)
+    return [_record(place, training, keep) for training in trainings]
+
+
+def name(trials: Sequence[Trial]) -> str:
+    """What the progress bar calls a group."""
+    trial = trials[0]
+    more = f" and {len(trials) - 1} more" if len(trials) > 1 else ""
+    h = f"{trial.h:g}" if isinstance(trial.h, float) else trial.h
+    halves = "".join(f", {part} x {x:g}" for part in ("initial", "rate") if (x := getattr(trial, part)) != 1)
+    return f"{trial.model}-{trial.depth}, h = {h}{halves}, seed {trial.seed}{more}"
+
+
+def _begun(place: Place, trial: Trial) -> Training:
+    source = load(trial, place.data_root, place.device, place.download)
+    start: dict[str, Tensor] | None = None
+    if trial.base:
+        path = place.network(trial.base.key)
+        if not path.exists():
+            raise DataError(
+                f"{path} is missing, the network that {trial.key} begins with; to train it again delete the line with "
+                f"{trial.base.key} in {place.folder / FILE}."
+            )
+        start = _load(path)
+    training = Training(trial, source, place.device, start)
+    saved = place.checkpoint(trial.key)
+    if saved.exists():
+        training.load(_load(saved))
+    return training
+
+
+def _record(place: Place, training: Training, keep: frozenset[str]) -> Record:
+    trial = training.trial
+    if trial.key in keep:
+        _save(place.network(trial.key), training.network.state_dict())
+    return {
+        "study": "trials",
+        "key": trial.key,
+        "config": trial.config(),
+        "result": training.result(),
+        "seconds": training.seconds,
+        "environment": environment(place.device),
+    }
+
+
+def _load(path: Path) -> Any:
+    """To the CPU, whatever it was saved from: the log is kept there, networks and optimisers copy what they need."""
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _save(path: Path, value: Any) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(value, path.with_suffix(".unfinished"))
+    os.replace(path.with_suffix(".unfinished"), path)
