@@ -7,11 +7,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import PurePath
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 from eulernet._errors import EulernetError
 
 ROOT = "<root>"
+StepKind = Literal["identity", "projection", "parallel", "long"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Place:
     line: int
     column: int
     function: str
-    skip: str = "left"
+    skip: Literal["left", "right"] = "left"
     end_line: int = 0
     end_column: int = 0
 
@@ -50,12 +51,14 @@ class Step:
         position: l, the place of its first call in that stream, from 1.
         parent: the name of the long step in whose branch it lies, if any.
         h: the step factor; None where the step is not patched.
+        module_name: the module's name in `model.named_modules()`, "" for the model itself.
+        number: which of the module's steps it is, from 0; None where the module has no other.
     """
 
     index: int
     name: str
     module_class: str
-    kind: str
+    kind: StepKind
     places: tuple[Place, ...]
     calls: int
     stream: int
@@ -63,6 +66,24 @@ class Step:
     position: int = 1
     parent: str | None = None
     h: float | None = None
+    module_name: str = ""
+    number: int | None = None
+
+    def __post_init__(self) -> None:
+        """Where only the name is given, as in JSON and pickles from before 0.1.0, the rest of it follows from it."""
+        if self.name != step_name(self.module_name, self.number):
+            module_name, _, number = self.name.partition(":")
+            self.__dict__["module_name"] = "" if module_name == ROOT else module_name
+            self.__dict__["number"] = int(number) if number.isdecimal() else None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update({"module_name": "", "number": None} | state)
+        self.__post_init__()
+
+
+def step_name(module_name: str, number: int | None) -> str:
+    """`layer1.0` for the one step of a module, `blocks.0:1` for the second of several, `<root>` for the model's own."""
+    return (module_name or ROOT) + ("" if number is None else f":{number}")
 
 
 class Steps(Sequence[Step]):

@@ -12,7 +12,6 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, Literal
@@ -44,10 +43,12 @@ _LARGE = 2_000_000_000  # parameters above which a model is built on the meta de
 
 
 # ---- the commands
+
+
 @app.callback(invoke_without_command=True)
 def main(show_version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     if show_version:
-        print(f"eulernet {version('eulernet')}, torch {torch.__version__}")
+        print(f"eulernet {eulernet.__version__}, torch {torch.__version__}")
         raise typer.Exit
 
 
@@ -135,6 +136,8 @@ def _device(model: nn.Module) -> torch.device:
 
 
 # ---- building a model from its name
+
+
 def _builder(spec: str) -> Callable[[], nn.Module]:
     """The function that builds the model named by `spec`; every mistake in the name is an error here."""
     source, separator, name = spec.partition(":")
@@ -260,6 +263,8 @@ def _check_known(what: str, name: str, known: Iterable[str], where: str) -> None
 
 
 # ---- inputs
+
+
 def _example_inputs(texts: Sequence[str], device: torch.device) -> Any:
     """`["1,3,224,224"]` to a tuple of tensors, `["input_ids=1,16:int64"]` to a dict of them, none to None."""
     parsed = [_input(text, device) for text in texts]
@@ -288,6 +293,8 @@ def _input(text: str, device: torch.device) -> tuple[str, Tensor]:
 
 
 # ---- what is shown
+
+
 def _print(console: Console, spec: str, model: nn.Module, steps: Steps, show_all: bool) -> None:
     parameters = sum(p.numel() for p in model.parameters())
     console.print(

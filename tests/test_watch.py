@@ -365,7 +365,7 @@ def test_without_step_sizes_any_model_can_be_watched() -> None:
         (linear(2, 0.5), {}, r"Sequential is not patched, so the sizes.*eulernet.patch\(model, h=1\)"),
         (linear(2, 0.5), {"step_sizes": False}, "not patched: say which layers"),
         ("model", {}, "takes a torch.nn.Module, not str"),
-        (None, {"every": 0}, "every=0 must be a positive integer"),
+        (None, {"every": 0}, "every must be a whole number, at least 1, not 0"),
         (None, {"every": 1.5}, "every=1.5 must be"),
         (None, {"every": True}, "every=True must be"),
         (None, {"layers": "layer1"}, "pattern 'layer1' names no module or parameter. There are for example <root>, 0"),

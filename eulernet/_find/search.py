@@ -6,7 +6,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -21,7 +21,7 @@ from eulernet._find.sandbox import Sandbox, no_fakes_left, preserve_state
 from eulernet._find.trace import Addition, Trace, all_modules
 from eulernet._run.patched import restore_class
 from eulernet._source import Unsupported
-from eulernet._step import ROOT, Place, Step, Steps
+from eulernet._step import ROOT, Place, Step, StepKind, Steps, step_name
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,7 @@ def _run(model: nn.Module, example_inputs: Any, sandboxes: list[Sandbox]) -> tup
         args_train, kwargs_train = _guessed(model, training=True)
     else:
         args, kwargs = args_train, kwargs_train = as_arguments(example_inputs)
+    # Fake tensors first: they cost nothing. A model whose code looks at values fails on them and runs for real.
     meta = any(t.device.type == "meta" for t in (*model.parameters(), *model.buffers()))
     ways = [(True, False)] if meta else [(True, False), (False, False)]
     if any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
@@ -101,6 +102,8 @@ def _run(model: nn.Module, example_inputs: Any, sandboxes: list[Sandbox]) -> tup
     notes: list[str] = []
     for training, arguments in ((False, (args, kwargs)), (True, (args_train, kwargs_train))):
         try:
+            # One more trace than runs ends the loop. What failed in eval mode is given up for train mode as well: a
+            # sandbox is never gone back to, since both runs are to be of one copy where they can.
             while len(traces) == len(runs):
                 try:
                     traces.append(sandbox.run(*arguments, training=training))
@@ -187,6 +190,8 @@ def _collect(model: nn.Module, runs: list[Run], traces: list[Trace], notes: list
     unsupported: dict[str, None] = {}
     for run, trace in zip(runs, traces, strict=True):
         step_calls = classify(trace)
+        # An addition of the source is rewritten whole. Where it is a step in some of its runs only (a function that
+        # adds a residual here and a position there), h would scale what is none, so none of its runs is a step.
         runs_at = Counter(_origin(a) for a in trace.additions)
         steps_at = Counter(_origin(e.addition) for e in step_calls)
         for step_call in step_calls:
@@ -203,6 +208,7 @@ def _collect(model: nn.Module, runs: list[Run], traces: list[Trace], notes: list
                 unsupported[_unsupported(step_call, run.sandbox, names, caller, str(reason))] = None
     groups = _group([s for s in sites.values() if any(s.step_calls.values())])
     _pair_modes(groups, runs, traces, names, notes)
+    # Long steps last, so that those which `patch` scales by default are numbered without gaps.
     numbers = {id(g): i for i, g in enumerate(sorted(groups, key=lambda g: any(e.long for e in _step_calls(g))))}
     found = [
         FoundStep(
@@ -248,8 +254,8 @@ def _site(step_call: StepCall, sandbox: Sandbox, sites: dict[Any, _TracedSite]) 
         raise Unsupported(f"{step_call.addition.op} adds and does something else in one operation")
     if step_call.addition.function is not None:
         raise Unsupported(
-            f"it runs in {step_call.addition.function}, a torch.autograd.Function, whose own backward knows nothing "
-            "of h"
+            f"it runs in {step_call.addition.function}, a torch.autograd.Function, whose own backward knows nothing of "
+            "h"
         )
     error = None
     try:
@@ -315,15 +321,19 @@ def _step(index: int, group: list[_TracedSite], groups: list[list[_TracedSite]],
     module = group[0].module
     mine = [g for g in groups if g[0].module is module]
     if any(e.long for e in step_calls):
-        kind = "long"
+        kind: StepKind = "long"
+    elif any(e.kind == "parallel" for e in step_calls):
+        kind = "parallel"
     else:
-        kind = "parallel" if any(e.kind == "parallel" for e in step_calls) else step_calls[0].kind
+        kind = "projection" if step_calls[0].kind == "projection" else "identity"
     around = [
         g for g in groups if any(o.long and e.addition.result in o.within for o in _step_calls(g) for e in step_calls)
     ]
+    module_name = "" if names[module] == ROOT else names[module]
+    number = mine.index(group) if len(mine) > 1 else None
     return Step(
         index=index,
-        name=names[module] + (f":{mine.index(group)}" if len(mine) > 1 else ""),
+        name=step_name(module_name, number),
         module_class=type(module).__name__,
         kind=kind,
         places=tuple(_place(s) for s in group),
@@ -332,12 +342,14 @@ def _step(index: int, group: list[_TracedSite], groups: list[list[_TracedSite]],
         depth=max(e.depth for e in step_calls),
         position=min(e.position for e in step_calls),
         parent=names[around[0][0].module] if around else None,
+        module_name=module_name,
+        number=number,
     )
 
 
 def _place(site: _TracedSite) -> Place:
     line, end_line, column, end_column = site.location.position
-    skip = "left" if site.skip_is_left else "right"
+    skip: Literal["left", "right"] = "left" if site.skip_is_left else "right"
     return Place(site.location.file, line, column, site.location.function, skip, end_line, end_column)
 
 

@@ -122,6 +122,7 @@ class Tracer(TorchFunctionMode):
         self.parameters = {id(t) for module in all_modules(model) for t in _own(module)}
 
     # ---- nodes
+
     def new(
         self, op: str, inputs: tuple[int, ...], shape: tuple[int, ...], constant: bool, called: _Called = ((), {}, 0)
     ) -> int:
@@ -151,6 +152,7 @@ class Tracer(TorchFunctionMode):
         return node
 
     # ---- operations
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return self.observe(func, args, kwargs or {}, sys._getframe(1))
 
@@ -244,6 +246,7 @@ class Tracer(TorchFunctionMode):
         )
 
     # ---- module calls
+
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         for tensor in tensors_in((args, kwargs)):
             self.node(tensor)  # what comes from the caller is older than the call

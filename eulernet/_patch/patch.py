@@ -25,7 +25,7 @@ from eulernet._patch.select import HLike, Selector, names_given, select, values
 from eulernet._patch.subclass import patched_class
 from eulernet._run.factor import StepFactor
 from eulernet._run.hooks import StepInputs, add_step_hook
-from eulernet._run.learned import Trainable, check_shared, checked, plan_learned
+from eulernet._run.learned import check_shared, checked, plan_learned
 from eulernet._run.patched import FACTORS, STEPS, Factor, Patched, bound, original_class, restore_class, slots
 from eulernet._source import Unsupported
 from eulernet._step import Step, Steps
@@ -67,7 +67,7 @@ def patch(
     include: Selector = None,
     exclude: Selector = None,
     preserve: bool | Literal["where_possible"] = False,
-    trainable: Trainable = False,
+    trainable: bool | Literal["step", "stage", "model"] = False,
 ) -> Model:
     """Make each residual addition `s + F(s)` of a model a step `s + h * F(s)`, in place.
 
@@ -282,10 +282,9 @@ def unpatch(model: Model) -> Model:
     for module in model.modules():
         if is_sharded(module):
             raise EulernetError(
-                f"{type(module).__name__} is sharded by FSDP, whose classes are built on the patched ones. To "
-                "have h = 1 "
-                "call eulernet.set_h(model, 1.0); to be rid of the patch, load the state_dict into a model "
-                "that is not patched."
+                f"{type(module).__name__} is sharded by FSDP, whose classes are built on the patched ones. To have h = "
+                "1 call eulernet.set_h(model, 1.0); to be rid of the patch, load the state_dict into a model that is "
+                "not patched."
             )
     for module in model.modules():
         restore_class(module)
@@ -356,10 +355,9 @@ def _prove(search: Search, changes: Sequence[_Change]) -> None:
                     passed, expected = counts[id(change.module), place], site.calls[run.training]
                     if passed != expected:
                         raise EulernetError(
-                            f"{found.step.name} ({found.step.module_class}): the addition at {site.location.file}:"
-                            f"{site.location.line} ran {expected} times, but {passed} times as a step once it was "
-                            "rewritten; "
-                            "nothing was changed. Leave it out: eulernet.patch(model, ..., "
+                            f"{found.step.name} ({found.step.module_class}): the addition at "
+                            f"{site.location.file}:{site.location.line} ran {expected} times, but {passed} times as a "
+                            "step once it was rewritten; nothing was changed. Leave it out: eulernet.patch(model, ..., "
                             f"exclude={found.step.name!r})"
                         )
 
