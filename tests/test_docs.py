@@ -6,8 +6,10 @@ import inspect
 import pkgutil
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import benchmarks.timing
@@ -74,7 +76,46 @@ def test_what_a_page_links_to_is_there(page: str) -> None:
 
 def test_the_reference_has_every_public_name() -> None:
     shown = set(re.findall(r"^::: eulernet\.(\w+)$", PAGES["reference.md"], re.MULTILINE))
-    assert set(eulernet.__all__) <= shown
+    assert {*eulernet.__all__} - {"__version__"} <= shown
+
+
+def test_how_it_works_names_each_file_of_the_library() -> None:
+    named = set(re.findall(r"`(eulernet/[\w/.]+)`", PAGES["how-it-works.md"]))
+    files = {path.relative_to(ROOT).as_posix() for path in (ROOT / "eulernet").rglob("*.py")}
+    kernels = {name for name in files if name.startswith("eulernet/kernels/")}
+    packages = {name for name in files if name.endswith("__init__.py")}
+    assert named - {"eulernet/", "eulernet/kernels/"} == files - kernels - packages
+
+
+def test_how_it_works_says_what_happens_to_its_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page's block is found at the page's place, shares one class, is rewritten as shown, and its map takes h."""
+    page = PAGES["how-it-works.md"]
+    source, rewritten = re.findall(r"^```python title[^\n]*\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
+    (tmp_path / "net.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    import net
+
+    x = torch.zeros(2, 16)
+    model = eulernet.patch(torch.nn.Sequential(*(net.Block() for _ in range(4))), h=0.1, example_inputs=x)
+    line, column, end = map(int, re.search(r"line (\d+), columns (\d+) to (\d+)", page).groups())
+    assert {(s.kind, s.depth) for s in eulernet.steps(model)} == {("identity", 4)}
+    places = {(place.line, place.column, place.end_column) for s in eulernet.steps(model) for place in s.places}
+    assert places == {(line, column, end)}
+    assert len({type(block) for block in model}) == 1 and type(model[0]) is not net.Block
+
+    # The function that runs is the one that the page shows: compiled on its own, it has the same instructions.
+    shown: dict[str, Any] = {}
+    exec(f"class Block:\n{rewritten}", shown)
+    assert type(model[0]).forward.__code__.co_code == shown["Block"].forward.__code__.co_code
+    assert type(model[0]).forward.__code__.co_names == shown["Block"].forward.__code__.co_names
+    before = {name: value.clone() for name, value in model[0].named_parameters()}
+    eulernet.fold(model, example_inputs=x)
+    changed = {name for name, value in model[0].named_parameters() if not torch.equal(value, before[name])}
+    assert changed == {"body.2.weight", "body.2.bias"} and type(model[0]) is net.Block
+
+
+def test_the_versions_agree() -> None:
+    assert f"\nversion: {eulernet.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 @pytest.mark.parametrize("name", [*MODULES, benchmarks.timing.__name__])
