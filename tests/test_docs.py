@@ -93,14 +93,14 @@ def test_how_it_works_says_what_happens_to_its_block(tmp_path: Path, monkeypatch
     source, rewritten = re.findall(r"^```python title[^\n]*\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
     (tmp_path / "net.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
-    import net
+    net = importlib.import_module("net")
 
     x = torch.zeros(2, 16)
     model = eulernet.patch(torch.nn.Sequential(*(net.Block() for _ in range(4))), h=0.1, example_inputs=x)
-    line, column, end = map(int, re.search(r"line (\d+), columns (\d+) to (\d+)", page).groups())
+    ((line, column, end),) = re.findall(r"line (\d+), columns (\d+) to (\d+)", page)
     assert {(s.kind, s.depth) for s in eulernet.steps(model)} == {("identity", 4)}
     places = {(place.line, place.column, place.end_column) for s in eulernet.steps(model) for place in s.places}
-    assert places == {(line, column, end)}
+    assert places == {(int(line), int(column), int(end))}
     assert len({type(block) for block in model}) == 1 and type(model[0]) is not net.Block
 
     # The function that runs is the one that the page shows: compiled on its own, it has the same instructions.
