@@ -1,15 +1,22 @@
 """A step factor for the residual networks that people use: `x + F(x)` becomes `x + h * F(x)`, in one line, in place."""
 
-from eulernet import functional, schedules
-from eulernet._calibrate import calibrate
-from eulernet._diagnose import Diagnosis, diagnose
+import sys
+
+from eulernet import _source, _step, functional, schedules
 from eulernet._errors import EulernetError, EulernetWarning
 from eulernet._fold import fold, param_groups
-from eulernet._patch import find_steps, is_patched, patch, set_h, steps, unpatch
-from eulernet._report import Place, Step, Steps
-from eulernet._suggest import suggest_h
-from eulernet._watch import watch
-from eulernet.schedules import HScheduler
+from eulernet._patch.patch import find_steps, is_patched, patch, set_h, steps, unpatch
+from eulernet._run import factor as _factor
+from eulernet._step import Place, Step, Steps
+from eulernet._tune.calibrate import calibrate
+from eulernet._tune.diagnose import Diagnosis, diagnose
+from eulernet._tune.scheduler import HScheduler
+from eulernet._tune.suggest import suggest_h
+from eulernet._tune.watch import watch
+
+vars(schedules)["HScheduler"] = HScheduler  # it belongs to the models, which lie above the rules, and was there first
+# Pickles from before 0.1.0 name these modules; they name `eulernet._patch._restore` besides.
+sys.modules |= {"eulernet._rewrite": _source, "eulernet._report": _step, "eulernet._factor": _factor}
 
 __all__ = [
     "Diagnosis",

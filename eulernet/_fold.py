@@ -1,7 +1,7 @@
 """h and the last affine map of a branch are one number twice: fold the one into the other, or train alike.
 
 `s + h * F(s)`, where F ends in an affine map W, b, is `s + F'(s)` with the map hW, hb. Which parameters these are is
-found in `_maps.py`. The inverse, `patch(..., preserve=True)`, is in `_patch.py`.
+found in `_find/absorb.py`. The inverse, `patch(..., preserve=True)`, is in `_patch/patch.py`.
 """
 
 from __future__ import annotations
@@ -11,12 +11,15 @@ from typing import Any, Literal
 
 from torch import nn
 
+from eulernet._checks import check_model, positive
 from eulernet._errors import EulernetError
-from eulernet._factor import step_parameters
-from eulernet._find import search
-from eulernet._maps import absorbing, check_scalable, refusal, scale_parameters
-from eulernet._patch import Model, check_model, factors_now, is_patched, release, slots, steps
-from eulernet._select import HLike, positive, values
+from eulernet._find.absorb import absorbing, check_scalable, refusal, scale_parameters
+from eulernet._find.search import search
+from eulernet._patch.patch import Model, factors_now, is_patched, steps
+from eulernet._patch.select import HLike, values
+from eulernet._patch.subclass import remove_steps
+from eulernet._run.learned import step_parameters
+from eulernet._run.patched import slots
 
 
 def fold(model: Model, *, where_possible: bool = False, example_inputs: Any = None) -> Model:
@@ -68,7 +71,7 @@ def fold(model: Model, *, where_possible: bool = False, example_inputs: Any = No
         left = {f.step.name for f in result.found if f.step.index in refused}
     check_scalable(model, scales)
     scale_parameters(scales)
-    release(model, {(id(module), slot) for module, slot, step in slots(model) if step.name not in left})
+    remove_steps(model, {(id(module), slot) for module, slot, step in slots(model) if step.name not in left})
     return model
 
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 import eulernet
 from eulernet import EulernetError, Step, Steps
-from eulernet._inputs import guess_inputs
+from eulernet._find.inputs import guess_inputs
 
 app = typer.Typer(
     name="eulernet",

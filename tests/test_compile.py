@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import traps
-from test_traps import build
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.utils._pytree import tree_leaves
@@ -16,6 +14,8 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import eulernet
 from eulernet.functional import euler_step
+from helpers.trapped import build
+from traps import TRAPS, Trap
 
 # Where Dynamo breaks the graph, patched or not: at += into the attribute of a SimpleNamespace, and in training where
 # random numbers decide which layers run. Both by class, with the modes.
@@ -105,8 +105,8 @@ def fullgraph_fails(model: nn.Module, inputs: tuple[Any, ...]) -> bool:
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-@pytest.mark.parametrize("cls", traps.TRAPS, ids=lambda cls: cls.__name__)
-def test_no_more_graph_breaks_than_the_original(cls: type[traps.Trap], training: bool) -> None:
+@pytest.mark.parametrize("cls", TRAPS, ids=lambda cls: cls.__name__)
+def test_no_more_graph_breaks_than_the_original(cls: type[Trap], training: bool) -> None:
     model, inputs = build(cls, training=training)
     patched = eulernet.patch(copy.deepcopy(model), 0.3, example_inputs=inputs)
     breaks = training in BREAKING.get(cls.__name__, ())

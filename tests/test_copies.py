@@ -13,11 +13,15 @@ from typing import Any
 
 import pytest
 import torch
-import traps
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import eulernet
+from traps.base import DIM, Block
+from traps.calls import BranchBegunByTheCaller, FreeFunction
+from traps.classes import Decorated, Extended, ZeroArgumentSuper
+from traps.forms import Plus
+from traps.steps import GlobalSkip
 
 ROOT = str(Path(eulernet.__file__).parents[1])
 
@@ -27,11 +31,11 @@ class Net(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.plain = traps.Block()
-        self.decorated = traps.Decorated()
-        self.extended = traps.Extended()
-        self.free = traps.FreeFunction.Part()
-        self.dense = traps.BranchBegunByTheCaller.Layer()
+        self.plain = Block()
+        self.decorated = Decorated()
+        self.extended = Extended()
+        self.free = FreeFunction.Part()
+        self.dense = BranchBegunByTheCaller.Layer()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.dense(self.free(self.extended(self.decorated(self.plain(x)))))
@@ -48,7 +52,7 @@ def original() -> Net:
 
 @pytest.fixture
 def x() -> Tensor:
-    return torch.randn(2, 5, traps.DIM)
+    return torch.randn(2, 5, DIM)
 
 
 @pytest.fixture
@@ -91,10 +95,10 @@ def test_names_of_everything_are_the_originals(original: Net, model: Net) -> Non
 
 
 def test_a_patched_block_is_its_class_only(model: Net) -> None:
-    assert isinstance(model.plain, traps.Block)
-    assert not isinstance(model.plain, traps.Extended)
-    assert issubclass(type(model.extended), traps.Extended)
-    assert isinstance(model.extended, traps.Block)
+    assert isinstance(model.plain, Block)
+    assert not isinstance(model.plain, Extended)
+    assert issubclass(type(model.extended), Extended)
+    assert isinstance(model.extended, Block)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -115,9 +119,9 @@ def test_repr_shows_h(model: Net) -> None:
 
 
 def test_repr_of_a_block_with_an_own_extra_repr(x: Tensor) -> None:
-    model = traps.ZeroArgumentSuper()
+    model = ZeroArgumentSuper()
     before = repr(model)
-    eulernet.patch(model, 0.25, example_inputs=torch.randn(2, traps.DIM, 4, 4))
+    eulernet.patch(model, 0.25, example_inputs=torch.randn(2, DIM, 4, 4))
     (line,) = [line for line in repr(model).splitlines() if "ResidualConv" in line]
     assert "kernel_size=(3, 3)" in line and "h=0.25" in line
     eulernet.unpatch(model)
@@ -158,7 +162,7 @@ def test_hooks_run(original: Net, x: Tensor, when: str) -> None:
 
 
 def test_a_module_replaced_after_patching_is_the_one_that_runs(model: Net, x: Tensor) -> None:
-    model.plain.a = nn.Linear(traps.DIM, traps.DIM)
+    model.plain.a = nn.Linear(DIM, DIM)
     torch.testing.assert_close(model.plain(x), model.plain.reference(x, FACTORS[0]))
 
 
@@ -233,7 +237,7 @@ def test_a_module_with_its_own_way_of_pickling(x: Tensor) -> None:
     assert factors(other) == [0.5]
 
 
-class OwnState(traps.Block):
+class OwnState(Block):
     restored = False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -288,7 +292,7 @@ def test_functional_call(original: Net, model: Net, x: Tensor) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning", "ignore:.*torch.jit.*:DeprecationWarning")
 def test_higher_derivatives_and_forward_mode(x: Tensor) -> None:
-    model = eulernet.patch(traps.Plus(), 0.3, example_inputs=x).double()
+    model = eulernet.patch(Plus(), 0.3, example_inputs=x).double()
     x = x.double()
     _, tangent = torch.func.jvp(model, (x,), (torch.ones_like(x),))
     _, expected = torch.func.jvp(lambda x: x + 0.3 * model.a(x), (x,), (torch.ones_like(x),))
@@ -412,7 +416,7 @@ def test_steps_go_to_json_and_back(original: Net, model: Net, x: Tensor) -> None
 
 
 def test_json_keeps_what_was_left_alone() -> None:
-    model = traps.GlobalSkip()
+    model = GlobalSkip()
     found = eulernet.find_steps(model, example_inputs=torch.randn(model.shape))
     again = eulernet.Steps.from_json(found.to_json())
     assert again == found and again.long == found.long != ()
@@ -431,7 +435,7 @@ def test_json_of_a_selection_patches_the_selection(original: Net, x: Tensor) -> 
 
 def test_json_of_a_long_step_patches_it() -> None:
     """`include` had to name it; it must not be lost on the way back."""
-    original, x = traps.GlobalSkip(), torch.randn(traps.GlobalSkip.shape)
+    original, x = GlobalSkip(), torch.randn(GlobalSkip.shape)
     model = eulernet.patch(copy.deepcopy(original), 0.25, example_inputs=x, include="*")
     steps = eulernet.Steps.from_json(eulernet.steps(model).to_json())
     assert "long" in [step.kind for step in steps]
@@ -442,9 +446,10 @@ def test_json_of_a_long_step_patches_it() -> None:
 
 def test_a_table_of_the_steps(model: Net) -> None:
     text = str(eulernet.steps(model))
-    for name, factor in zip(NAMES, FACTORS, strict=True):
+    for step, name, factor in zip(eulernet.steps(model), NAMES, FACTORS, strict=True):
         (line,) = [line for line in text.splitlines() if name in line.split()]
-        assert "identity" in line and str(factor) in line and "traps.py:" in line
+        (place,) = step.places
+        assert "identity" in line and str(factor) in line and f"{Path(place.file).name}:{place.line}" in line
 
 
 # --------------------------------------------------------------------------------------------------- tracing and export

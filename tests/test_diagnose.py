@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import timm
 import torch
-from networks import LinearStep, ResNet, Tokens, linear, mlp
 from torch import Tensor, nn
 from torch.func import jacrev
 from torch.utils.checkpoint import checkpoint
 
 import eulernet
 from eulernet import EulernetError
+from helpers.networks import LinearStep, ResNet, Tokens, linear, mlp
 
 GAIN = 5e-3  # a power iteration is a bit below the singular value where the next one is close to it
 X = torch.linspace(-1, 1, 12, dtype=torch.float64).view(3, 4)

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from test_compile import Block
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import eulernet
+from traps.base import Block
 
 # Of torch's own code: a deprecated backend's name, a hook on an input that needs no gradient.
 pytestmark = [

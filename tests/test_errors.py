@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import eulernet
 from eulernet import EulernetError, EulernetWarning
+from helpers.refusals import refused, snapshot
 
 ROOT = str(Path(eulernet.__file__).parents[1])
 
@@ -46,27 +47,6 @@ class Net(nn.Module):
 
 
 X = torch.linspace(-1, 1, 12).view(2, 6)
-
-
-def snapshot(model: nn.Module) -> list[Any]:
-    return [
-        [(name, type(module), sorted(vars(module)), module.training) for name, module in model.named_modules()],
-        [(name, id(value)) for name, value in model.state_dict(keep_vars=True).items()],
-        [hook for module in model.modules() for hook in (*module._forward_hooks, *module._forward_pre_hooks)],
-    ]
-
-
-def refused(model: nn.Module, call: Callable[[], Any], *words: str) -> EulernetError:
-    """The call raises with all these words (regular expressions) and leaves the model as it was."""
-    before, patched = snapshot(model), eulernet.is_patched(model)
-    with pytest.raises(EulernetError) as caught:
-        call()
-    message = str(caught.value)
-    for word in words:
-        assert re.search(word, message), f"{word!r} is not in: {message}"
-    assert snapshot(model) == before
-    assert eulernet.is_patched(model) is patched
-    return caught.value
 
 
 # -------------------------------------------------------------------------------------------------------------- no step

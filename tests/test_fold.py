@@ -10,17 +10,18 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_errors import refused
-from test_traps import build
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
-from traps import TRAPS, NarrowingInPlaceAddition, Trap, WideningAddition
 
 import eulernet
 from eulernet import EulernetError, EulernetWarning, Step
-from eulernet._maps import _HOMOGENEOUS
+from eulernet._find.absorb import _HOMOGENEOUS
+from helpers.refusals import refused
+from helpers.trapped import build
+from traps import TRAPS, Trap
+from traps.forms import NarrowingInPlaceAddition, WideningAddition
 
 SHAPE = (3, 4, 8, 8)
 X = torch.linspace(-2, 2, 3 * 4 * 8 * 8, dtype=torch.float64).sin().view(SHAPE) * 1.7
@@ -324,7 +325,7 @@ def test_what_does_not(name: str) -> None:
     assert [step.h for step in eulernet.steps(model)] == [0.3]
     assert all(torch.equal(a, b) for a, b in zip(in_both_modes(model, X), expected, strict=True))
     eulernet.unpatch(model)
-    eulernet.patch(model, 0.3, example_inputs=X, preserve="where possible")
+    eulernet.patch(model, 0.3, example_inputs=X, preserve="where_possible")
     assert [step.h for step in eulernet.steps(model)] == [1.0]
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
@@ -619,7 +620,7 @@ def test_every_trap(cls: type[Trap]) -> None:
     eulernet.fold(model, where_possible=True, example_inputs=inputs)
     assert_equal_to_rounding(in_both_modes(model, *inputs), expected)
     expected = in_both_modes(original, *inputs)
-    eulernet.patch(original, factor, example_inputs=inputs, preserve="where possible")
+    eulernet.patch(original, factor, example_inputs=inputs, preserve="where_possible")
     assert_equal_to_rounding(in_both_modes(original, *inputs), expected)
 
 
@@ -635,7 +636,7 @@ def test_what_cannot_be_folded_at_all() -> None:
         eulernet.fold(nn.DataParallel(eulernet.patch(model, H, example_inputs=X)))
     with pytest.raises(EulernetError, match=r"does not say what it takes(.|\n)*example_inputs="):
         eulernet.fold(model)
-    with pytest.raises(EulernetError, match=r'preserve=\'yes\' must be True, False or "where possible"'):
+    with pytest.raises(EulernetError, match=r'preserve=\'yes\' must be True, False or "where_possible"'):
         eulernet.patch(net(), H, example_inputs=X, preserve="yes")  # type: ignore[arg-type]
 
 

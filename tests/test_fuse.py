@@ -10,13 +10,14 @@ import timm
 import torch
 import torchvision
 import transformers
-from checks import assert_identical, run, train
-from reference import tensors
 from timm.layers import DropPath, LayerScale, LayerScale2d, RmsNorm
 from torch import Tensor, nn
 
 import eulernet
-from eulernet import _fuse, kernels
+from eulernet import kernels
+from eulernet._run import fuse
+from helpers.checks import assert_identical, run, train
+from helpers.reference import tensors
 
 pytest.importorskip("triton")
 from eulernet.kernels import _bn, _layout, _norm, _step
@@ -913,13 +914,13 @@ class MyRMSNorm(nn.Module):
 def test_a_class_is_known_by_what_it_computes() -> None:
     """Not by its name alone; and nothing is drawn from the generators to find out."""
     layers = transformers.models.dinov2.modeling_dinov2
-    assert _fuse.before(layers.Dinov2LayerScale(dinov2().config)) == "LayerScale"
-    assert _fuse.before(layers.Dinov2DropPath(0.5)) == "DropPath"
+    assert fuse.before(layers.Dinov2LayerScale(dinov2().config)) == "LayerScale"
+    assert fuse.before(layers.Dinov2DropPath(0.5)) == "DropPath"
     norm = transformers.models.llama.modeling_llama.LlamaRMSNorm(8)
-    assert _fuse.norm(norm) == _fuse.Norm("rms_norm", 8, norm.weight, None, 1e-6, written_out=True)
+    assert fuse.norm(norm) == fuse.Norm("rms_norm", 8, norm.weight, None, 1e-6, written_out=True)
     others = [MyDropPath(), TwiceLayerScale(), MyRMSNorm(), nn.LayerNorm((2, 8))]
     state = torch.get_rng_state()
-    assert not any(_fuse.before(module) or _fuse.norm(module) for module in others)
+    assert not any(fuse.before(module) or fuse.norm(module) for module in others)
     assert torch.equal(torch.get_rng_state(), state)
 
 

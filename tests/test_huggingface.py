@@ -3,11 +3,11 @@
 from collections.abc import Callable
 
 import pytest
-from checks import check
-from conftest import Covered
-from zoo import hugging_face_model, hugging_face_types
 
 import eulernet
+from helpers.checks import check
+from helpers.coverage import Covered
+from helpers.zoo import hugging_face_model, hugging_face_types
 
 transformers = pytest.importorskip("transformers")
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import eulernet
-from eulernet._inputs import as_call, guess_inputs
+from eulernet._find.inputs import as_arguments, guess_inputs
 
 
 class Residual(nn.Module):
@@ -32,7 +32,7 @@ def test_lightning_says_what_it_takes(example: Any) -> None:
 
 @pytest.mark.parametrize("example", [torch.zeros(3, 4), (torch.zeros(3, 4), 2.0), [torch.zeros(3, 4)]])
 def test_tensor_tuple_and_list_are_positional(example: Any) -> None:
-    args, kwargs = as_call(example)
+    args, kwargs = as_arguments(example)
     assert torch.equal(args[0], torch.zeros(3, 4)) and kwargs == {}
     assert len(eulernet.find_steps(Residual(), example_inputs=example)) == 1
 

@@ -686,12 +686,13 @@ def test_errors_say_what_to_call(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_where_triton_does_not_run_torch_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a C compiler, for one; the original, which needs none, runs there too."""
-    from triton.runtime import driver
 
-    def missing(self: Any) -> Any:
-        raise RuntimeError("Failed to find C compiler")
+    class Missing:
+        @property
+        def active(self) -> Any:
+            raise RuntimeError("Failed to find C compiler")
 
-    monkeypatch.setattr(type(driver), "active", property(missing))
+    monkeypatch.setattr("triton.runtime.driver", Missing())
     kernels._works.cache_clear()
     with pytest.warns(eulernet.EulernetWarning, match=r'C compiler.*mode\("torch"\)'):
         assert not kernels._works()

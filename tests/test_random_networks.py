@@ -19,7 +19,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, note, seed, settings
 from hypothesis import strategies as st
-from random_networks import (
+from torch import Tensor, nn
+
+import eulernet
+from helpers.random_networks import (
     FEATURES,
     KnownStep,
     RandomNetwork,
@@ -29,9 +32,6 @@ from random_networks import (
     randomize,
     set_factors,
 )
-from torch import Tensor, nn
-
-import eulernet
 
 # A network whose batch norm has run counts as trained; here h is meant to change it.
 pytestmark = pytest.mark.filterwarnings("ignore:Network seems to be trained:eulernet.EulernetWarning")

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from test_errors import refused
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
-from traps import Block
 
 import eulernet
 from eulernet import EulernetError, HScheduler, Step, schedules
+from helpers.refusals import refused
+from traps.base import Block
 
 DIM = 8
 X = torch.linspace(-1, 1, 2 * DIM).view(2, DIM)

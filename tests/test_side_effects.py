@@ -11,13 +11,17 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-import traps
-from test_traps import build, every_trap
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 
 import eulernet
+from helpers.trapped import build, every_trap
+from traps import Trap
+from traps.base import DIM, Block
+from traps.branches import EncoderPostNorm
+from traps.classes import make_class
+from traps.steps import Stage
 
 TABLES: dict[int, Tensor] = {}
 HISTORY: list[tuple[int, ...]] = []
@@ -135,7 +139,7 @@ def fakes() -> list[FakeTensor]:
 
 @both
 @every_trap
-def test_parameters_and_buffers_stay(cls: type[traps.Trap], look: Callable[..., None]) -> None:
+def test_parameters_and_buffers_stay(cls: type[Trap], look: Callable[..., None]) -> None:
     model, inputs = build(cls, training=True)
     before, given = values(model), [x.clone() for x in inputs]
     look(model, inputs)
@@ -147,7 +151,7 @@ def test_parameters_and_buffers_stay(cls: type[traps.Trap], look: Callable[..., 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.filterwarnings("ignore:Stage seems to be trained")
 def test_batch_norm_statistics_stay(look: Callable[..., None], training: bool) -> None:
-    model, inputs = build(traps.Stage, training=training)
+    model, inputs = build(Stage, training=training)
     model(*inputs)
     before = values(model)
     look(model, inputs)
@@ -156,7 +160,7 @@ def test_batch_norm_statistics_stay(look: Callable[..., None], training: bool) -
 
 @both
 def test_gradients_and_requires_grad_stay(look: Callable[..., None]) -> None:
-    model, inputs = build(traps.Stage)
+    model, inputs = build(Stage)
     for i, parameter in enumerate(model.parameters()):
         parameter.requires_grad_(i % 2 == 0)
     model(*inputs).sum().backward()
@@ -171,9 +175,9 @@ def test_gradients_and_requires_grad_stay(look: Callable[..., None]) -> None:
 
 @both
 def test_tied_parameters_stay_tied(look: Callable[..., None]) -> None:
-    model = nn.Sequential(traps.Block(), traps.Block())
+    model = nn.Sequential(Block(), Block())
     model[1].a.weight = model[0].a.weight
-    look(model, torch.randn(2, 5, traps.DIM))
+    look(model, torch.randn(2, 5, DIM))
     assert model[1].a.weight is model[0].a.weight
 
 
@@ -183,7 +187,7 @@ def test_tied_parameters_stay_tied(look: Callable[..., None]) -> None:
 @both
 @pytest.mark.parametrize("flags", ["eval", "train", "mixed"])
 def test_training_flags_stay(look: Callable[..., None], flags: str) -> None:
-    model, inputs = build(traps.Stage)
+    model, inputs = build(Stage)
     model.train(flags == "train")
     if flags == "mixed":  # a frozen batch norm in a model that is being trained
         for i, module in enumerate(model.modules()):
@@ -195,7 +199,7 @@ def test_training_flags_stay(look: Callable[..., None], flags: str) -> None:
 
 @both
 def test_train_is_not_called_on_the_model(look: Callable[..., None]) -> None:
-    class Watched(traps.Block):
+    class Watched(Block):
         switches = 0
 
         def train(self, mode: bool = True) -> "Watched":
@@ -203,13 +207,13 @@ def test_train_is_not_called_on_the_model(look: Callable[..., None]) -> None:
             return super().train(mode)
 
     model = Watched()
-    look(model, torch.randn(2, 5, traps.DIM))
+    look(model, torch.randn(2, 5, DIM))
     assert model.switches == 0
 
 
 @both
 def test_hooks_stay_and_do_not_run(look: Callable[..., None]) -> None:
-    model, inputs = build(traps.Stage, training=True)
+    model, inputs = build(Stage, training=True)
     seen: list[str] = []
     block = model.blocks[0]
     block.register_forward_pre_hook(lambda *args: seen.append("pre"))
@@ -230,7 +234,7 @@ def test_hooks_stay_and_do_not_run(look: Callable[..., None]) -> None:
 
 @both
 def test_grad_mode_and_default_settings_stay(look: Callable[..., None]) -> None:
-    model, inputs = build(traps.EncoderPostNorm)
+    model, inputs = build(EncoderPostNorm)
 
     def settings() -> tuple[Any, ...]:
         return (
@@ -254,7 +258,7 @@ def test_grad_mode_and_default_settings_stay(look: Callable[..., None]) -> None:
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_a_model_patched_without_grad_can_be_trained(context: Any) -> None:
-    model, inputs = build(traps.Stage, training=True)
+    model, inputs = build(Stage, training=True)
     with context():
         eulernet.patch(model, 0.3, example_inputs=inputs)
     model(*inputs).sum().backward()
@@ -282,7 +286,7 @@ def test_random_numbers_stay(look: Callable[..., None], real: bool) -> None:
 
 
 def test_the_random_generators_of_a_model_stay() -> None:
-    class Own(traps.Block):
+    class Own(Block):
         def __init__(self) -> None:
             super().__init__()
             self.rng = np.random.default_rng(0)
@@ -292,7 +296,7 @@ def test_the_random_generators_of_a_model_stay() -> None:
 
     model = Own()
     before = model.rng.bit_generator.state
-    patch(model, torch.randn(2, 5, traps.DIM))
+    patch(model, torch.randn(2, 5, DIM))
     assert model.rng.bit_generator.state == before
 
 
@@ -361,19 +365,19 @@ def test_a_list_of_the_module_keeps_no_fake_tensors(look: Callable[..., None]) -
     """A list that the model writes into cannot be told from one that it reads: no fake may stay in it."""
     seen: list[Tensor] = []
 
-    class Writing(traps.Block):
+    class Writing(Block):
         def forward(self, x: Tensor) -> Tensor:
             out = super().forward(x)
             seen.append(out)
             return out
 
-    look(Writing(), torch.randn(2, 5, traps.DIM))
+    look(Writing(), torch.randn(2, 5, DIM))
     assert not any(isinstance(x, FakeTensor) for x in seen)
 
 
 @both
 @every_trap
-def test_the_model_gives_real_tensors_afterwards(cls: type[traps.Trap], look: Callable[..., None]) -> None:
+def test_the_model_gives_real_tensors_afterwards(cls: type[Trap], look: Callable[..., None]) -> None:
     model, inputs = build(cls)
     look(model, inputs)
     for value in (*model.parameters(), *model.buffers(), *tree_leaves(model(*inputs)), *inputs):
@@ -385,7 +389,7 @@ def test_the_model_gives_real_tensors_afterwards(cls: type[traps.Trap], look: Ca
 def test_nothing_of_the_trace_is_kept_alive(look: Callable[..., None]) -> None:
     """No copy of the model and no fake tensor outlives the call."""
 
-    class Marked(traps.Block):
+    class Marked(Block):
         alive: ClassVar["weakref.WeakSet[Marked]"] = weakref.WeakSet()
 
         def __init__(self) -> None:
@@ -401,7 +405,7 @@ def test_nothing_of_the_trace_is_kept_alive(look: Callable[..., None]) -> None:
 
     before = len(fakes())
     model = Marked()
-    look(model, torch.randn(2, 5, traps.DIM))
+    look(model, torch.randn(2, 5, DIM))
     gc.collect()
     assert len(Marked.alive) == 1
     assert len(fakes()) == before
@@ -411,8 +415,8 @@ def test_classes_of_patched_models_are_collected() -> None:
     """Patching and dropping many models of local classes does not grow the process."""
 
     def once() -> "weakref.ref[type]":
-        block = traps.make_class(2.0)()
-        patch(block, torch.randn(2, 5, traps.DIM))
+        block = make_class(2.0)()
+        patch(block, torch.randn(2, 5, DIM))
         return weakref.ref(type(block))
 
     references = [once() for _ in range(3)]
@@ -463,10 +467,10 @@ def test_a_large_model_on_meta_is_patched_without_allocating_it() -> None:
 
 def test_a_model_on_meta_computes_once_it_has_values() -> None:
     with torch.device("meta"):
-        model = traps.Block()
-    eulernet.patch(model, 0.3, example_inputs=torch.empty(2, 5, traps.DIM, device="meta"))
+        model = Block()
+    eulernet.patch(model, 0.3, example_inputs=torch.empty(2, 5, DIM, device="meta"))
     model = model.to_empty(device="cpu")
     for parameter in model.parameters():
         nn.init.normal_(parameter)
-    x = torch.randn(2, 5, traps.DIM)
+    x = torch.randn(2, 5, DIM)
     torch.testing.assert_close(model(x), model.reference(x, 0.3))

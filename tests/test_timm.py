@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from checks import check
-from conftest import Covered
 from torch import nn
-from zoo import TIMM, TIMM_SHRUNK, quiet, timm_model
 
 import eulernet
+from helpers.checks import check
+from helpers.coverage import Covered
+from helpers.zoo import TIMM, TIMM_SHRUNK, quiet, timm_model
 
 timm = pytest.importorskip("timm")
 

@@ -3,11 +3,11 @@
 from collections.abc import Callable
 
 import pytest
-from checks import check
-from conftest import Covered
-from zoo import build_torchvision, quiet, torchvision_model, torchvision_names
 
 import eulernet
+from helpers.checks import check
+from helpers.coverage import Covered
+from helpers.zoo import build_torchvision, quiet, torchvision_model, torchvision_names
 
 torchvision = pytest.importorskip("torchvision")
 

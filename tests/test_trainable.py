@@ -12,9 +12,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import traps
-from test_errors import refused
-from test_traps import assert_identical, both_modes, build, every_trap, run
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.distributed.device_mesh import init_device_mesh
@@ -23,17 +20,21 @@ from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
-from traps import Trap
 
 import eulernet
 from eulernet import EulernetError, Step
-from eulernet._factor import step_parameters
-from eulernet._learn import stage
+from eulernet._run.learned import stage, step_parameters
+from helpers.refusals import refused
+from helpers.trapped import assert_identical, both_modes, build, every_trap, run
+from traps import TRAPS, Trap
+from traps.base import DIM, Block, Form
+from traps.forms import InPlaceMinus, NarrowingInPlaceAddition, Plus
+from traps.steps import TwoTowers
 
 # Where Dynamo looks at the attributes of a tensor, torch warns of .grad; as an error that would stop the compilation.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 
-DIM = traps.DIM
+DIM = DIM
 X = torch.linspace(-1, 1, 2 * DIM).view(2, DIM)
 
 
@@ -85,7 +86,7 @@ def test_values_and_gradients_are_those_of_the_reference(cls: type[Trap], traini
 
 
 # The narrowing one adds in bfloat16, where differences are too coarse.
-FORMS = [cls for cls in traps.TRAPS if issubclass(cls, traps.Form) and cls is not traps.NarrowingInPlaceAddition]
+FORMS = [cls for cls in TRAPS if issubclass(cls, Form) and cls is not NarrowingInPlaceAddition]
 
 
 @pytest.mark.parametrize("cls", FORMS, ids=lambda cls: cls.__name__)
@@ -131,7 +132,7 @@ def test_a_frozen_factor_has_no_gradient_and_the_rest_has() -> None:
 
 
 def test_second_derivatives() -> None:
-    _, model, inputs = learning(traps.Plus, 0.3)
+    _, model, inputs = learning(Plus, 0.3)
     parameter = model.log_h
 
     def loss(log: Tensor) -> Tensor:
@@ -160,9 +161,9 @@ class Net(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layer1 = nn.Sequential(traps.Block(), traps.Block())
+        self.layer1 = nn.Sequential(Block(), Block())
         self.layer2 = nn.Sequential(Two(), Two())
-        self.last = traps.Block()
+        self.last = Block()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last(self.layer2(self.layer1(x)))
@@ -250,7 +251,7 @@ class Repeated(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.block = traps.Block()
+        self.block = Block()
 
     def forward(self, x: Tensor) -> Tensor:
         for _ in range(3):
@@ -413,7 +414,7 @@ def test_checkpointing_gives_the_same_gradients(use_reentrant: bool) -> None:
 
 def test_the_branch_of_an_addition_in_place_keeps_the_memory() -> None:
     """`out += x`: whoever holds `out` sees the sum, and autograd the branch."""
-    _, model, inputs = learning(traps.InPlaceMinus, 0.3)
+    _, model, inputs = learning(InPlaceMinus, 0.3)
     outputs, _ = run(model, inputs)
     with torch.no_grad():
         assert torch.equal(model(*inputs), outputs[0])
@@ -427,7 +428,7 @@ def _fresh() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_fresh")
-@pytest.mark.parametrize("cls", [*FORMS[:4], traps.TwoTowers], ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", [*FORMS[:4], TwoTowers], ids=lambda cls: cls.__name__)
 def test_compiled_gradients_are_the_eager_ones(cls: type[Trap]) -> None:
     _, model, inputs = learning(cls, 0.3)
     expected, expected_gradients = run(copy.deepcopy(model), inputs)
@@ -457,7 +458,7 @@ def test_learning_compiles_once() -> None:
 
 @pytest.mark.usefixtures("_fresh")
 def test_blocks_share_one_compilation() -> None:
-    blocks = nn.Sequential(*(traps.Block() for _ in range(6)))
+    blocks = nn.Sequential(*(Block() for _ in range(6)))
     eulernet.patch(blocks, [0.1 * (i + 1) for i in range(6)], example_inputs=X, trainable=True)
     counter = CompileCounter()
     for block in blocks:
@@ -493,7 +494,7 @@ def test_unpatch_removes_the_parameters_and_nothing_else() -> None:
     assert not torch.equal(model(X), output)
     eulernet.unpatch(model)
     assert [(name, id(p)) for name, p in model.named_parameters()] == before
-    assert type(model.last) is traps.Block and torch.equal(model(X), output)
+    assert type(model.last) is Block and torch.equal(model(X), output)
 
 
 def test_patching_again_starts_anew() -> None:

@@ -1,4 +1,4 @@
-"""A net of small models with one trap each (traps.py): what is found in them, and what they compute once patched."""
+"""A net of small models with one trap each (traps/): what is found in them, and what they compute once patched."""
 
 import copy
 import functools
@@ -14,35 +14,17 @@ from typing import Any
 
 import pytest
 import torch
-import traps
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
-from traps import (
-    TRAPS,
-    UNSUPPORTED,
-    BranchBegunByTheCaller,
-    FreeFunction,
-    ParallelStatements,
-    RegistryGenericAbstract,
-    Trap,
-    TwoOnALine,
-    TwoTowers,
-)
+from torch.utils._pytree import tree_leaves
 
 import eulernet
-
-every_trap = pytest.mark.parametrize("cls", TRAPS, ids=lambda cls: cls.__name__)
-both_modes = pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-
-
-def build(cls: type[Trap], dtype: torch.dtype = torch.float32, training: bool = False) -> tuple[Trap, tuple[Any, ...]]:
-    """The model with random parameters (many start at zero, which would hide everything) and its input."""
-    torch.manual_seed(0)
-    model = cls()
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.5)
-    inputs = tree_map_only(Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, model.inputs())
-    return model.to(dtype).train(training), inputs
+from helpers.trapped import assert_identical, both_modes, build, every_trap, run
+from traps import TRAPS, UNSUPPORTED, Trap, calls
+from traps.base import DIM, Block, linear
+from traps.calls import BranchBegunByTheCaller, Dense, FreeFunction
+from traps.classes import Registered, RegisteredChild, RegistryGenericAbstract
+from traps.places import TwoOnALine
+from traps.steps import ParallelStatements, TwoTowers
 
 
 def patched(model: Trap, inputs: tuple[Any, ...], h: float | Sequence[float]) -> Trap:
@@ -52,27 +34,6 @@ def patched(model: Trap, inputs: tuple[Any, ...], h: float | Sequence[float]) ->
         values = dict(zip((step.name for step in model.expected), h, strict=True))
         h = [values[step.name] for step in eulernet.find_steps(model, example_inputs=inputs)]
     return eulernet.patch(model, h, example_inputs=inputs)
-
-
-def run(model: nn.Module, inputs: tuple[Any, ...], forward: Any = None, **kwargs: Any) -> tuple[list[Any], list[Any]]:
-    """Outputs, and gradients of the parameters and of the inputs, under one seed; the last is what is drawn next."""
-    torch.manual_seed(1)
-    inputs = tree_map_only(
-        Tensor, lambda x: x.detach().clone().requires_grad_() if x.is_floating_point() else x, inputs
-    )
-    outputs = tree_leaves((forward or model)(*inputs, **kwargs))
-    model.zero_grad()
-    sum((y.float() * torch.linspace(0.5, 1, y.numel()).view_as(y)).sum() for y in outputs).backward()
-    gradients = [x.grad for x in (*inputs, *model.parameters())]
-    return outputs, [*gradients, torch.rand(3, dtype=torch.float64)]
-
-
-def assert_identical(actual: list[Any], expected: list[Any]) -> None:
-    for x, y in zip(actual, expected, strict=True):
-        if y is None:
-            assert x is None
-        else:
-            assert torch.equal(x, y) and x.dtype == y.dtype and x.stride() == y.stride()
 
 
 @every_trap
@@ -207,38 +168,38 @@ def test_places_are_the_lines_of_the_additions() -> None:
     (step,) = eulernet.find_steps(model, example_inputs=inputs)
     lines, first = inspect.getsourcelines(ParallelStatements.forward)
     assert [lines[place.line - first].strip() for place in step.places] == ["out = x + self.a(y)", "out += self.b(y)"]
-    assert {place.file for place in step.places} == {traps.__file__}
+    assert {place.file for place in step.places} == {inspect.getfile(ParallelStatements)}
     assert all(place.function.endswith("forward") for place in step.places)
     assert step.module_class.endswith("ParallelStatements")
 
 
 def test_nobody_elses_function_or_class_changes() -> None:
     model, inputs = build(FreeFunction)
-    before = {name: value for name, value in vars(traps).items()}
+    before = {name: value for name, value in vars(calls).items()}
     forwards = {cls: dict(vars(cls)) for cls in (FreeFunction, FreeFunction.Part, FreeFunction.Embedding)}
     eulernet.patch(model, 0.3, example_inputs=inputs)
-    assert {name: value for name, value in vars(traps).items()} == before
+    assert {name: value for name, value in vars(calls).items()} == before
     assert {cls: dict(vars(cls)) for cls in forwards} == forwards
 
 
 def test_registries_of_subclasses_hear_nothing() -> None:
     model, inputs = build(RegistryGenericAbstract)
-    known = list(traps.Registered.known)
+    known = list(Registered.known)
     eulernet.patch(model, 0.3, example_inputs=inputs)
-    assert traps.Registered.known == known
-    assert isinstance(model.block, traps.RegisteredChild)
+    assert Registered.known == known
+    assert isinstance(model.block, RegisteredChild)
 
 
 def test_blocks_of_one_class_share_one_patched_class() -> None:
     model, inputs = build(BranchBegunByTheCaller)
     eulernet.patch(model, [0.1, 0.2, 0.3, 0.4], example_inputs=inputs)
     outputs = [layer.output for layer in model.layers]
-    assert type(outputs[0]) is type(outputs[1]) is not traps.Dense
+    assert type(outputs[0]) is type(outputs[1]) is not Dense
     again, _ = build(BranchBegunByTheCaller)
     eulernet.patch(again, 0.5, example_inputs=inputs)
     assert type(again.layers[0].output) is type(outputs[0])
     for attribute in ("__name__", "__qualname__", "__module__"):
-        assert getattr(type(outputs[0]), attribute) == getattr(traps.Dense, attribute)
+        assert getattr(type(outputs[0]), attribute) == getattr(Dense, attribute)
 
 
 def test_one_object_of_a_class_is_patched_and_the_other_is_not() -> None:
@@ -247,7 +208,7 @@ def test_one_object_of_a_class_is_patched_and_the_other_is_not() -> None:
     other, _ = build(BranchBegunByTheCaller, torch.float64)
     expected, _ = run(other, inputs, other.reference, h=[1.0, 1.0, 1.0, 0.3])
     torch.testing.assert_close(model(*inputs), expected[0], rtol=1e-12, atol=1e-12)
-    assert type(model.layers[0].output) is traps.Dense
+    assert type(model.layers[0].output) is Dense
 
 
 def test_one_of_two_steps_of_a_module_is_patched() -> None:
@@ -284,7 +245,7 @@ def test_what_cannot_be_rewritten_is_named_and_left_alone(cls: type[Trap]) -> No
     found = eulernet.find_steps(model, example_inputs=inputs)
     assert len(found) == 0
     (line,) = found.unsupported
-    assert "<root>" in line and "traps.py" in line
+    assert "<root>" in line and "unsupported.py" in line
     with pytest.raises(eulernet.EulernetError, match="<root>"):
         eulernet.patch(model, 0.3, example_inputs=inputs)
     assert type(model) is cls and not eulernet.is_patched(model)
@@ -295,7 +256,7 @@ class Coupled(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.f, self.g = traps.linear(), traps.linear()
+        self.f, self.g = linear(), linear()
 
     def forward(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         a = a + self.f(b)
@@ -316,7 +277,7 @@ class Reversible(nn.Module):
 
 
 def test_of_coupled_streams_the_half_that_is_not_scaled_is_named() -> None:
-    model, x = Reversible(), torch.randn(2, 5, 2 * traps.DIM)
+    model, x = Reversible(), torch.randn(2, 5, 2 * DIM)
     found = eulernet.find_steps(model, example_inputs=x)
     assert [step.name for step in found] == ["blocks.0", "blocks.1", "blocks.2"] and not found.long
     assert [line.split()[0] for line in found.unsupported] == ["blocks.1", "blocks.2"]
@@ -326,10 +287,10 @@ def test_of_coupled_streams_the_half_that_is_not_scaled_is_named() -> None:
 
 def test_a_graph_of_fx_is_named_and_left_alone() -> None:
     """Its forward is written anew by `deepcopy`, `recompile` and, in torchvision's feature extractors, `train`."""
-    model, x = torch.fx.symbolic_trace(traps.Block()), torch.randn(2, 5, traps.DIM)
+    model, x = torch.fx.symbolic_trace(Block()), torch.randn(2, 5, DIM)
     with pytest.raises(eulernet.EulernetError, match=r"<root>.*torch\.fx.*patch the model that it was made from"):
         eulernet.patch(model, 0.3, example_inputs=x)
-    original = traps.Block()
+    original = Block()
     again = torch.fx.symbolic_trace(eulernet.patch(original, 0.3, example_inputs=x))
     torch.testing.assert_close(copy.deepcopy(again)(x), original.reference(x, 0.3))
 
@@ -525,4 +486,4 @@ def test_the_traceback_shows_the_models_own_line() -> None:
     with pytest.raises(RuntimeError) as caught:
         model(*inputs)
     shown = "".join(traceback.format_exception(caught.value))
-    assert "out += self.b(y)" in shown and traps.__file__ in shown
+    assert "out += self.b(y)" in shown and inspect.getfile(ParallelStatements) in shown

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from checks import snapshot
-from networks import ResNet, Tokens, linear, mlp
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import eulernet
 from eulernet import EulernetError
+from helpers.checks import snapshot
+from helpers.networks import ResNet, Tokens, linear, mlp
 
 X = torch.linspace(-1, 1, 12, dtype=torch.float64).view(3, 4)
 

@@ -1,0 +1,79 @@
+"""One rule each for what a caller may hand over: a positive number, a whole number, a model."""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any
+
+import torch
+from torch import nn
+
+from eulernet._errors import EulernetError
+from eulernet._step import ROOT
+
+
+def positive(value: Any, what: str, example: str) -> float:
+    """A positive, finite number, or an error that says what must be one."""
+    try:
+        number = float(value) if not isinstance(value, (str, bytes, bool)) else math.nan
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        number = math.nan
+    if not (math.isfinite(number) and number > 0):
+        raise EulernetError(f"{what} must be a positive, finite number, not {value!r}; for example {example}")
+    return number
+
+
+def whole_number(value: Any, name: str, least: int) -> int:
+    try:
+        number = -1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = -1
+    if number < least:
+        raise EulernetError(
+            f"HScheduler: {name} must be a whole number, at least {least}, not {value!r}; for example the steps of the "
+            "optimiser in all epochs: total_steps=epochs * len(loader)"
+        )
+    return number
+
+
+def check_module(model: object, caller: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise EulernetError(f"eulernet.{caller} takes a torch.nn.Module, not {type(model).__name__}")
+
+
+def check_model(model: nn.Module, caller: str) -> None:
+    check_module(model, caller)
+    name = type(model).__name__
+    if unwrapped(model) is not model:
+        inner, again = ("_orig_mod", "torch.compile") if name == "OptimizedModule" else ("module", name)
+        advice = (
+            f"Patch the model itself, then wrap it: model = {again}(eulernet.patch(wrapped.{inner}, h=0.1))"
+            if caller == "patch"
+            else f"Look at the model itself: eulernet.{caller}(wrapped.{inner})"
+        )
+        raise EulernetError(f"{name} wraps the model. {advice}")
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise EulernetError(
+                f"{path or ROOT} is a scripted or traced module ({type(module).__name__}), whose code is "
+                "compiled. Patch the "
+                "Python model it was made from, then use torch.jit.trace or torch.export."
+            )
+        if is_sharded(module):
+            raise EulernetError(
+                f"{path or ROOT} is sharded by FSDP. Patch before sharding: eulernet.{caller}(model), then "
+                "fully_shard(model)."
+            )
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside wrappers that leave its modules as they are."""
+    wrappers = {"OptimizedModule", "DistributedDataParallel", "DataParallel"}
+    while any(cls.__name__ in wrappers for cls in type(model).__mro__):
+        model = getattr(model, "_orig_mod", None) or model.module  # type: ignore[assignment]
+    return model
+
+
+def is_sharded(module: nn.Module) -> bool:
+    return any(cls.__name__ in ("FSDPModule", "FullyShardedDataParallel") for cls in type(module).__mro__)

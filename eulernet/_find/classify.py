@@ -1,0 +1,136 @@
+"""What is a step: classify the additions of a trace.
+
+A residual step is an addition of a skip `s` and a branch `f` where `f` was computed from `s` (identity), where both
+came from one state, `s` by a shape-matching map only (projection), or where `f` is a further branch of the state of a
+step that `s` is the result of (parallel). A step whose branch runs through other steps is long.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import NamedTuple
+
+from eulernet._find.graph import SQUASHES, UPSAMPLES, Graph, MatchKind, StepCall
+from eulernet._find.streams import number_streams, steps_of
+from eulernet._find.trace import ADDITIONS, SLICES, Addition, Trace
+
+
+def classify(trace: Trace) -> list[StepCall]:
+    """The steps of one run, long ones and unsupported ones included, in the order in which they ran."""
+    graph = Graph(trace)
+    step_calls: list[StepCall] = []
+    results: dict[int, StepCall] = {}
+    for addition in trace.additions:
+        step_call = _step_call(graph, trace, addition, results)
+        if step_call is not None:
+            step_calls.append(step_call)
+            if step_call.supported and step_call.kind != "decomposition":
+                results[addition.result] = step_call
+    kept = steps_of(graph, step_calls)
+    number_streams(graph, kept)
+    return kept
+
+
+def _step_call(graph: Graph, trace: Trace, addition: Addition, results: dict[int, StepCall]) -> StepCall | None:
+    call = trace.calls[addition.call]
+    parent = trace.calls[call.parent] if call.parent >= 0 else None
+    for skip_is_left in (True, False):
+        pairs = [(addition.left, right) if skip_is_left else (right, addition.left) for right in addition.right]
+        if not skip_is_left and addition.op not in ("add", "iadd"):
+            break
+        for skip, branch in pairs:
+            given, maps = list(graph.matched(skip, call.start))[-1]
+            begun_by_caller = parent is not None and given < call.start and maps == 0
+            for start in (call.start, parent.start) if parent is not None and begun_by_caller else (call.start,):
+                found = _identity(graph, skip, branch, start) or _parallel(graph, skip, branch, start, results)
+                if not found and addition.op in ADDITIONS:
+                    found = _projection(graph, skip, branch, start)
+                    if found and _is_aside(graph, addition.result, branch, found.within):
+                        found = None
+                if found and not _is_score(graph, branch, start):
+                    kind, state, within, first = found
+                    if kind == "identity" and "sub" in addition.op and not any(map(graph.is_map, within)):
+                        kind = "decomposition"  # the state without what pooling took out of it (Autoformer)
+                    return StepCall(addition, kind, skip, branch, skip_is_left, state, within, first=first)
+    return None
+
+
+class Match(NamedTuple):
+    """What an addition is found to be; the fields are those of `StepCall`."""
+
+    kind: MatchKind
+    state: int
+    within: set[int]
+    first: StepCall | None = None
+
+
+def _identity(graph: Graph, skip: int, branch: int, start: int) -> Match | None:
+    chain = list(graph.same(skip, start))
+    ancestors = graph.ancestors(branch, start, chain[-1])
+    for state in chain:
+        if state in ancestors and state != branch:
+            path = graph.path(state, branch, ancestors)
+            if graph.mixes(path, state):
+                return Match("identity", state, set(path) - {state})
+    return None
+
+
+def _projection(graph: Graph, skip: int, branch: int, start: int) -> Match | None:
+    chain = list(graph.matched(skip, start))
+    multiples = set(graph.same(skip, start, scaled=True))
+    ancestors = graph.ancestors(branch, start, chain[-1][0])
+    for (after, _), (state, maps) in itertools.pairwise(chain):
+        if state in ancestors:
+            path = graph.path(state, branch, ancestors)
+            resized = any(n != state and UPSAMPLES.search(graph.nodes[n].op) for n in path)
+            deeper = path and (path[branch] > maps or (state in multiples and graph.mixes(path, state)))
+            if deeper and not resized and not _are_other_parts(graph, state, after, path):
+                return Match("projection", state, set(path) - {state})
+    return None
+
+
+def _is_aside(graph: Graph, result: int, branch: int, within: set[int]) -> bool:
+    """Whether a sum of two maps is a gate, a score or a sum of exits: made of a state that goes on without it.
+
+    Something on its branch, before the branch's last map, is read elsewhere, and what reads the sum squashes it, adds
+    to it, or returns it: `sigmoid(W x + U h)`, where `h` was computed from `x` and is used again.
+    """
+    last: set[int] = set()
+    pending = [branch]
+    while pending:
+        node = pending.pop()
+        if node in within and node not in last:
+            last.add(node)
+            if not graph.is_map(node):
+                pending.extend(graph.nodes[node].inputs)
+    own = within | {result}
+    goes_on = any(graph.readers.get(node, set()) - own for node in within - last)
+    return goes_on and all(graph.nodes[n].op in SQUASHES or n in graph.sums for n in graph.uses(result))
+
+
+def _is_score(graph: Graph, branch: int, start: int) -> bool:
+    """Whether the branch is a distribution, as where attention weights are summed up over time."""
+    return any(graph.nodes[node].op == "softmax" for node in graph.same(branch, start, scaled=True))
+
+
+def _are_other_parts(graph: Graph, state: int, skip: int, path: dict[int, int]) -> bool:
+    """Whether the skip is one part of the state and the branch begins at other parts only, as in Res2Net."""
+
+    def part(node: int) -> bool:
+        return graph.nodes[node].op in SLICES and graph.size(node) < graph.size(state)
+
+    begins = [n for n in path if state in graph.nodes[n].inputs]
+    return part(skip) and all(part(n) and n != skip for n in begins)
+
+
+def _parallel(graph: Graph, skip: int, branch: int, start: int, results: dict[int, StepCall]) -> Match | None:
+    for node in graph.same(skip, start):
+        first = results.get(node)
+        if first is not None:
+            ancestors = graph.ancestors(branch, start, first.state)
+            if first.state in ancestors and node not in ancestors:
+                path = graph.path(first.state, branch, ancestors)
+                if graph.mixes(path, first.state):
+                    return Match("parallel", first.state, set(path) - {first.state}, first.first or first)
+            return None
+    return None

@@ -1,0 +1,203 @@
+"""The trace as the rules of `classify.py` and `streams.py` ask of it: what a node is, and what it was made of."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+from eulernet._find.trace import ADDITIONS, Addition, Trace
+
+VIEWS = frozenset(
+    "view reshape flatten unflatten permute transpose t T mT H mH swapaxes swapdims movedim moveaxis squeeze unsqueeze "
+    "ravel contiguous view_as reshape_as unsafe_view as_strided alias data atleast_1d atleast_2d atleast_3d "
+    "getitem chunk split tensor_split unbind narrow select slice unsafe_chunk unsafe_split".split()
+)
+CASTS = frozenset(
+    "to to_copy type type_as float half bfloat16 double clone cpu cuda requires_grad lift_fresh copy positive".split()
+)
+_DROPOUTS = frozenset(
+    "dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout native_dropout".split()
+)
+_ACTIVATIONS = frozenset(
+    "relu relu6 leaky_relu elu selu celu gelu silu mish hardswish hardsigmoid hardtanh sigmoid tanh softplus softsign "
+    "logsigmoid prelu rrelu threshold clamp clamp_min clip tanhshrink softshrink hardshrink".split()
+)
+NORMS = frozenset(
+    "batch_norm layer_norm group_norm instance_norm rms_norm local_response_norm normalize native_batch_norm "
+    "native_layer_norm native_group_norm".split()
+)
+_JOINS = frozenset("cat concat concatenate".split())
+_PADS = frozenset("pad constant_pad_nd zeropad2d".split()) | _JOINS
+_SCALES = frozenset("mul multiply rmul div divide true_divide imul".split())
+_MAPS = re.compile(
+    r"conv|linear|matmul|(^|_)(mm|bmm|mv|dot|inner|outer|addr|ger)$|addb?mm|addmv|baddbmm|einsum|tensordot|multi_dot|"
+    r"^bilinear$|attention|lstm|gru|rnn|fft|::"
+)
+POOLS = re.compile(r"pool")
+_REDUCTIONS = frozenset("max amax mean".split())  # pooling by hand, over a reshaped axis
+UPSAMPLES = re.compile(r"interpolate|upsample|conv_transpose|pixel_shuffle")
+SQUASHES = frozenset("sigmoid hardsigmoid logsigmoid tanh softmax log_softmax softmin".split())
+_SAME = VIEWS | CASTS | _DROPOUTS | _ACTIVATIONS
+_MATCHING = _SAME | NORMS | _PADS | _SCALES | _REDUCTIONS
+
+
+# A decomposition, x - pool(x), is seen here and is no step.
+MatchKind = Literal["identity", "projection", "parallel", "decomposition"]
+
+
+@dataclass(eq=False)
+class StepCall:
+    """One addition that is a step, as it ran once."""
+
+    addition: Addition
+    kind: MatchKind
+    skip: int  # the node of the skip operand
+    branch: int
+    skip_is_left: bool
+    state: int  # the node that skip and branch come from
+    within: set[int] = field(default_factory=set)  # the nodes on the way from the state to the branch
+    long: bool = False
+    coupled: bool = False  # with the step whose branch it is in, and which is in its branch
+    reason: str = ""  # why it is no step after all
+    first: StepCall | None = None  # parallel: the call of the first place
+    before: tuple[StepCall, ...] = ()  # the calls before it in its stream
+    position: int = 1  # in its stream, from 1
+    stream: int = 0
+    depth: int = 1
+
+    @property
+    def supported(self) -> bool:
+        return self.addition.op in ADDITIONS and not self.coupled
+
+
+class Graph:
+    """The trace's nodes with what the rules ask of them."""
+
+    def __init__(self, trace: Trace) -> None:
+        self.nodes = trace.nodes
+        self.sums = {addition.result for addition in trace.additions}
+        self.constant = [node.constant for node in self.nodes]  # made of parameters, buffers and new tensors only
+        self.outputs = frozenset(trace.outputs)
+        self.readers = self._readers()
+        self.chains: dict[tuple[int, int, float], dict[int, int]] = {}
+        self.bare: list[bool] = []  # a mask, a learned scale: neither given, nor looked up in a table, nor mapped
+        for index, node in enumerate(self.nodes):
+            made = node.op in ("input", "embedding") or self.is_map(index)
+            self.bare.append(not made and all(self.bare[i] for i in node.inputs))
+
+    def _readers(self) -> dict[int, set[int]]:
+        """For each node that the output comes from those that were computed from it, on the way to the output."""
+        readers: dict[int, set[int]] = {}
+        pending = list(self.outputs)
+        while pending:
+            node = pending.pop()
+            for i in self.nodes[node].inputs:
+                if i not in readers and i not in self.outputs:
+                    pending.append(i)
+                readers.setdefault(i, set()).add(node)
+        return readers
+
+    def state_inputs(self, node: int) -> tuple[int, ...]:
+        """What it was made of, without the constants, scales and masks where there is a state beside them."""
+        inputs = self.nodes[node].inputs
+        states = [i for i in inputs if not self.constant[i]] or inputs
+        return tuple(i for i in states if not self.bare[i]) or tuple(states)
+
+    def is_map(self, node: int) -> bool:
+        return bool(_MAPS.search(self.nodes[node].op))
+
+    def size(self, node: int) -> int:
+        size = 1
+        for n in self.nodes[node].shape:
+            size *= n
+        return size
+
+    def same(self, node: int, start: int, *, scaled: bool = False) -> Iterator[int]:
+        """`node` and what it is a mere view, cast, dropout or activation (or multiple) of, back to the call's start."""
+        yield node
+        while node >= start:
+            inputs = self.state_inputs(node)
+            # Adding a number keeps a tensor what it is: sum((x, f)) begins with 0 + x.
+            op = self.nodes[node].op
+            same = op in _SAME or (op in ADDITIONS and len(self.nodes[node].inputs) == 1) or (scaled and op in _SCALES)
+            if not same or len(inputs) != 1 or self.size(inputs[0]) != self.size(node):
+                return
+            node = inputs[0]
+            yield node
+
+    def uses(self, node: int) -> set[int]:
+        """What is made of a node, its views, casts and multiples, and its sums with constants: the first other ones."""
+        found: set[int] = set()
+        pending = [node]
+        while pending:
+            for reader in self.readers.get(pending.pop(), ()):
+                op = self.nodes[reader].op
+                passes = op in VIEWS or op in CASTS or op in _SCALES or op in ADDITIONS
+                alone = len(self.state_inputs(reader)) == 1
+                (pending.append if passes and alone else found.add)(reader)
+        return found
+
+    def matched(self, node: int, start: int, most: float = 1) -> Iterator[tuple[int, int]]:
+        """`node` and what it comes from by a shape-matching map only, each with the number of maps (at `most`)."""
+        maps = 0
+        yield node, maps
+        while node >= start:
+            op = self.nodes[node].op
+            inputs = self.state_inputs(node)
+            maps += self.is_map(node)
+            if op in _JOINS and len(inputs) > 1:
+                whole = self._whole(inputs, start, most)
+                if whole is None or maps + whole[1] > most:
+                    return
+                node, maps = whole[0], maps + whole[1]
+                yield node, maps
+                continue
+            # Beside a constant a sum keeps what it is: a frozen batch norm is x * scale + bias.
+            simple = op in _MATCHING or op in ADDITIONS or POOLS.search(op)
+            if len(inputs) != 1 or maps > most or not (simple or self.is_map(node)):
+                return
+            node = inputs[0]
+            yield node, maps
+
+    def _whole(self, parts: tuple[int, ...], start: int, most: float) -> tuple[int, int] | None:
+        """What all parts come from by shape-matching maps only, as where the class token is taken apart for pooling."""
+        for part in parts:  # kept, since what was joined may be joined again, and again
+            if (part, start, most) not in self.chains:
+                self.chains[part, start, most] = dict(self.matched(part, start, most))
+        chains = [self.chains[part, start, most] for part in parts]
+        common = set(chains[0]).intersection(*chains[1:])
+        return (max(common), max(chain[max(common)] for chain in chains)) if common else None
+
+    def ancestors(self, node: int, start: int, floor: int) -> set[int]:
+        """The nodes that `node` was computed from, within a call that began at `start`, none older than `floor`."""
+        found = {node}
+        pending = [node]
+        while pending:
+            current = pending.pop()
+            if current >= start and current > floor:
+                for i in self.nodes[current].inputs:
+                    if i >= floor and i not in found:
+                        found.add(i)
+                        pending.append(i)
+        return found
+
+    def path(self, state: int, branch: int, ancestors: set[int]) -> dict[int, int]:
+        """The nodes on the way from `state` to `branch`, each with the largest number of maps passed so far."""
+        maps = {state: 0}
+        for node in sorted(ancestors):
+            if node > state:
+                passed = [maps[i] for i in self.nodes[node].inputs if i in maps]
+                if passed:
+                    maps[node] = max(passed) + self.is_map(node)
+        if branch not in maps:
+            return {}
+        back = {branch}  # keep only what leads on to the branch
+        for node in sorted(maps, reverse=True):
+            if node in back and node != state:
+                back.update(i for i in self.nodes[node].inputs if i in maps)
+        return {node: maps[node] for node in maps if node in back}
+
+    def mixes(self, path: dict[int, int], state: int) -> bool:
+        return any(n != state and (self.is_map(n) or POOLS.search(self.nodes[n].op)) for n in path)

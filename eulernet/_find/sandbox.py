@@ -1,0 +1,186 @@
+"""A copy of a model that runs and leaves no trace: none on the model, none in the process."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import gc
+import logging
+import random
+import sys
+import warnings
+import weakref
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
+
+from eulernet._find.trace import DispatchTracer, Trace, Tracer, all_modules, tensors_in
+
+_CACHE = functools._lru_cache_wrapper
+
+
+class Sandbox:
+    """A copy of a model that can be run without a trace of it being left anywhere.
+
+    `fake` copies have shapes and dtypes without values; real ones are for models whose code looks at values. Forward
+    hooks are the owner's, who may keep what they see: a copy has none, unless the model cannot run without its `hooks`.
+    """
+
+    def __init__(self, model: nn.Module, fake: bool, hooks: bool = False) -> None:
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else None
+        memo: dict[int, Any] = {}
+        with FakeCopyMode(self.mode) if self.mode else contextlib.nullcontext():
+            self.copy: nn.Module = copy.deepcopy(model, memo)
+        self.fakes: list[weakref.ref[Tensor]] = []  # to `forget` once the sandbox is gone
+        self.original: dict[nn.Module, nn.Module] = {}
+        for module in {id(m): m for m in all_modules(model)}.values():
+            twin = memo.get(id(module))
+            if isinstance(twin, nn.Module):
+                self.original[twin] = module
+        for twin in self.original:
+            if not hooks:
+                twin._forward_hooks.clear()
+                twin._forward_pre_hooks.clear()
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool) -> Trace:
+        """Run the copy in eval or train mode, and return the trace."""
+        tracer = Tracer(self.copy)
+        handles = []
+        for module in self.original:
+            handles.append(module.register_forward_pre_hook(tracer.enter, with_kwargs=True))
+            handles.append(module.register_forward_hook(tracer.leave))
+        self.copy.train(training)
+        try:
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(torch.set_grad_enabled(training))
+                if self.mode is not None:
+                    stack.enter_context(self.mode)
+                args, kwargs = self._inputs(args), self._inputs(kwargs)
+                stack.enter_context(DispatchTracer(tracer))
+                stack.enter_context(tracer)
+                _seed()  # a layer that is dropped at random is dropped in each run
+                output = self.copy(*args, **kwargs)
+                tracer.inside = True
+                tracer.trace.outputs = [tracer.node(t) for t in tensors_in(output)]
+        finally:
+            for handle in handles:
+                handle.remove()
+            self.fakes.extend(weakref.ref(t) for t in tracer.alive if isinstance(t, FakeTensor))
+        return tracer.trace
+
+    def _inputs(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            value = value.clone() if value.is_inference() else value.detach()
+            return self.mode.from_tensor(value, static_shapes=True) if self.mode else value.clone()
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return type(value)(*map(self._inputs, value))
+        if isinstance(value, (list, tuple)):
+            return type(value)(map(self._inputs, value))
+        if isinstance(value, dict):
+            return {key: self._inputs(item) for key, item in value.items()}
+        return copy.deepcopy(value)
+
+
+@contextlib.contextmanager
+def preserve_state() -> Iterator[None]:
+    """Leave the random number generators as they are, and call or repeat nothing that is the owner's business."""
+    python = random.getstate()
+    numpy = sys.modules.get("numpy")
+    numpy_state = numpy.random.get_state() if numpy else None
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
+    logger = logging.getLogger("torch._subclasses.fake_tensor")  # prints the traceback of what a copy fails on
+    silent = logger.disabled
+    module_hooks = (torch.nn.modules.module._global_forward_hooks, torch.nn.modules.module._global_forward_pre_hooks)
+    hooks = [dict(h) for h in module_hooks]
+    try:
+        logger.disabled = True
+        for h in module_hooks:
+            h.clear()
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=devices), torch.inference_mode(False):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for h, saved in zip(module_hooks, hooks, strict=True):
+            h.update(saved)
+        logger.disabled = silent
+        random.setstate(python)
+        if numpy:
+            numpy.random.set_state(numpy_state)
+
+
+def _seed() -> None:
+    """One state for all the generators that a model draws from; `preserve_state` gives them back their own."""
+    random.seed(0)
+    torch.default_generator.manual_seed(0)
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.manual_seed_all(0)
+    if numpy := sys.modules.get("numpy"):
+        numpy.random.seed(0)
+
+
+@contextlib.contextmanager
+def no_fakes_left(model: nn.Module, sandboxes: list[Sandbox]) -> Iterator[None]:
+    """Afterwards no cache of the process holds a fake tensor of these sandboxes, which are emptied."""
+    classes = {cls for module in all_modules(model) for cls in type(module).__mro__ if cls.__module__ != "builtins"}
+    modules = {id(m): m for cls in classes if (m := sys.modules.get(cls.__module__)) is not None}
+    before = [(owner, dict(vars(owner))) for owner in (*classes, *modules.values())]
+    methods = [value for cls in classes for value in vars(cls).values() if isinstance(value, _CACHE)]
+    sizes = [(method, method.cache_info().currsize) for method in methods]
+    try:
+        yield
+    finally:
+        fakes = [fake for sandbox in sandboxes for fake in sandbox.fakes]
+        sandboxes.clear()
+        for method, size in sizes:
+            if method.cache_info().currsize > size:  # what it was called on, the copied model, is a key
+                method.cache_clear()
+        for owner, names in before:
+            for name, value in list(vars(owner).items()):
+                if isinstance(value, FakeTensor) and value is not names.get(name):
+                    setattr(owner, name, names[name]) if name in names else delattr(owner, name)
+        _forget(fakes)
+
+
+def _forget(fakes: list[weakref.ref[Tensor]]) -> None:
+    """Empty the caches (`functools.lru_cache`, dictionaries, lists) that have kept one of these tensors."""
+    if any(fake() is not None for fake in fakes):
+        gc.collect()
+    kept: list[Any] = [tensor for fake in fakes if (tensor := fake()) is not None]
+    own = {id(kept)}
+    for _ in range(4):  # a cache holds the tensor itself, or a tuple or list of a few
+        if not kept:
+            return
+        holders = gc.get_referrers(*kept)
+        spaces = _namespaces([holder for holder in holders if type(holder) is dict])
+        inside = {id(k) for k in kept}
+        kept = []
+        own |= {id(holders), id(kept)}
+        for holder in holders:
+            if id(holder) in own:
+                continue
+            if isinstance(holder, _CACHE):
+                holder.cache_clear()
+            elif type(holder) is dict and id(holder) not in spaces:
+                for key in [key for key, value in holder.items() if id(value) in inside]:
+                    del holder[key]
+            elif type(holder) is list and not any(_is_cache(h) for h in gc.get_referrers(holder)):
+                holder[:] = [item for item in holder if id(item) not in inside]
+            elif type(holder) in (tuple, list):
+                kept.append(holder)
+
+
+def _namespaces(dicts: list[dict[Any, Any]]) -> set[int]:
+    """The ids of what the classes and modules refer to whose `__dict__` is among these."""
+    owners = [owner for owner in gc.get_referrers(*dicts) if isinstance(owner, (type, ModuleType))] if dicts else []
+    return {id(value) for value in gc.get_referents(*owners)}
+
+
+def _is_cache(holder: Any) -> bool:
+    return isinstance(holder, (_CACHE, tuple)) or (
+        type(holder) is dict and not any(isinstance(k, str) for k in holder) and id(holder) not in _namespaces([holder])
+    )

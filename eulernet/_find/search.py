@@ -1,0 +1,398 @@
+"""Find the steps of a model: run a copy of it, in eval and in train mode, and classify what it added."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from eulernet._errors import EulernetError
+from eulernet._find.classify import classify
+from eulernet._find.graph import StepCall
+from eulernet._find.inputs import as_arguments, guess_inputs
+from eulernet._find.locate import Location, locate, nowhere
+from eulernet._find.sandbox import Sandbox, no_fakes_left, preserve_state
+from eulernet._find.trace import Addition, Trace, all_modules
+from eulernet._run.patched import restore_class
+from eulernet._source import Unsupported
+from eulernet._step import ROOT, Place, Step, Steps
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a copy of the model."""
+
+    sandbox: Sandbox
+    training: bool
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One addition of a step: where it stands, which operand is the skip, and how often it runs in each mode."""
+
+    location: Location
+    skip_is_left: bool
+    subtracts: bool
+    calls: tuple[int, int]  # in eval mode, in training
+
+
+@dataclass(frozen=True)
+class FoundStep:
+    """A step with its module and its additions."""
+
+    step: Step
+    module: nn.Module
+    sites: tuple[Site, ...]
+    error: EulernetError | None = None  # why its source cannot be rewritten
+
+
+@dataclass
+class Search:
+    """All that was found, and the runs in which it was, to try a patch in and to look at once more."""
+
+    found: list[FoundStep]
+    steps: Steps
+    runs: list[Run]
+    traces: list[Trace]  # one a run
+    step_calls: dict[int, list[tuple[int, StepCall]]]  # the index of a step -> the runs it was seen in, and as what
+
+
+@contextlib.contextmanager
+def search(model: nn.Module, example_inputs: Any) -> Iterator[Search]:
+    """Find the steps of a model that is not patched, or of the original of one that is."""
+    sandboxes: list[Sandbox] = []
+    with no_fakes_left(model, sandboxes):
+        with preserve_state():
+            result = _search(model, example_inputs, sandboxes)
+        try:
+            yield result
+        finally:
+            for kept in (result.runs, result.traces, result.step_calls):
+                kept.clear()
+
+
+def _search(model: nn.Module, example_inputs: Any, sandboxes: list[Sandbox]) -> Search:
+    runs, traces, notes = _run(model, example_inputs, sandboxes)
+    return _collect(model, runs, traces, notes)
+
+
+def _run(model: nn.Module, example_inputs: Any, sandboxes: list[Sandbox]) -> tuple[list[Run], list[Trace], list[str]]:
+    if example_inputs is None:
+        args, kwargs = _guessed(model, training=False)
+        args_train, kwargs_train = _guessed(model, training=True)
+    else:
+        args, kwargs = args_train, kwargs_train = as_arguments(example_inputs)
+    meta = any(t.device.type == "meta" for t in (*model.parameters(), *model.buffers()))
+    ways = [(True, False)] if meta else [(True, False), (False, False)]
+    if any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
+        ways += [(fake, True) for fake, _ in ways]  # some models do their work in hooks
+    remaining = iter(ways)
+    sandbox = _sandbox(model, *next(remaining), sandboxes)
+    runs: list[Run] = []
+    traces: list[Trace] = []
+    notes: list[str] = []
+    for training, arguments in ((False, (args, kwargs)), (True, (args_train, kwargs_train))):
+        try:
+            while len(traces) == len(runs):
+                try:
+                    traces.append(sandbox.run(*arguments, training=training))
+                except Exception as error:
+                    way = next(remaining, None)
+                    if way is not None:
+                        sandbox = _sandbox(model, *way, sandboxes)
+                    elif not meta:
+                        raise
+                    else:
+                        tensors = [t for t in tree_leaves(arguments) if isinstance(t, torch.Tensor)]
+                        if any(t.device.type != "meta" for t in tensors):
+                            raise EulernetError(
+                                f"{type(model).__name__} is on the meta device, and example_inputs are not, with which "
+                                f"it failed ({short(error)}). Put them there as well: tensor.to('meta')"
+                            ) from error
+                        raise EulernetError(
+                            f"{type(model).__name__} is on the meta device and cannot be traced without values "
+                            f"({short(error)}). Put it on a real device first: model.to_empty(device='cpu')"
+                        ) from error
+        except EulernetError as error:
+            if not training:
+                raise
+            notes.append(f"the training path was not traced: {error}")
+        except Exception as error:
+            if not training:
+                given = "the guessed inputs" if example_inputs is None else "example_inputs"
+                raise EulernetError(
+                    f"{type(model).__name__} failed on {given} {described(arguments)}: {short(error)}. "
+                    "Pass inputs that the model takes: eulernet.patch(model, h=0.1, example_inputs=(tensor, ...)) or a "
+                    "dict of keyword arguments."
+                ) from error
+            notes.append(
+                f"the training path was not traced, only the one in eval mode: {short(error)} "
+                "(example_inputs of at least two samples train batch norm)"
+            )
+        else:
+            runs.append(Run(sandbox, training, *arguments))
+    return runs, traces, notes
+
+
+def _sandbox(model: nn.Module, fake: bool, hooks: bool, sandboxes: list[Sandbox]) -> Sandbox:
+    try:
+        sandbox = Sandbox(model, fake, hooks)
+    except Exception as error:
+        raise EulernetError(
+            f"{type(model).__name__} cannot be copied, and it is a copy that eulernet runs: {short(error)}. Take "
+            "out of its attributes what copy.deepcopy(model) fails on, such as a lock, a generator or the output of a "
+            "forward pass, and set it again after patching"
+        ) from error
+    sandboxes.append(sandbox)
+    for module in sandbox.original:  # the copy of a patched model is traced as its original
+        restore_class(module)
+    return sandbox
+
+
+def _guessed(model: nn.Module, training: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    guess = guess_inputs(model, training=training)
+    if guess is None:
+        raise EulernetError(
+            f"{type(model).__name__} does not say what it takes. Pass an example (shapes matter, values do not): "
+            "eulernet.patch(model, h=0.1, example_inputs=torch.zeros(2, 3, 224, 224))"
+        )
+    return guess
+
+
+@dataclass(eq=False)
+class _TracedSite:
+    location: Location
+    module: nn.Module
+    skip_is_left: bool
+    subtracts: bool
+    step_calls: dict[bool, list[StepCall]]  # training -> its runs
+    error: EulernetError | None = None
+
+    @property
+    def calls(self) -> tuple[int, int]:
+        return len(self.step_calls[False]), len(self.step_calls[True])
+
+
+def _collect(model: nn.Module, runs: list[Run], traces: list[Trace], notes: list[str]) -> Search:
+    names = _names(model)
+    sites: dict[Any, _TracedSite] = {}
+    unsupported: dict[str, None] = {}
+    for run, trace in zip(runs, traces, strict=True):
+        step_calls = classify(trace)
+        runs_at = Counter(_origin(a) for a in trace.additions)
+        steps_at = Counter(_origin(e.addition) for e in step_calls)
+        for step_call in step_calls:
+            origin = _origin(step_call.addition)
+            try:
+                site = _site(step_call, run.sandbox, sites)
+                if steps_at[origin] != runs_at[origin]:
+                    raise Unsupported(
+                        f"the same addition is a step in {steps_at[origin]} of its {runs_at[origin]} runs"
+                    )
+                site.step_calls[run.training].append(step_call)
+            except Unsupported as reason:
+                caller = run.sandbox.original.get(trace.calls[step_call.addition.call].module, model)
+                unsupported[_unsupported(step_call, run.sandbox, names, caller, str(reason))] = None
+    groups = _group([s for s in sites.values() if any(s.step_calls.values())])
+    _pair_modes(groups, runs, traces, names, notes)
+    numbers = {id(g): i for i, g in enumerate(sorted(groups, key=lambda g: any(e.long for e in _step_calls(g))))}
+    found = [
+        FoundStep(
+            _step(numbers[id(group)], group, groups, names),
+            group[0].module,
+            tuple(Site(s.location, s.skip_is_left, s.subtracts, s.calls) for s in group),
+            next((s.error for s in group if s.error is not None), None),
+        )
+        for group in groups
+    ]
+    found.sort(key=lambda f: f.step.index)
+    steps = Steps(
+        [f.step for f in found if f.step.kind != "long"],
+        long=[f.step for f in found if f.step.kind == "long"],
+        unsupported=list(unsupported),
+        unreached=_unreached(runs, traces, names),
+        notes=notes,
+    )
+    run_of = {run.training: number for number, run in enumerate(runs)}
+    seen = {
+        numbers[id(g)]: [
+            (run_of[mode], step_call) for site in g for mode in site.step_calls for step_call in site.step_calls[mode]
+        ]
+        for g in groups
+    }
+    return Search(found, steps, runs, traces, seen)
+
+
+def _origin(addition: Addition) -> Any:
+    """Tells the runs of one addition of one module."""
+    frames = addition.frames
+    last = next((i for i, f in enumerate(frames) if f.module is not None), len(frames))
+    return tuple((f.code, f.lasti, id(f.module)) for f in frames[: last + 1])
+
+
+def _site(step_call: StepCall, sandbox: Sandbox, sites: dict[Any, _TracedSite]) -> _TracedSite:
+    if not step_call.supported:
+        if step_call.coupled:
+            raise Unsupported(
+                "it and another step run through each other's branches, as in a reversible network, of which eulernet "
+                "scales but one half"
+            )
+        raise Unsupported(f"{step_call.addition.op} adds and does something else in one operation")
+    if step_call.addition.function is not None:
+        raise Unsupported(
+            f"it runs in {step_call.addition.function}, a torch.autograd.Function, whose own backward knows nothing "
+            "of h"
+        )
+    error = None
+    try:
+        twin, location = locate(step_call.addition, step_call.skip_is_left)
+    except EulernetError as reason:
+        error, (twin, location) = reason, nowhere(step_call.addition)
+    module = sandbox.original.get(twin)
+    if module is None:
+        raise Unsupported(f"the {type(twin).__name__} that makes it is no part of the model")
+    new = _TracedSite(
+        location, module, step_call.skip_is_left, "sub" in step_call.addition.op, {False: [], True: []}, error
+    )
+    site = sites.setdefault((id(module), location.targets or location.position), new)
+    if site.skip_is_left != step_call.skip_is_left:
+        raise Unsupported("its skip is the left operand in one call and the right one in another")
+    return site
+
+
+def _group(sites: list[_TracedSite]) -> list[list[_TracedSite]]:
+    """One step a site, but the places of parallel branches in one module are one step."""
+    group_of: dict[int, list[_TracedSite]] = {}
+    groups: list[list[_TracedSite]] = []
+    for site in sites:
+        step_calls = [*site.step_calls[False], *site.step_calls[True]]
+        group = group_of.get(id(step_calls[0].first))
+        if group is None or group[0].module is not site.module:
+            group = []
+            groups.append(group)
+        group.append(site)
+        group_of.update((id(step_call), group) for step_call in step_calls)
+    return groups
+
+
+def _pair_modes(
+    groups: list[list[_TracedSite]], runs: list[Run], traces: list[Trace], names: dict[nn.Module, str], notes: list[str]
+) -> None:
+    """Eval and train mode may add at different places of one module: those are one step, place by place."""
+    if len(runs) < 2:
+        return
+    called = [{r.sandbox.original.get(c.module) for c in trace.calls} for r, trace in zip(runs, traces, strict=True)]
+    for module in {id(g[0].module): g[0].module for g in groups}.values():
+        if not all(module in modules for modules in called):
+            continue
+        mine = [g for g in groups if g[0].module is module]
+        only_eval = [g for g in mine if not any(s.step_calls[True] for s in g)]
+        only_train = [g for g in mine if not any(s.step_calls[False] for s in g)]
+        if len(only_eval) == len(only_train):
+            for one, other in zip(only_eval, only_train, strict=True):
+                one.extend(other)
+                groups.remove(other)
+            continue
+        for mode, missing in (("training", only_eval), ("eval mode", only_train)):
+            for group in missing:
+                location = group[0].location
+                notes.append(
+                    f"{names[module]} ({type(module).__name__}) runs in both modes, but in {mode} not the step at "
+                    f"{location.file}:{location.line}: there h has no effect on it"
+                )
+
+
+def _step(index: int, group: list[_TracedSite], groups: list[list[_TracedSite]], names: dict[nn.Module, str]) -> Step:
+    step_calls = _step_calls(group)
+    module = group[0].module
+    mine = [g for g in groups if g[0].module is module]
+    if any(e.long for e in step_calls):
+        kind = "long"
+    else:
+        kind = "parallel" if any(e.kind == "parallel" for e in step_calls) else step_calls[0].kind
+    around = [
+        g for g in groups if any(o.long and e.addition.result in o.within for o in _step_calls(g) for e in step_calls)
+    ]
+    return Step(
+        index=index,
+        name=names[module] + (f":{mine.index(group)}" if len(mine) > 1 else ""),
+        module_class=type(module).__name__,
+        kind=kind,
+        places=tuple(_place(s) for s in group),
+        calls=sum(e.first is None for e in step_calls) or len(step_calls),
+        stream=step_calls[0].stream,
+        depth=max(e.depth for e in step_calls),
+        position=min(e.position for e in step_calls),
+        parent=names[around[0][0].module] if around else None,
+    )
+
+
+def _place(site: _TracedSite) -> Place:
+    line, end_line, column, end_column = site.location.position
+    skip = "left" if site.skip_is_left else "right"
+    return Place(site.location.file, line, column, site.location.function, skip, end_line, end_column)
+
+
+def _step_calls(group: list[_TracedSite]) -> list[StepCall]:
+    """What ran, in eval mode where anything did."""
+    return [e for s in group for e in s.step_calls[False]] or [e for s in group for e in s.step_calls[True]]
+
+
+def _unsupported(
+    step_call: StepCall, sandbox: Sandbox, names: dict[nn.Module, str], caller: nn.Module, reason: str
+) -> str:
+    frames = step_call.addition.frames
+    module = next((sandbox.original[f.module] for f in frames if f.module in sandbox.original), caller)
+    line = list(frames[0].code.co_positions())[frames[0].lasti // 2][0]
+    return f"{names[module]} ({frames[0].code.co_filename}:{line}): {reason}"
+
+
+def _names(model: nn.Module) -> dict[nn.Module, str]:
+    names: dict[nn.Module, str] = {module: f"<unregistered {type(module).__name__}>" for module in all_modules(model)}
+    names.update({module: name or ROOT for name, module in model.named_modules()})
+    return names
+
+
+def _unreached(runs: list[Run], traces: list[Trace], names: dict[nn.Module, str]) -> list[str]:
+    """The outermost modules none of whose parameters was read."""
+    reached: set[str] = set()
+    idle: set[str] = set()
+    for run, trace in zip(runs, traces, strict=True):
+        for twin, module in run.sandbox.original.items():
+            own = list(twin.parameters(recurse=False))
+            if own:
+                (reached if any(id(p) in trace.used for p in own) else idle).add(names[module])
+    idle -= reached
+    shown = set()
+    for name in idle:
+        parts = name.split(".")
+        prefixes = [".".join(parts[: i + 1]) for i in range(len(parts))]
+        outside = (p for p in prefixes if not any(r == p or r.startswith(p + ".") for r in reached))
+        outer = next(outside, name)  # itself where a part of it was reached
+        shown.add(outer)
+    return sorted(shown)
+
+
+def described(arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> str:
+    def one(value: Any) -> str:
+        if isinstance(value, torch.Tensor):
+            return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+        if isinstance(value, (list, tuple)):
+            return f"[{', '.join(map(one, value))}]"
+        return repr(value)[:40]
+
+    args, kwargs = arguments
+    return "(" + ", ".join([*map(one, args), *(f"{k}={one(v)}" for k, v in kwargs.items())]) + ")"
+
+
+def short(error: BaseException) -> str:
+    first = (str(error).strip() or repr(error)).splitlines()[0]
+    return f"{type(error).__name__}: {first[:300]}"

@@ -1,0 +1,222 @@
+"""Sums inside sums: which of them carry a stream, which belong to a branch, and which are long.
+
+A *chain* is sums that follow one another from skip to result through at most one map. A *stream* is a chain of two or
+more: the places of one parallel step count once, and two projections alone are none.
+
+1. A sum whose branch comes from its skip only through the branches of other sums is no step: a position, a score, an
+   input that is injected again. The other half of a reversible network, whose skip is a sum itself, is named.
+2. A sum with sums inside its branch is long (a) where, with their branches cut, nothing is left of its own (no map,
+   norm or pooling), or what is left passes another resolution; (b) around a stream that begins at its own skip, through
+   no map; (c) around a stream, or around several sums that are no projections, where it is in no stream itself.
+3. Inside the branch of a step that is not long a sum counts only where that branch holds a stream; otherwise it belongs
+   to the branch.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import NamedTuple
+
+from eulernet._find.graph import NORMS, POOLS, UPSAMPLES, Graph, StepCall
+
+_Sums = Mapping[int, StepCall]  # by the node of the result
+
+
+def steps_of(graph: Graph, calls: list[StepCall]) -> list[StepCall]:
+    """The sums that are steps, long and unsupported ones included, in the order in which they ran."""
+    sums = _with_first(_of_the_skip(graph, calls))
+    ends = {e.addition.result: e for e in sums if e.supported and e.kind != "decomposition"}
+    links = _links(graph, ends)
+    kept: list[StepCall] = []
+    for call in reversed(sums):  # what ends later is outside
+        if call.kind == "decomposition":
+            continue
+        around = [o for o in kept if o.supported and not o.long and call.addition.result in o.within]
+        if call.coupled or all(_holds_stream(outer, links) for outer in around):
+            call.long = call.supported and _is_long(graph, call, ends, links)
+            kept.append(call)
+        else:
+            call.reason = "it belongs to the branch of the step around it"
+    return _with_first(kept[::-1])
+
+
+def _with_first(calls: list[StepCall]) -> list[StepCall]:
+    """Without the further branches of what is no step."""
+    still = {id(e) for e in calls}
+    return [e for e in calls if e.first is None or id(e.first) in still]
+
+
+# ---- rule 1
+
+
+def _of_the_skip(graph: Graph, calls: list[StepCall]) -> list[StepCall]:
+    """Without what comes from its skip only through the branches of other sums; the other half of a pair is marked."""
+    sums: list[StepCall] = []
+    for call in calls:
+        inner = [e for e in sums if e.supported and e.addition.result in call.within]
+        if inner and graph.constant[call.state]:
+            call.reason = "what is added to was not computed from the model's input"
+        elif inner and _own(graph, call, inner) is None:
+            call.coupled = _is_other_half(graph, call, inner)
+            call.reason = "its branch comes from its skip only through the branches of other steps"
+            if call.coupled:
+                sums.append(call)
+        else:
+            sums.append(call)
+    return sums
+
+
+def _is_other_half(graph: Graph, call: StepCall, inner: list[StepCall]) -> bool:
+    """Whether two streams are changed in turn: the skip is a sum too, of the shape of the step's whose branch it is."""
+    holder = next((e for e in inner if call.state in e.within), None)
+    alike = holder is not None and graph.nodes[call.state].shape == graph.nodes[holder.state].shape
+    return alike and any(node in graph.sums for node in graph.same(call.skip, 0))
+
+
+class _Own(NamedTuple):
+    """What is left of a branch with the branches of the sums inside it cut."""
+
+    nothing: bool  # no map, norm or pooling
+    resized: bool  # all of it passes another resolution
+
+
+def _own(graph: Graph, call: StepCall, inner: Iterable[StepCall]) -> _Own | None:
+    """What is left of the branch; None where it does not come from the skip any more."""
+    cut = {e.addition.result: e.skip for e in inner}
+    way = _way(graph, call, cut)
+    if not way:
+        return None
+    own = [node for node in way if node != call.state and node not in cut]
+    ops = [graph.nodes[node].op for node in own]
+    upsampled = {node for node in own if UPSAMPLES.search(graph.nodes[node].op)}
+    return _Own(
+        nothing=not any(graph.is_map(n) for n in own) and not any(op in NORMS or POOLS.search(op) for op in ops),
+        resized=bool(upsampled) and not _way(graph, call, cut, without=upsampled),
+    )
+
+
+def _way(graph: Graph, call: StepCall, cut: Mapping[int, int], without: Collection[int] = ()) -> set[int]:
+    """The nodes from the state to the branch, where a result that is cut comes from its skip only; none: no way."""
+
+    def inputs(node: int) -> tuple[int, ...]:
+        return (cut[node],) if node in cut else graph.nodes[node].inputs
+
+    reached = {call.state}
+    for node in sorted(call.within.difference(without)):
+        if not reached.isdisjoint(inputs(node)):
+            reached.add(node)
+    if call.branch not in reached:
+        return set()
+    leads = {call.branch}
+    for node in sorted(reached, reverse=True):
+        if node in leads and node != call.state:
+            leads.update(i for i in inputs(node) if i in reached)
+    return leads
+
+
+# ---- chains and streams
+
+
+def _head(call: StepCall) -> StepCall:
+    return call.first or call
+
+
+def _links(graph: Graph, ends: _Sums) -> dict[StepCall, set[StepCall]]:
+    """Each sum's neighbours in its chain; those without one are in no stream."""
+    links: dict[StepCall, set[StepCall]] = defaultdict(set)
+    for call in {_head(e) for e in ends.values()}:
+        earlier = (ends[n] for n in _back(graph, call.skip, ends) if n in ends and ends[n] is not call)
+        before = next((_head(e) for e in earlier), call)
+        if before is not call and {call.kind, before.kind} != {"projection"}:
+            links[call].add(before)
+            links[before].add(call)
+    return dict(links)
+
+
+def _back(graph: Graph, node: int, ends: _Sums, most: int = 1) -> Iterator[int]:
+    """A node and what it comes from by shape-matching maps only, norms written by hand included."""
+    source: int | None = node
+    while source is not None:
+        chain = list(graph.matched(source, 0, most))
+        yield from (n for n, _ in chain)
+        last, passed = chain[-1]
+        most -= passed
+        by_hand = last not in ends and not graph.is_map(last) and len(graph.state_inputs(last)) > 1
+        source = _one_source(graph, last, ends) if by_hand else None
+
+
+def _one_source(graph: Graph, node: int, ends: _Sums, most: int = 64) -> int | None:
+    """The one node that all inputs of a node come from without a map, as `x` and its mean do in a norm by hand."""
+    frontier = set(graph.state_inputs(node))
+    for _ in range(most):
+        if len(frontier) <= 1:
+            return next(iter(frontier), None)
+        last = max(frontier)  # the nodes are in the order of execution: the latest comes from the others
+        if last in ends or not graph.nodes[last].inputs or graph.is_map(last) or graph.nodes[last].op == "embedding":
+            return None
+        frontier.remove(last)
+        frontier.update(graph.state_inputs(last))
+    return None
+
+
+def _holds_stream(outer: StepCall, links: Mapping[StepCall, set[StepCall]]) -> bool:
+    def inside(call: StepCall) -> bool:
+        return call.addition.result in outer.within
+
+    return any(inside(call) and any(map(inside, near)) for call, near in links.items())
+
+
+# ---- rule 2
+
+
+def _is_long(graph: Graph, call: StepCall, ends: _Sums, links: Mapping[StepCall, set[StepCall]]) -> bool:
+    inner = [e for e in ends.values() if e.addition.result in call.within]
+    own = _own(graph, call, inner) if inner else None
+    if own is None:
+        return False
+    if own.nothing or own.resized:
+        return True
+    in_streams = [e for e in inner if any(o.addition.result in call.within for o in links.get(_head(e), ()))]
+    in_one_itself = any(o.addition.result not in call.within for o in links.get(_head(call), ()))
+    begins_here = any(call.state in _back(graph, e.state, {}, 0) for e in inner if _head(e) in links)
+    several = len({_head(e) for e in inner if e.kind != "projection"}) > 1
+    return (bool(in_streams) and begins_here) or ((bool(in_streams) or several) and not in_one_itself)
+
+
+# ---- the depth
+
+
+def number_streams(graph: Graph, calls: list[StepCall]) -> None:
+    """Number the streams, the chains from skip to result, and count the calls in each.
+
+    A step and the steps inside its branch are streams of their own.
+    """
+    inside = {id(e): frozenset(id(o) for o in calls if e.addition.result in o.within) for e in calls}
+    ends = {e.addition.result: e for e in calls if e.supported}
+    streams = 0
+    for long in (False, True):
+        before: list[frozenset[StepCall]] = []  # for each node, the nearest steps of this kind that it comes from
+        for index, node in enumerate(graph.nodes):
+            call = ends.get(index)
+            if call is None:
+                before.append(frozenset().union(*(before[i] for i in node.inputs)))
+            elif call.long != long:
+                before.append(before[call.skip])
+            else:
+                nearest = call.first.before if call.first is not None else before[call.skip]
+                call.before = tuple(e for e in nearest if inside[id(e)] == inside[id(call)])
+                call.position = 1 + max((e.position for e in call.before), default=0)
+                before.append(frozenset((call,)))
+        members = [e for e in calls if e.long == long]
+        for call in members:
+            start = max(call.before, key=lambda e: e.position, default=call.first)
+            call.stream = streams if start is None else start.stream
+            streams += start is None
+            call.depth = call.position
+        for call in reversed(members):  # D is the length of the longest chain through the step
+            for other in (*call.before, *([call.first] if call.first is not None else [])):
+                other.depth = max(other.depth, call.depth)
+        for call in members:
+            if call.first is not None:
+                call.depth = call.first.depth

@@ -1,0 +1,287 @@
+"""Where in the source of a method that stands which a step may do as well.
+
+Before the addition: LayerScale, drop path and batch norm, called in the expression of the branch or in the statements
+that lead to it. After it: the activation or the norm of the sum. Whether they are fused is decided at each call, by
+`eulernet._run.fuse`. Here two things must be right: where a name may hold a deferred branch, it is materialized; and
+nothing is deferred whose input could be written into until the addition, by another name that it has.
+"""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import dataclass, field
+from itertools import pairwise
+from types import CodeType
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from eulernet._run import fuse
+
+# What an expression is: a module's call or a product with gamma, which can be put off; a name that is read where its
+# branch may wait; the call of a norm that takes what was computed together with the sum.
+Kind = Literal["defer", "gamma first", "gamma last", "materialize", "take norm"]
+Edit = tuple[Kind, ast.expr]
+
+_SIMPLE = (ast.Assign, ast.AugAssign, ast.AnnAssign, ast.Return, ast.Expr)
+# Where none of these is, what runs after what is plain to see.
+_INVOLVED = (
+    *(ast.For, ast.While, ast.AsyncFor, ast.Try, ast.TryStar, ast.With, ast.AsyncWith, ast.Match),
+    *(ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda, ast.GeneratorExp, ast.Delete),
+    *(ast.ListComp, ast.SetComp, ast.DictComp, ast.NamedExpr, ast.Yield, ast.YieldFrom, ast.Await),
+)
+_READ_ALL_NAMES = frozenset({"locals", "vars", "eval", "exec"})
+
+
+@dataclass
+class Surroundings:
+    """What to do with which expressions; the norm that is called next; whether the sum is an activation's or norm's."""
+
+    edits: list[Edit] = field(default_factory=list)
+    add_norm: str | None = None
+    epilogue: bool = False
+
+
+def surroundings(
+    definition: ast.FunctionDef, addition: ast.AST, branch: ast.expr, code: CodeType, receiver: str, module: nn.Module
+) -> Surroundings:
+    """What stands around an addition in a method of a module, whose operand `branch` is scaled."""
+    method = _Method(definition, code, receiver, module)
+    found = Surroundings(epilogue=fuse.after(method.called(epilogue(definition, addition)[0])))
+    found.edits, operand = method.chain(branch)
+    block, i, plainly = _standing(definition, addition)
+    calls = [node for node in ast.walk(addition) if isinstance(node, ast.Call)]
+    others = [call for call in calls if not any(call is node for node in ast.walk(branch))]  # of the other operand
+    if isinstance(operand, ast.Name):
+        alone = len(_names(addition, operand.id, ast.Load)) == 1 and _alone(operand.id, _before(definition, block[i]))
+        if found.edits and any(_start(call) > _start(branch) for call in others) and not alone:
+            found.edits = []
+        elif plainly:
+            found.edits += method.statements(operand, block, i, calm=not others)
+    match block[i]:
+        case ast.Assign(targets=[ast.Name(id=name)], value=value) if value is addition and not found.epilogue:
+            call = method.norm_of(name, block[i + 1 :])
+            if call is not None and isinstance(call.func, ast.Attribute):
+                found.add_norm = call.func.attr
+                found.edits.append(("take norm", call))
+    return found
+
+
+def epilogue(definition: ast.AST, node: ast.AST) -> tuple[ast.Call | None, list[ast.stmt], int]:
+    """The call that takes a sum: it stands around it or is the next statement, `x += y; x = f(x)`.
+
+    In the latter case also the block of statements and where in it the two stand.
+    """
+    for parent in ast.walk(definition):
+        if isinstance(parent, ast.Call) and parent.args == [node]:
+            return parent, [], 0
+        for block in _blocks(parent):
+            for i, (first, second) in enumerate(pairwise(block)):
+                match first:
+                    case ast.AugAssign(target=ast.Name(id=name)) if first is node:
+                        pass
+                    case ast.Assign(targets=[ast.Name(id=name)], value=value) if value is node:
+                        pass
+                    case _:
+                        continue
+                match second:
+                    case ast.Assign(targets=[ast.Name(id=to)], value=ast.Call(args=[ast.Name(id=of)]) as call):
+                        if to == of == name:
+                            return call, block, i
+                    case ast.Return(value=ast.Call(args=[ast.Name(id=of)]) as call) if of == name:
+                        return call, block, i
+    return None, [], 0
+
+
+@dataclass(frozen=True)
+class _Method:
+    definition: ast.FunctionDef
+    code: CodeType
+    receiver: str
+    module: nn.Module
+
+    def called(self, node: ast.AST | None) -> Any:
+        """The submodule that an expression calls with one argument, `self.name(argument)`; `...` if it calls none."""
+        match node:
+            case ast.Call(func=ast.Attribute(value=ast.Name(id=name), attr=attribute), args=[argument], keywords=[]):
+                if name == self.receiver and not isinstance(argument, ast.Starred):
+                    return getattr(self.module, attribute, ...)
+        return ...
+
+    def can_wait(self, node: ast.AST) -> bool:
+        """Whether an expression calls a module that a step knows, or one that only other modules of this class have."""
+        module = self.called(node)
+        return module is None or fuse.before(module) is not None
+
+    def gamma(self, node: ast.AST) -> bool:
+        """Whether an expression is a vector of the module, `self.gamma` or `self.gamma.reshape(1, -1, 1, 1)`."""
+        match node:
+            case ast.Attribute(value=ast.Name(id=name), attr=attribute) if name == self.receiver:
+                value = getattr(self.module, attribute, None)
+                return isinstance(value, Tensor) and sum(n != 1 for n in value.shape) == 1
+            case ast.Call(func=ast.Attribute(value=value, attr="reshape" | "view"), keywords=[]):
+                return self.gamma(value)
+        return False
+
+    def chain(self, node: ast.expr) -> tuple[list[Edit], ast.expr]:
+        """The modules and gammas that are applied to an expression, the last one first, and that expression."""
+        match node:
+            case ast.Call(args=[inner]) if self.can_wait(node):
+                kind: Kind = "defer"
+            case ast.BinOp(left=gamma, op=ast.Mult(), right=inner) if self.gamma(gamma):
+                kind = "gamma first"
+            case ast.BinOp(left=inner, op=ast.Mult(), right=gamma) if self.gamma(gamma):
+                kind = "gamma last"
+            case ast.Call(func=ast.Attribute(value=inner, attr="mul"), args=[gamma], keywords=[]) if self.gamma(gamma):
+                kind = "gamma last"
+            case _:
+                return [], node
+        edits, innermost = self.chain(inner)
+        return [(kind, node), *edits], innermost
+
+    def statements(self, operand: ast.Name, block: list[ast.stmt], i: int, calm: bool) -> list[Edit]:
+        """What is applied to a name in the statements before the one that adds it, and where else it is read.
+
+        `calm`: that one calls nothing before the addition.
+        """
+        name, last = operand.id, block[i]
+        if name not in self.code.co_varnames or name in self.code.co_cellvars:
+            return []
+        if not (_READ_ALL_NAMES.isdisjoint(self.code.co_names) and _plain(last) and self._is_last(name, last)):
+            return []
+        edits: list[Edit] = []
+        waits: list[ast.expr] = [operand]  # where a branch is read that may go on waiting
+        begin = i
+        for j in reversed(range(i)):
+            statement = block[j]
+            if not (isinstance(statement, ast.Assign | ast.AugAssign | ast.Expr | ast.If) and _plain(statement, name)):
+                break
+            nested = isinstance(statement, ast.If)
+            blocks: list[list[ast.stmt]] = _blocks(statement) if nested else [[statement]]
+            assignments = [_assignments(each, name) for each in blocks]
+            if any(len(each) > 1 for each in assignments):
+                break
+            old = nested or not any(assignments)  # whether after it the name may hold what it held before it
+            for inner, each in zip(blocks, assignments, strict=True):
+                match each:
+                    case [ast.Assign(targets=[ast.Name()], value=value) as assignment]:
+                        found, innermost = self.chain(value)
+                        same = isinstance(innermost, ast.Name) and innermost.id == name
+                        at_once = calm and j + 1 == i and inner[-1] is assignment
+                        alone = at_once or (same and _alone(name, _before(self.definition, assignment)))
+                        if isinstance(innermost, ast.Name) and not alone:
+                            continue  # until the addition others may write into what this name holds
+                        if found:
+                            edits, begin = edits + found, j
+                        if found and same:
+                            waits.append(innermost)
+                            old = True
+            if not old:
+                break
+        if edits:
+            reads = [read for statement in block[begin : i + 1] for read in _names(statement, name, ast.Load)]
+            edits += [("materialize", read) for read in reads if not any(read is each for each in waits)]
+        return edits
+
+    def _is_last(self, name: str, statement: ast.stmt) -> bool:
+        """Whether nothing that runs after a statement reads what the name held before it."""
+        match statement:
+            case ast.Return():
+                return True
+            case ast.AugAssign(target=ast.Name(id=target)) | ast.Assign(targets=[ast.Name(id=target)]):
+                if target == name:
+                    return True
+        end = statement.end_lineno or 0, statement.end_col_offset or 0
+        return all((read.lineno, read.col_offset) < end for read in _names(self.definition, name, ast.Load))
+
+    def norm_of(self, name: str, following: list[ast.stmt]) -> ast.Call | None:
+        """The call of a norm with what a name holds, `self.norm(x)`, if it is the next thing to be called."""
+        for statement in following:
+            match statement:
+                case ast.Assign(targets=[ast.Name(id=target)], value=ast.Name()) if target != name:
+                    continue  # `residual = x`
+            if isinstance(statement, _SIMPLE) and _plain(statement):
+                call = _first_call(statement)
+                match call:
+                    case ast.Call(args=[ast.Name(id=given)]) if given == name and fuse.norm(self.called(call)):
+                        return call
+            return None
+        return None
+
+
+def _alone(name: str, statements: list[ast.stmt]) -> bool:
+    """Whether after these statements a name holds the result of an expression that no statement has read since."""
+    for n in reversed(range(len(statements))):
+        match statements[n]:
+            case ast.Assign(targets=[ast.Name(id=target)], value=ast.Call() | ast.BinOp()) if target == name:
+                return True
+            case ast.If(test=test, body=body, orelse=orelse) as choice if _assignments([choice], name):
+                ways = [statements[:n] + way for way in (body, orelse)]
+                return not _names(test, name, ast.Load) and all(_alone(name, way) for way in ways)
+            case statement if any(isinstance(node, ast.Name) and node.id == name for node in ast.walk(statement)):
+                return False
+    return False
+
+
+def _before(node: ast.AST, statement: ast.stmt) -> list[ast.stmt]:
+    """The statements that run before one that stands in a node, as far as only `if`s lead from them to it."""
+    for block in _blocks(node):
+        for n, each in enumerate(block):
+            if each is statement:
+                return block[:n]
+            if any(inner is statement for inner in ast.walk(each)):
+                return (block[:n] if isinstance(each, ast.If) else []) + _before(each, statement)
+    return []
+
+
+def _start(node: ast.AST) -> tuple[int, int]:
+    return getattr(node, "lineno", 0), getattr(node, "col_offset", 0)
+
+
+def _first_call(node: ast.AST) -> ast.Call | None:
+    """The call that is evaluated first, None where it depends on something."""
+    if isinstance(node, ast.IfExp | ast.BoolOp):
+        return None
+    for child in ast.iter_child_nodes(node):
+        if any(isinstance(each, ast.Call) for each in ast.walk(child)):
+            return _first_call(child)
+    return node if isinstance(node, ast.Call) else None
+
+
+def _blocks(node: ast.AST) -> list[list[ast.stmt]]:
+    given: list[Any] = [getattr(node, name, None) for name in ("body", "orelse", "finalbody")]
+    return [block for block in given if isinstance(block, list)]
+
+
+def _standing(definition: ast.AST, node: ast.AST) -> tuple[list[ast.stmt], int, bool]:
+    """The innermost block that holds an expression, where in it its statement is, and whether only `if`s lead there."""
+    for block in _blocks(definition):
+        for i, statement in enumerate(block):
+            if any(each is node for each in ast.walk(statement)):
+                inner, j, plainly = _standing(statement, node)
+                if inner:
+                    return inner, j, plainly and isinstance(statement, ast.If)
+                return block, i, isinstance(statement, _SIMPLE)
+    return [], 0, False
+
+
+def _plain(statement: ast.stmt, name: str | None = None) -> bool:
+    """Whether it is plain to see what a statement reads and sets, and it does not augment the name."""
+    for node in ast.walk(statement):
+        match node:
+            case ast.AugAssign(target=ast.Name(id=target)) if target == name:
+                return False
+        if isinstance(node, _INVOLVED):
+            return False
+    return True
+
+
+def _assignments(block: list[ast.stmt], name: str) -> list[ast.Assign]:
+    """Those that set a name."""
+    nodes = [node for statement in block for node in ast.walk(statement) if isinstance(node, ast.Assign)]
+    return [node for node in nodes if any(_names(target, name, ast.Store) for target in node.targets)]
+
+
+def _names(tree: ast.AST, name: str, context: type[ast.expr_context]) -> list[ast.Name]:
+    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
+    return [node for node in nodes if node.id == name and isinstance(node.ctx, context)]

@@ -1,0 +1,391 @@
+"""Run a model once and trace which tensor came from which.
+
+The trace is a graph: one node a torch function call, with the nodes of the tensors it read. Additions are kept with
+the Python frames that made them, module calls with the span of nodes they made. What any of it means is decided in
+`classify.py`; nothing here knows what a residual step is.
+
+The model that runs is a copy whose tensors are fake (shapes and dtypes without values), so that neither the model nor
+its caches nor the random number generators change, and a model of any size is traced in a moment.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import CodeType
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# These read a tensor for its shape, dtype or device only: the values of their result do not come from it.
+_SHAPE_ONLY = frozenset(
+    "zeros_like ones_like empty_like full_like rand_like randn_like randint_like new_zeros new_ones new_empty new_full "
+    "new_tensor new_empty_strided empty_strided detach".split()
+)
+# The second tensor of these gives a shape, dtype or device only.
+_SHAPE_FROM_SECOND = frozenset("to type_as expand_as view_as reshape_as".split())
+# The same slice of the same tensor, written twice, is one node.
+SLICES = frozenset("getitem narrow select slice chunk split unbind".split())
+# An addition, and what else can add a branch to a skip in one call.
+ADDITIONS = frozenset("add sub subtract radd iadd isub".split())
+FUSED_ADDITIONS = frozenset("addcmul addcdiv index_add scatter_add lerp addmm baddbmm addbmm addmv".split())
+
+
+@dataclass(slots=True)
+class Frame:
+    """A Python frame at the moment of an addition: its code, its instruction, and the module that is its first
+    argument, if it is one."""
+
+    code: CodeType
+    lasti: int
+    module: nn.Module | None
+
+
+class Ref(int):
+    """A tensor among the arguments of an operation: the node that made it."""
+
+
+@dataclass(slots=True)
+class Node:
+    """One operation: its name, the nodes of floating tensors that it read, the shape of its result, and its call.
+
+    It is constant where no input of the model, such as the ids of tokens, had a part in it.
+    """
+
+    op: str
+    inputs: tuple[int, ...]
+    shape: tuple[int, ...]
+    constant: bool
+    args: Any = ()  # with a `Ref` for each tensor whose values are read
+    kwargs: Any = field(default_factory=dict)
+    output: int = 0  # which of the results it is; -1 where it is a tensor that the operation wrote into besides
+
+
+@dataclass(slots=True)
+class Addition:
+    """`result = left + right`, two floating tensors of one shape, or an operation that fuses such a sum with others."""
+
+    op: str
+    result: int
+    left: int
+    right: tuple[int, ...]
+    call: int
+    frames: list[Frame]
+    in_place: bool
+    function: str | None = None  # the torch.autograd.Function that it is made in
+
+
+@dataclass(slots=True)
+class ModuleCall:
+    """One call of a module: the nodes made within it are those from `start` up to `end`."""
+
+    module: nn.Module
+    parent: int
+    start: int
+    end: int = sys.maxsize
+
+
+@dataclass
+class Trace:
+    """What one run of a model did."""
+
+    nodes: list[Node] = field(default_factory=list)
+    additions: list[Addition] = field(default_factory=list)
+    calls: list[ModuleCall] = field(default_factory=list)
+    used: dict[int, int] = field(default_factory=dict)  # ids of the parameters and buffers that were read -> nodes
+    outputs: list[int] = field(default_factory=list)  # what the model returned
+
+
+_Called: TypeAlias = tuple[Any, Any, int]  # the last three entries of a node
+
+
+class Tracer(TorchFunctionMode):
+    """Writes the trace: names come from the torch functions that Python calls, the rest from what they dispatch."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.trace = Trace()
+        self.stack: list[int] = []
+        self.inside = False
+        self._of: dict[int, int] = {}  # id of a tensor -> its node
+        self.alive: list[Tensor] = []  # keeps those ids from being used again
+        self._writes: dict[int, int] = {}  # storage -> the node that last wrote into it
+        self._views: dict[Any, int] = {}  # the same view of the same node is one node
+        self.functions = _forwards()
+        self.parameters = {id(t) for module in all_modules(model) for t in _own(module)}
+
+    # ---- nodes
+    def new(
+        self, op: str, inputs: tuple[int, ...], shape: tuple[int, ...], constant: bool, called: _Called = ((), {}, 0)
+    ) -> int:
+        self.trace.nodes.append(Node(op, inputs, shape, constant, *called))
+        return len(self.trace.nodes) - 1
+
+    def set(self, tensor: Tensor, node: int) -> None:
+        if id(tensor) not in self._of:
+            self.alive.append(tensor)
+        self._of[id(tensor)] = node
+
+    def node(self, tensor: Tensor) -> int:
+        """The node that made the value that `tensor` has now, writes through views of it included."""
+        node = self._of.get(id(tensor))
+        if node is None:
+            is_parameter = id(tensor) in self.parameters
+            node = self.new("parameter" if is_parameter else "input", (), tuple(tensor.shape), is_parameter)
+            if is_parameter:
+                self.trace.used[id(tensor)] = node
+            self.set(tensor, node)
+        write = self._writes.get(_storage(tensor), -1)
+        if write > node:
+            constant = self.trace.nodes[node].constant and self.trace.nodes[write].constant
+            called: _Called = ((Ref(node), Ref(write)), {}, 0)
+            node = self.new("overwritten", (node, write), tuple(tensor.shape), constant, called)
+            self.set(tensor, node)
+        return node
+
+    # ---- operations
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.observe(func, args, kwargs or {}, sys._getframe(1))
+
+    def observe(self, func: Any, args: Any, kwargs: Any, frame: Any) -> Any:
+        if self.inside:  # dispatched by a torch function that is being recorded
+            return func(*args, **kwargs)
+        self.inside = True
+        try:
+            return self.write(func, args, kwargs, frame)
+        finally:
+            self.inside = False
+
+    def write(self, func: Any, args: Any, kwargs: Any, frame: Any) -> Any:
+        name = _name(func)
+        tensors = list(tensors_in((args, kwargs)))
+        if not tensors and name in ("size", "dim", "get"):
+            return func(*args, **kwargs)
+        before = [(t, self.node(t), _version(t)) for t in tensors]
+        out = func(*args, **kwargs)
+        results = list(tensors_in(out))
+        if not results and not any(_version(t) != v for t, _, v in before):
+            return out
+
+        nodes = {id(t): n for t, n, _ in before}
+        if name in _SHAPE_ONLY:
+            inputs: tuple[int, ...] = ()
+            read = nodes if name == "detach" else {}
+        elif name in _SHAPE_FROM_SECOND:
+            inputs = tuple(n for _, n, _ in before[:1])
+            read = {id(t): n for t, n, _ in before[:1]}
+        else:
+            inputs = tuple(dict.fromkeys(n for t, n, _ in before if _is_float(t)))
+            read = nodes
+        called = _referring(args, read), _referring(kwargs, read)
+
+        constant = name in _SHAPE_ONLY or all(self.trace.nodes[n].constant for _, n, _ in before)
+
+        written = [t for t, _, v in before if _version(t) != v]
+        seen = set(nodes)
+        for i, result in enumerate(results):
+            if id(result) not in seen:
+                seen.add(id(result))
+                self.set(result, self.result(name, inputs, constant, (args, kwargs, i), result, (*called, i)))
+        for target in written:
+            output = next((i for i, result in enumerate(results) if result is target), -1)
+            node = self.new(name, inputs, tuple(target.shape), constant, (*called, output))
+            self.set(target, node)
+            self._writes[_storage(target)] = node
+        if results and (name in ADDITIONS or name in FUSED_ADDITIONS):
+            self.addition(name, args, kwargs, nodes, results[0], bool(written), frame)
+        return out
+
+    def result(
+        self, name: str, inputs: tuple[int, ...], constant: bool, arguments: Any, result: Tensor, called: _Called
+    ) -> int:
+        shape = tuple(result.shape)
+        if not _is_float(result):  # what went through integers is no longer a function to be trained
+            return self.new(name, (), shape, constant, called)
+        if len(inputs) == 1 and name in SLICES:
+            key = (name, inputs, repr(_plain(arguments)), shape)
+            if key not in self._views:
+                self._views[key] = self.new(name, inputs, shape, constant, called)
+            return self._views[key]
+        return self.new(name, inputs, shape, constant, called)
+
+    def addition(
+        self, op: str, args: Any, kwargs: Any, nodes: dict[int, int], result: Tensor, in_place: bool, frame: Any
+    ) -> None:
+        left = args[0] if args else kwargs.get("input")
+        if op in ADDITIONS:
+            right = [args[1] if len(args) > 1 else kwargs.get("other")]
+        else:
+            right = [t for t in tensors_in((args[1:], kwargs)) if _is_float(t)]
+        if not isinstance(left, Tensor) or not right or not all(isinstance(t, Tensor) for t in right):
+            return
+        if not _is_float(result) or left.shape != result.shape:
+            return
+        if op in ADDITIONS and (right[0].shape != result.shape or not _is_float(right[0])):
+            return
+        self.trace.additions.append(
+            Addition(
+                op=op,
+                result=self._of[id(result)],
+                left=nodes[id(left)],
+                right=tuple(nodes[id(t)] for t in right),
+                call=self.stack[-1] if self.stack else 0,
+                frames=list(_frames(frame)),
+                in_place=in_place,
+                function=next((self.functions[c] for c in _codes(frame) if c in self.functions), None),
+            )
+        )
+
+    # ---- module calls
+    def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        for tensor in tensors_in((args, kwargs)):
+            self.node(tensor)  # what comes from the caller is older than the call
+        self.trace.calls.append(ModuleCall(module, self.stack[-1] if self.stack else -1, len(self.trace.nodes)))
+        self.stack.append(len(self.trace.calls) - 1)
+
+    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        while self.stack:
+            call = self.trace.calls[self.stack.pop()]
+            call.end = len(self.trace.nodes)
+            if call.module is module:
+                return
+
+
+class DispatchTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """What no torch function announced: the inside of scripted functions, views made by autograd."""
+
+    def __init__(self, tracer: Tracer) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.tracer = tracer
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.tracer.observe(func, args, kwargs or {}, sys._getframe(1))
+
+
+def all_modules(model: nn.Module) -> Iterator[nn.Module]:
+    """The registered modules, and those that a module keeps unregistered in a list, tuple, dict or attribute."""
+    seen: set[int] = set()
+    pending: list[Any] = [model]
+    while pending:
+        value = pending.pop()
+        if id(value) in seen:
+            continue
+        if isinstance(value, nn.Module):
+            seen.add(id(value))
+            yield value
+            pending.extend(vars(value).values())
+        elif type(value) in (list, tuple):
+            seen.add(id(value))
+            pending.extend(value)
+        elif type(value) in (dict, OrderedDict):
+            seen.add(id(value))
+            pending.extend(value.values())
+
+
+def _own(module: nn.Module) -> Iterator[Tensor]:
+    yield from module.parameters(recurse=False)
+    yield from module.buffers(recurse=False)
+
+
+def _name(func: Any) -> str:
+    """`add` for `torch.add`, `Tensor.add_`, `x + y`, `x += y` and `aten.add.Tensor`; the attribute for `x.T`."""
+    name: str = getattr(func, "__name__", "")
+    if name == "__get__":
+        return getattr(getattr(func, "__self__", None), "__name__", "get")
+    if isinstance(func, torch._ops.OpOverload):
+        name = func._schema.name.rpartition("::")[2]
+    return name.strip("_")
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from tensors_in(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_in(item)
+
+
+def _referring(value: Any, nodes: dict[int, int]) -> Any:
+    """Arguments with a `Ref` for each tensor in `nodes`, and without the others."""
+    if isinstance(value, Tensor):
+        return Ref(nodes[id(value)]) if id(value) in nodes else None
+    if isinstance(value, (tuple, list)):
+        return [_referring(item, nodes) for item in value]
+    if isinstance(value, dict):
+        return {key: _referring(item, nodes) for key, item in value.items()}
+    return value
+
+
+def _plain(value: Any) -> Any:
+    """Arguments without their tensors, to compare two calls."""
+    if isinstance(value, Tensor):
+        return f"<{id(value)}>" if not _is_float(value) else "<tensor>"
+    if isinstance(value, (tuple, list)):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return value
+
+
+def _is_float(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _version(tensor: Tensor) -> int:
+    try:
+        return tensor._version
+    except RuntimeError:  # an inference tensor: nothing counts its writes
+        return 0
+
+
+def _storage(tensor: Tensor) -> int:
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (RuntimeError, NotImplementedError):  # a tensor without storage has no views either
+        return -id(tensor)
+
+
+# Where a run is traced: here, and where it is begun.
+_RECORDING = (__file__, str(Path(__file__).with_name("sandbox.py")))
+_MODULE_CALL = nn.Module.__call__.__code__.co_filename
+_PLUMBING = tuple(
+    torch.__path__[0] + name
+    for name in ("/overrides.py", "/_ops.py", "/_compile.py", "/utils/_python_dispatch.py", "/_dynamo/", "/_tensor.py")
+)
+
+
+def _frames(frame: Any) -> Iterator[Frame]:
+    """The frames from an operation up to the `forward` of the module that is being called."""
+    while frame is not None and frame.f_code.co_filename != _MODULE_CALL:
+        code = frame.f_code
+        if not code.co_filename.startswith(_PLUMBING) and code.co_filename not in _RECORDING:
+            first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+            yield Frame(code, frame.f_lasti, first if isinstance(first, nn.Module) else None)
+        frame = frame.f_back
+
+
+def _codes(frame: Any) -> Iterator[CodeType]:
+    while frame is not None:
+        yield frame.f_code
+        frame = frame.f_back
+
+
+def _forwards(cls: type[torch.autograd.Function] = torch.autograd.Function) -> dict[CodeType, str]:
+    """The forwards of all kinds of `torch.autograd.Function` but torch's own, whose backwards run modules again."""
+    found: dict[CodeType, str] = {}
+    for kind in cls.__subclasses__():
+        code = getattr(inspect.unwrap(kind.forward), "__code__", None)
+        if code is not None and not kind.__module__.startswith("torch."):
+            found[code] = kind.__qualname__
+        found.update(_forwards(kind))
+    return found

@@ -1,0 +1,369 @@
+"""Patch a model: give each block that holds a step a subclass of its class, with the additions rewritten.
+
+Only `block.__class__` changes, and one entry of `block.__dict__` that holds h. The subclass is cached: all blocks of
+one class with the same steps share it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, TypeVar
+
+from torch import nn
+
+from eulernet._checks import check_model, check_module, is_sharded
+from eulernet._errors import EulernetError, EulernetWarning
+from eulernet._find.absorb import absorbing, check_scalable, refusal, scale_parameters
+from eulernet._find.sandbox import preserve_state
+from eulernet._find.search import FoundStep, Search, search
+from eulernet._patch.cautions import rounded_away, trained
+from eulernet._patch.select import HLike, Selector, names_given, select, values
+from eulernet._patch.subclass import patched_class
+from eulernet._run.factor import StepFactor
+from eulernet._run.hooks import StepInputs, add_step_hook
+from eulernet._run.learned import Trainable, check_shared, checked, plan_learned
+from eulernet._run.patched import FACTORS, STEPS, Factor, Patched, bound, original_class, restore_class, slots
+from eulernet._source import Unsupported
+from eulernet._step import Step, Steps
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def find_steps(model: nn.Module, *, example_inputs: Any = None) -> Steps:
+    """The steps that `patch` would change; the model is left as it is.
+
+    Args:
+        model: any `torch.nn.Module`.
+        example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments that the model takes.
+            Shapes, dtypes and devices matter, values do not. Guessed for models of timm, torchvision, Hugging Face and
+            Lightning, which say what they take.
+
+    Returns:
+        `Steps`, which prints as a table. Its `long`, `unsupported`, `unreached` and `notes` say what was seen besides.
+
+    Raises:
+        EulernetError: no example input can be guessed, or the model fails on it.
+
+    Example:
+        >>> import torch, eulernet
+        >>> layer = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        >>> [step.kind for step in eulernet.find_steps(layer, example_inputs=torch.zeros(2, 5, 8))]
+        ['identity', 'identity']
+    """
+    check_model(model, "find_steps")
+    with search(model, example_inputs) as result:
+        return result.steps
+
+
+def patch(
+    model: Model,
+    h: HLike = 0.1,
+    *,
+    example_inputs: Any = None,
+    include: Selector = None,
+    exclude: Selector = None,
+    preserve: bool | Literal["where_possible"] = False,
+    trainable: Trainable = False,
+) -> Model:
+    """Make each residual addition `s + F(s)` of a model a step `s + h * F(s)`, in place.
+
+    Eq. (3) of *Towards Robust ResNet* (Zhang et al., IJCAI 2019). Parameters, buffers, hooks, the `state_dict` and the
+    classes that `isinstance` sees stay what they are; with h = 1 the model computes the same bits as before. A patched
+    model that is patched again forgets its former steps.
+
+    Args:
+        model: any `torch.nn.Module`.
+        h: the step factor: a positive number for all steps; a sequence with one number a step; a mapping from patterns
+            on step names to numbers (the first match wins, the rest get 1); a function of a `Step`, such as the rules
+            in `eulernet.schedules`; "auto", which is `inverse_sqrt()` of them, 1 / sqrt(D); or `Steps`, for example
+            those that `Steps.from_json` read: without `include` and `exclude` these steps, and no others, get their h.
+        example_inputs: as for `find_steps`.
+        include, exclude: which steps: a pattern on names (`"layer1"`, `"blocks.*.attn"`), a module class, a function
+            `(step) -> bool`, or a list of these. Long steps are scaled only where `include` names them.
+        preserve: for a network that is trained already: divide the last affine maps of each branch by h (batch norm,
+            convolution, linear map, LayerScale), in place, so that the model computes what it computed, to rounding,
+            until it is trained on. A branch that has no such map, or shares it, is an error; with "where_possible" its
+            h stays what it was, 1. To undo this call `fold`: `unpatch` would leave the maps divided by h.
+        trainable: learn h, beginning at the `h` that is given. True or "step": one h a step; "stage": one for the steps
+            whose names are equal up to their last number, such as all of `layer1` in a ResNet or all `blocks` of a ViT;
+            "model": one for all. Each is h = exp(log_h), so positive, and log_h a parameter of the block, of shape (1,)
+            (FSDP2 takes no scalars) and of the block's dtype: `layer1.0.log_h`, or `blocks.0.log_h_0` and
+            `blocks.0.log_h_1` where a block has several steps. Blocks that share an h hold the same parameter, as tied
+            weights do (and as with these, FSDP2 refuses to shard them apart, and Hugging Face's `save_pretrained` to
+            write them). log_h must have no weight decay, which would pull h to 1. In float16 and bfloat16 it is rounded
+            like any parameter. The branch is kept for the gradient of h, and copied where it is the left operand of an
+            addition in place. To fix what was learned: `eulernet.patch(model, h=eulernet.steps(model))`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        EulernetError: no step was found, a value or pattern is wrong, a source cannot be rewritten, or the function
+            cannot be preserved. The model is then as it was.
+
+    Warns:
+        EulernetWarning: something was seen that is not scaled; the model seems to be trained, and its function is not
+            preserved; h is lost to rounding in half precision.
+
+    Example:
+        >>> import torch, eulernet
+        >>> layer = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        >>> layer = eulernet.patch(layer, h=0.1, example_inputs=torch.zeros(2, 5, 8))
+        >>> [step.h for step in eulernet.steps(layer)]
+        [0.1, 0.1]
+        >>> layer = eulernet.patch(layer, h="auto", trainable=True, example_inputs=torch.zeros(2, 5, 8))
+        >>> [name for name in layer.state_dict() if "log_h" in name]
+        ['log_h_0', 'log_h_1']
+    """
+    check_model(model, "patch")
+    if preserve not in (True, False, "where_possible"):
+        raise EulernetError(f'preserve={preserve!r} must be True, False or "where_possible"')
+    sharing = checked(trainable)
+    with search(model, example_inputs) as result:
+        by_index = {f.step.index: f for f in result.found}
+        if not by_index:
+            seen = "".join(f"\n  seen and not supported: {line}" for line in result.steps.unsupported)
+            raise EulernetError(
+                f"no residual step was found in {type(model).__name__}: no addition of a tensor and a function "
+                f"of it{' that can be scaled' if seen else ''}.{seen}\n"
+                "eulernet.find_steps(model, example_inputs=...) shows what was seen; "
+                "eulernet.functional.euler_step(skip, branch, h) writes a step by hand."
+            )
+        ordered = [by_index[i] for i in sorted(by_index)]
+        chosen = select([f.step for f in ordered], [f.module for f in ordered], include, exclude, h)
+        for step in chosen:
+            if (error := by_index[step.index].error) is not None:
+                raise EulernetError(
+                    f"{step.name} ({step.module_class}): {error} Or leave it out: "
+                    f"eulernet.patch(model, ..., exclude={step.name!r})"
+                )
+        hs = dict(zip([s.index for s in chosen], values(h, chosen), strict=True))
+        scales = _preserving(model, result, hs, preserve) if preserve else {}
+        try:
+            changes = _changes([by_index[s.index] for s in chosen], hs, model)
+        except Unsupported as reason:
+            raise EulernetError(f"{type(model).__name__} cannot be patched: {reason}; exclude= that step") from reason
+        blocks = [(change.module, change.steps, change.hs) for change in changes]
+        learned = [] if sharing is None else plan_learned(model, blocks, sharing)
+        _prove(result, changes)
+    check_scalable(model, scales)
+    cautions = [
+        *(f"not scaled, because not supported: {line}" for line in result.steps.unsupported),
+        *result.steps.notes,
+    ]
+    if not preserve:
+        if not isinstance(h, Steps) and any(value != 1 for value in hs.values()):  # Steps restore what was there
+            cautions += trained(model)
+        cautions += rounded_away(model, ((c.module, value) for c in changes for value in c.hs))
+    if cautions:  # before anything is changed, since whoever calls may have made errors of warnings
+        warnings.warn("\n".join(cautions), EulernetWarning, stacklevel=2)
+    scale_parameters(scales)
+    for module in model.modules():
+        restore_class(module)
+    for change in changes:
+        change.apply(change.module)
+    for slot in learned:
+        slot.apply()
+    return model
+
+
+def _preserving(
+    model: nn.Module, result: Search, hs: dict[int, float], preserve: bool | Literal["where_possible"]
+) -> dict[nn.Parameter, float]:
+    """What the parameters are multiplied by, so that the model with these h computes what it does now.
+
+    Where a step has none, its h in `hs` is set to what it is now, if that is asked.
+    """
+    now = factors_now(model, result)
+    factors = {index: now.get(index, 1.0) / hs.get(index, 1.0) for index in (*now, *hs)}
+    scales, refused = absorbing(model, result, factors)
+    if refused and (preserve is True or not refused.keys() <= hs.keys()):
+        raise refusal(
+            result,
+            refused,
+            'Leave these at h = 1, and give h to the others: eulernet.patch(model, h, preserve="where_possible"). '
+            "Or begin at h = 1 with all, eulernet.patch(model, h=1.0), and move h while the model trains on "
+            "(eulernet.set_h).",
+        )
+    hs.update({index: now.get(index, 1.0) for index in refused})
+    return scales
+
+
+def factors_now(model: nn.Module, result: Search) -> dict[int, float]:
+    """The h of each patched step, by its index among those that were found in the original."""
+    found = {f.step.name: f for f in result.found}
+    factors = {}
+    for module, slot, step in slots(model):
+        patched = {targets for targets, number, *_ in module._euler_plan if number == slot}
+        if step.name not in found or patched != {site.location.targets for site in found[step.name].sites}:
+            raise EulernetError(
+                f"{step.name} ({type(module).__name__}) is patched, but these example inputs do not lead to the same "
+                "additions; pass the example_inputs with which the model was patched"
+            )
+        assert step.h is not None
+        factors[found[step.name].step.index] = step.h
+    return factors
+
+
+def steps(model: nn.Module) -> Steps:
+    """The steps of a patched model, each with its h.
+
+    Raises:
+        EulernetError: the model is not patched.
+
+    Example:
+        >>> import torch, eulernet
+        >>> layer = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        >>> layer = eulernet.patch(layer, h=[0.1, 0.2], example_inputs=torch.zeros(2, 5, 8))
+        >>> [(step.name, step.depth, step.h) for step in eulernet.steps(layer)]
+        [('<root>:0', 2, 0.1), ('<root>:1', 2, 0.2)]
+    """
+    return Steps([step for _, step, _ in bound(model, "steps")])
+
+
+def set_h(model: Model, h: HLike) -> Model:
+    """Give the steps of a patched model new step factors; `h` as for `patch`. Compiled graphs are not compiled again.
+
+    Raises:
+        EulernetError: the model is not patched, or a value is wrong; then nothing is changed.
+
+    Warns:
+        EulernetWarning: h is lost to rounding in half precision.
+
+    Example:
+        >>> import torch, eulernet
+        >>> layer = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        >>> layer = eulernet.patch(layer, h=0.1, example_inputs=torch.zeros(2, 5, 8))
+        >>> [step.h for step in eulernet.steps(eulernet.set_h(layer, {"<root>:0": 0.5, "*": 0.25}))]
+        [0.5, 0.25]
+    """
+    planned = _planned(model, h)
+    for caution in rounded_away(model, [(module, value) for module, _, value in planned]):
+        warnings.warn(caution, EulernetWarning, stacklevel=2)
+    for _, factor, value in planned:
+        factor.set(value)
+    return model
+
+
+def assign(model: nn.Module, h: HLike) -> None:
+    """`set_h` without its warnings."""
+    for _, factor, value in _planned(model, h):
+        factor.set(value)
+
+
+def _planned(model: nn.Module, h: HLike) -> list[tuple[nn.Module, Factor, float]]:
+    """For each step of a patched model its module, its factor and the new value, after all checks."""
+    held = bound(model, "set_h")
+    steps = [step for _, step, _ in held]
+    names_given(h, steps)
+    hs = values(h, steps)
+    check_shared([(step, factor, value) for (_, step, factor), value in zip(held, hs, strict=True)])
+    return [(module, factor, value) for (module, _, factor), value in zip(held, hs, strict=True)]
+
+
+def unpatch(model: Model) -> Model:
+    """Make a patched model what it was; nothing of eulernet is left on it.
+
+    Raises:
+        EulernetError: the model is sharded by FSDP, which has changed its classes on top of the patch.
+
+    Example:
+        >>> import torch, eulernet
+        >>> layer = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        >>> layer = eulernet.patch(layer, h=0.1, example_inputs=torch.zeros(2, 5, 8))
+        >>> type(eulernet.unpatch(layer)) is torch.nn.TransformerEncoderLayer
+        True
+    """
+    check_module(model, "unpatch")
+    for module in model.modules():
+        if is_sharded(module):
+            raise EulernetError(
+                f"{type(module).__name__} is sharded by FSDP, whose classes are built on the patched ones. To "
+                "have h = 1 "
+                "call eulernet.set_h(model, 1.0); to be rid of the patch, load the state_dict into a model "
+                "that is not patched."
+            )
+    for module in model.modules():
+        restore_class(module)
+    return model
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Whether any module of the model holds a step of eulernet's.
+
+    Example:
+        >>> import torch, eulernet
+        >>> eulernet.is_patched(torch.nn.Linear(2, 2))
+        False
+    """
+    check_module(model, "is_patched")
+    return any(isinstance(module, Patched) for module in model.modules())
+
+
+@dataclass(frozen=True)
+class _Change:
+    """What happens to one module: its new class, its steps, and their h."""
+
+    module: nn.Module
+    cls: type[nn.Module]
+    steps: list[Step]
+    hs: list[float]
+    found: list[FoundStep]
+
+    def apply(self, module: nn.Module) -> None:
+        like = next((p for p in (*module.parameters(), *module.buffers()) if p.is_floating_point()), None)
+        module.__dict__[FACTORS] = [StepFactor(h, like) for h in self.hs]
+        module.__dict__[STEPS] = self.steps
+        module.__class__ = self.cls
+
+
+def _changes(found: Sequence[FoundStep], hs: dict[int, float], model: nn.Module) -> list[_Change]:
+    changes = []
+    for module in {id(f.module): f.module for f in found}.values():
+        mine = [f for f in found if f.module is module]
+        plan = [(s.location.targets, slot, s.skip_is_left, s.subtracts) for slot, f in enumerate(mine) for s in f.sites]
+        cls = patched_class(original_class(module), tuple(plan))
+        changes.append(_Change(module, cls, [f.step for f in mine], [hs[f.step.index] for f in mine], mine))
+    layers = {id(c.module) for c in changes if isinstance(c.module, nn.TransformerEncoderLayer)}
+    for encoder in model.modules():
+        if isinstance(encoder, nn.TransformerEncoder) and any(id(layer) in layers for layer in encoder.layers):
+            changes.append(_Change(encoder, patched_class(original_class(encoder), ()), [], [], []))
+    return changes
+
+
+def _prove(search: Search, changes: Sequence[_Change]) -> None:
+    """Run the patched copies: each step must go through `_euler_step` as often as it was found."""
+    for sandbox in {id(run.sandbox): run.sandbox for run in search.runs}.values():
+        twins = {id(module): twin for twin, module in sandbox.original.items()}
+        counts: Counter[tuple[int, int]] = Counter()
+        for change in changes:
+            twin = twins[id(change.module)]
+            change.apply(twin)
+            add_step_hook(twin, partial(_count, counts, id(change.module)))
+        for run in search.runs:
+            if run.sandbox is not sandbox:
+                continue
+            counts.clear()
+            with preserve_state():
+                sandbox.run(run.args, run.kwargs, training=run.training)
+            for change in changes:
+                sites = [(f, s) for f in change.found for s in f.sites]
+                for place, (found, site) in enumerate(sites):
+                    passed, expected = counts[id(change.module), place], site.calls[run.training]
+                    if passed != expected:
+                        raise EulernetError(
+                            f"{found.step.name} ({found.step.module_class}): the addition at {site.location.file}:"
+                            f"{site.location.line} ran {expected} times, but {passed} times as a step once it was "
+                            "rewritten; "
+                            "nothing was changed. Leave it out: eulernet.patch(model, ..., "
+                            f"exclude={found.step.name!r})"
+                        )
+
+
+def _count(counts: Counter[tuple[int, int]], module: int, seen: StepInputs, add: Callable[[], Any]) -> Any:
+    counts[module, seen.place] += 1
+    return add()

@@ -1,0 +1,161 @@
+"""Rewrite one expression of one function.
+
+An addition is found in the source by the column positions that Python keeps for each instruction. The file is parsed,
+and compiling it unchanged must give the very code object that runs; then the addition becomes a method call on the
+module, the file is compiled again (never executed), and the one code object is bound to the function's own globals and
+closure. So names, closures, `super()`, private names and line numbers stay what they were.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+from types import FunctionType
+from typing import Any
+
+from eulernet._find.surroundings import epilogue
+from eulernet._run.patched import (
+    ADD_NORM,
+    DEFER,
+    DEFER_MUL,
+    EPILOGUE,
+    EPILOGUE_IN_PLACE,
+    FUNCTION,
+    MATERIALIZE,
+    SCALE,
+    STEP,
+    STEP_IN_PLACE,
+    TAKE_NORM,
+)
+from eulernet._source import Span, bind, compiled, definition_of, operands_of, receiver_of, span_of, stands_at
+
+_RECEIVER = "_euler_self"  # the first parameter that a free function gets
+
+
+def rewrite(function: FunctionType, edits: dict[Span, tuple[str, int]], free: bool) -> FunctionType:
+    """The function with each addition ("step", place) made a step, each call ("call", k) led to a rewritten function.
+
+    A `free` function gets the module as a first parameter of its own.
+    """
+    tree, statement, definition = definition_of(function)
+    copied = copy.deepcopy(statement)
+    mine = next(
+        n
+        for n in ast.walk(copied)
+        if isinstance(n, ast.FunctionDef) and n.name == definition.name and n.lineno == definition.lineno
+    )
+    first = function.__code__.co_firstlineno
+    if free:
+        receiver = _RECEIVER
+        mine.args.posonlyargs.insert(0, ast.arg(receiver)) if mine.args.posonlyargs else mine.args.args.insert(
+            0, ast.arg(receiver)
+        )
+    else:
+        receiver = receiver_of(mine.args)
+    for span in edits:
+        if span.epilogue:
+            node = next(
+                n for n in ast.walk(mine) if isinstance(n, ast.BinOp | ast.AugAssign) and stands_at(n, span, first)
+            )
+            call, block, i = epilogue(mine, node)
+            if block and call is not None:  # two statements become the second one, around what the first one adds
+                call.args = [node]  # type: ignore[list-item]
+                del block[i]
+    editor = _Editor(edits, function, receiver)
+    mine.body = [editor.visit(node) for node in mine.body]
+    code = compiled(tree, statement, ast.fix_missing_locations(copied), function)
+    assert code is not None
+    return bind(function, code)
+
+
+class _Editor(ast.NodeTransformer):
+    def __init__(self, edits: dict[Span, tuple[str, int]], function: FunctionType, receiver: str) -> None:
+        self.edits = edits
+        self.function = function
+        self.receiver = receiver
+        self.first = function.__code__.co_firstlineno
+        self.around = {at: (kind, place) for span, (_, place) in edits.items() for kind, at in span.edits}
+
+    def visit(self, node: ast.AST) -> Any:
+        match node:
+            case ast.Call(args=[sum_]) if (edit := self._edit(sum_)) and edit[0].epilogue:
+                return self._with_epilogue(node, sum_, edit[1][1])
+            case ast.Assign(targets=[target], value=sum_) if (edit := self._edit(sum_)) and edit[0].add_norm:
+                return self._with_add_norm(node, target, sum_, edit[1][1], edit[0].add_norm)
+        edit = self._edit(node)
+        self.generic_visit(node)
+        if edit is None:
+            return self._surrounding(node) if isinstance(node, ast.Call | ast.BinOp | ast.Name) else node
+        _, (kind, index) = edit
+        if kind == "call":
+            assert isinstance(node, ast.Call)
+            node.func = ast.copy_location(self._attribute(f"{FUNCTION}{index}"), node.func)
+            return node
+        left, right, keywords = operands_of(node, self.function.__qualname__)
+        in_place = isinstance(node, ast.AugAssign) or (isinstance(node, ast.Call) and self._is_in_place(node))
+        if isinstance(node, ast.AugAssign) and not isinstance(node.target, ast.Name):
+            node.value = ast.copy_location(self._call(SCALE, [node.value], index, []), node.value)
+            return node
+        if isinstance(node, ast.AugAssign):
+            assert isinstance(left, ast.Name)
+            call = self._call(STEP_IN_PLACE, [ast.Name(left.id, ast.Load()), right], index, [])
+            return ast.copy_location(ast.Assign([left], ast.copy_location(call, node)), node)
+        return ast.copy_location(self._call(STEP_IN_PLACE if in_place else STEP, [left, right], index, keywords), node)
+
+    def _with_epilogue(self, call: ast.Call, node: ast.AST, index: int) -> ast.expr:
+        """The activation or norm is handed over with the operands of the sum."""
+        left, right, _ = operands_of(node, self.function.__qualname__)
+        left, right = self.visit(left), self.visit(right)
+        if isinstance(node, ast.AugAssign):
+            assert isinstance(left, ast.Name)
+            left = ast.copy_location(ast.Name(left.id, ast.Load()), left)
+        method = EPILOGUE_IN_PLACE if isinstance(node, ast.AugAssign) else EPILOGUE
+        return ast.copy_location(self._call(method, [call.func, left, right], index, []), node)
+
+    def _with_add_norm(self, node: ast.Assign, target: ast.expr, sum_: ast.AST, index: int, norm: str) -> ast.Assign:
+        """A variable keeps what the norm makes of the sum until the norm is called."""
+        left, right, _ = operands_of(sum_, self.function.__qualname__)
+        call = self._call(ADD_NORM, [ast.Constant(norm), self.visit(left), self.visit(right)], index, [])
+        targets = ast.Tuple([target, ast.Name(_normed_name(index), ast.Store())], ast.Store())
+        assigned = ast.Assign([ast.copy_location(targets, target)], ast.copy_location(call, sum_))
+        return ast.copy_location(assigned, node)
+
+    def _surrounding(self, node: ast.Call | ast.BinOp | ast.Name) -> ast.expr:
+        kind, index = self.around.get(span_of(node, self.first), (None, 0))
+        match kind, node:
+            case "materialize", _:
+                new = ast.Call(self._attribute(MATERIALIZE), [node], [])
+            case "defer", ast.Call(func=func, args=[argument]):
+                new = self._call(DEFER, [func, argument], index, [])
+            case "take norm", ast.Call(func=func, args=[argument]):
+                new = ast.Call(
+                    self._attribute(TAKE_NORM), [func, argument, ast.Name(_normed_name(index), ast.Load())], []
+                )
+            case _, ast.BinOp(left=left, right=right) | ast.Call(func=ast.Attribute(value=left), args=[right]) if kind:
+                first = ast.Constant(kind == "gamma first")
+                new = self._call(DEFER_MUL, [left, right, first], index, [])
+            case _:
+                return node
+        return ast.copy_location(new, node)
+
+    def _edit(self, node: ast.AST) -> tuple[Span, tuple[str, int]] | None:
+        if isinstance(node, ast.BinOp | ast.AugAssign | ast.Call):
+            for span, edit in self.edits.items():
+                if stands_at(node, span, self.first) and (edit[0] == "step" or isinstance(node, ast.Call)):
+                    return span, edit
+        return None
+
+    @staticmethod
+    def _is_in_place(node: ast.Call) -> bool:
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else ast.unparse(node.func)
+        return (name.endswith("_") and not name.endswith("__")) or name.strip("_") in ("iadd", "isub")
+
+    def _call(self, method: str, operands: list[ast.expr], index: int, keywords: list[ast.keyword]) -> ast.Call:
+        return ast.Call(self._attribute(method), [*operands, ast.Constant(index)], keywords)
+
+    def _attribute(self, name: str) -> ast.Attribute:
+        return ast.Attribute(ast.Name(self.receiver, ast.Load()), name, ast.Load())
+
+
+def _normed_name(place: int) -> str:
+    return f"_euler_normed_{place}"

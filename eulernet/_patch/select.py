@@ -1,0 +1,172 @@
+"""Which steps, and which h for each."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+from torch import nn
+
+from eulernet._checks import positive
+from eulernet._errors import EulernetError, EulernetWarning
+from eulernet._step import ROOT, Step, Steps
+
+Pattern = str
+Selector = Pattern | type | Callable[[Step], bool] | Iterable["Selector"] | None
+HLike = float | Literal["auto"] | Sequence[float] | Mapping[str, float] | Callable[[Step], float] | Steps
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a pattern names a step: component by component, and all below what it names.
+
+    Example:
+        >>> matches("layer1", "layer1.0"), matches("layer1.*", "layer10.0"), matches("*.0", "layer1.0:1")
+        (True, False, True)
+    """
+    name, _, number = name.partition(":")
+    pattern, _, wanted = pattern.partition(":")
+    if wanted and not fnmatchcase(number, wanted):
+        return False
+    names, patterns = name.split("."), pattern.split(".")
+    short_enough = len(patterns) == len(names) if wanted else len(patterns) <= len(names)
+    return short_enough and all(fnmatchcase(n, p) for n, p in zip(names, patterns, strict=False))
+
+
+def select(
+    steps: Sequence[Step], modules: Sequence[nn.Module], include: Selector, exclude: Selector, h: Any
+) -> list[Step]:
+    """The steps that `include` and `exclude` leave; long ones only where `include` names them.
+
+    Without either, `Steps` as `h` restore the selection that they were made with.
+    """
+    if include is None and exclude is None and (named := names_given(h, steps)):
+        return [s for s in steps if s.name in named]
+    chosen = [s for s in steps if s.kind != "long"] if include is None else _which(steps, modules, include, "include")
+    dropped = {s.index for s in _which(steps, modules, exclude, "exclude")} if exclude is not None else set()
+    kept = [s for s in chosen if s.index not in dropped]
+    if not kept:
+        raise EulernetError(
+            f"include={include!r} and exclude={exclude!r} leave no step of {len(steps)}. The steps are: {_names(steps)}"
+        )
+    return kept
+
+
+def names_given(h: Any, steps: Sequence[Step]) -> set[str]:
+    """The steps that `Steps` as `h` have values for, all of them steps of the model; none for other `h`."""
+    named = {s.name for s in h if s.h is not None} if isinstance(h, Steps) else set()
+    unknown = sorted(named - {s.name for s in steps})
+    if unknown:
+        raise EulernetError(
+            f"h=Steps has values for {_list(unknown)}, which are no steps of this model. The steps are: {_names(steps)}"
+        )
+    return named
+
+
+def _which(steps: Sequence[Step], modules: Sequence[nn.Module], selector: Selector, argument: str) -> list[Step]:
+    if isinstance(selector, (str, type)) or callable(selector):
+        selectors: list[Any] = [selector]
+    elif isinstance(selector, Iterable):
+        selectors = list(selector)
+    else:
+        raise EulernetError(
+            f"{argument}={selector!r} is no pattern, module class, predicate on a step, or list of these; "
+            f'for example {argument}="layer1" or {argument}=lambda step: step.calls == 1'
+        )
+    chosen: set[int] = set()
+    for one in selectors:
+        found = {s.index for s, m in zip(steps, modules, strict=True) if _is_meant(one, s, m, argument)}
+        if not found and not (callable(one) and not isinstance(one, type)):
+            raise EulernetError(f"{argument}={_shown(one)} matches no step. The steps are: {_names(steps)}")
+        chosen |= found
+    return [s for s in steps if s.index in chosen]
+
+
+def _is_meant(selector: Any, step: Step, module: nn.Module, argument: str) -> bool:
+    if isinstance(selector, str):
+        return matches(selector, step.name)
+    if isinstance(selector, type):
+        return isinstance(module, selector)
+    if callable(selector):
+        return bool(selector(step))
+    raise EulernetError(f"{argument}: {selector!r} is no pattern, module class or predicate on a step")
+
+
+def values(h: Any, steps: Sequence[Step]) -> list[float]:
+    """The step factor of each of the selected steps, checked."""
+    if isinstance(h, str):
+        from eulernet.schedules import inverse_sqrt  # which needs the patched steps, and they need this
+
+        if h != "auto":
+            raise EulernetError(
+                f'h={h!r}: the one word that h may be is "auto", 1 / sqrt(D). Else it is a positive number, a '
+                "sequence, a mapping, or a rule such as eulernet.schedules.inverse(); for example h=0.1"
+            )
+        h = inverse_sqrt()
+    if isinstance(h, Steps):
+        known = {s.name: s.h for s in h}
+        missing = [s.name for s in steps if known.get(s.name) is None]
+        if missing:
+            raise EulernetError(
+                f"h=Steps has no value for {_list(missing)}; it has values for "
+                f"{_list([n for n, v in known.items() if v])}"
+            )
+        return [_checked(known[s.name], s.name) for s in steps]
+    if isinstance(h, Mapping):
+        return _from_mapping(h, steps)
+    if isinstance(h, Sequence) and not isinstance(h, (str, bytes)):
+        if len(h) != len(steps):
+            raise EulernetError(
+                f"h has {len(h)} values, the model has {len(steps)} steps: {_names(steps)}. "
+                f"Pass one number for all, or a sequence of {len(steps)}."
+            )
+        return [_checked(value, s.name) for value, s in zip(h, steps, strict=True)]
+    if isinstance(h, type):
+        raise EulernetError(
+            f"h={h.__name__} is a class, not a rule: make one of it, as in eulernet.schedules.inverse()"
+        )
+    if callable(h):
+        return [_checked(h(s), s.name) for s in steps]
+    value = _checked(h, None)
+    return [value] * len(steps)
+
+
+_UNMATCHED = object()
+
+
+def _from_mapping(h: Mapping[Any, Any], steps: Sequence[Step]) -> list[float]:
+    for pattern in h:
+        if not isinstance(pattern, str):
+            raise EulernetError(
+                f'h: the keys of the mapping are patterns on step names, like "layer1.*", not {pattern!r}'
+            )
+        if not any(matches(pattern, s.name) for s in steps):
+            raise EulernetError(f"h: the pattern {pattern!r} matches no step. The steps are: {_names(steps)}")
+    found = [next((v for p, v in h.items() if matches(p, s.name)), _UNMATCHED) for s in steps]
+    unmatched = [s.name for s, v in zip(steps, found, strict=True) if v is _UNMATCHED]
+    if unmatched:
+        warnings.warn(
+            f'h: no pattern matches {_list(unmatched)}, which get h = 1. Add "*": value as the last entry to give them '
+            "another one.",
+            EulernetWarning,
+            stacklevel=4,
+        )
+    return [1.0 if v is _UNMATCHED else _checked(v, s.name) for s, v in zip(steps, found, strict=True)]
+
+
+def _checked(value: Any, name: str | None) -> float:
+    return positive(value, "h" if name is None else f"h of {name}", "h=0.1")
+
+
+def _shown(selector: Any) -> str:
+    return selector.__qualname__ if isinstance(selector, type) else repr(selector)
+
+
+def _names(steps: Sequence[Step]) -> str:
+    return _list([s.name for s in steps])
+
+
+def _list(names: Sequence[str], most: int = 8) -> str:
+    shown = ", ".join(names[:most])
+    return shown + (f" and {len(names) - most} more" if len(names) > most else "") or ROOT

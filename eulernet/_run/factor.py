@@ -1,0 +1,152 @@
+"""The h of a step, and what a patched addition computes with it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from eulernet._errors import EulernetError
+
+
+class StepFactor:
+    """The h of one patched step: a number for eager mode, the same as a tensor for compiled graphs.
+
+    A compiled graph takes the tensor as an input, so that a new value costs no recompilation. It is no buffer:
+    `.half()` would round it, and it would appear in the `state_dict`.
+    """
+
+    def __init__(self, value: float, like: Tensor | None = None) -> None:
+        self.value = value
+        self.move(like)
+
+    def move(self, like: Tensor | None) -> None:
+        """Put the tensor where the parameters are, in float64: a tensor without dimensions widens no other's dtype."""
+        device = torch.device("cpu") if like is None or like.device.type == "meta" else like.device
+        dtype = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+        with torch.inference_mode(False):  # else the tensor could not be written into later
+            self.tensor = torch.tensor(self.value, device=device, dtype=dtype)
+
+    def to_device_of(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Go where `fn` puts the module's tensors, without being rounded to their dtype."""
+        like = fn(torch.empty(0, dtype=self.tensor.dtype, device=self.tensor.device))
+        if like.device != self.tensor.device:
+            self.move(like)
+
+    def set(self, value: float) -> None:
+        self.value = value
+        self.tensor.fill_(value)
+
+    def current(self, module: Any) -> float | Tensor:
+        """What the additions of a forward use: the tensor where a graph is compiled, else the number."""
+        # Compiled, the number is not even read: a graph that saw it would be compiled again for another one.
+        return self.tensor if torch.compiler.is_compiling() else self.value
+
+    def bound_to(self, module: Any) -> StepFactor:
+        return self
+
+    def remove_from(self, module: Any) -> None:
+        """Nothing of it is in the module itself."""
+
+    def __str__(self) -> str:
+        return f"{self.value:.4g}"
+
+
+class LearnedFactor:
+    """The h of one patched step as a parameter of its module, h = exp(log_h), which is positive whatever is learned.
+
+    It keeps the parameter's name and not the parameter: whoever exchanges the parameters of a module
+    (`functional_call`, the replicas of `DataParallel`, FSDP) exchanges this one too. `at` a module it has a `value`
+    to read and to `set`.
+    """
+
+    def __init__(self, name: str, module: Any = None) -> None:
+        self.name = name
+        self.module = module
+
+    def current(self, module: Any) -> Tensor:
+        h: Tensor = getattr(module, self.name).exp()
+        return h.squeeze(0)  # without dimensions it takes part in no broadcast, and promotes no dtype
+
+    def bound_to(self, module: Any) -> LearnedFactor:
+        return LearnedFactor(self.name, module)
+
+    def remove_from(self, module: Any) -> None:
+        """Take the parameter out of the module."""
+        delattr(module, self.name)
+
+    def to_device_of(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """The module has moved the parameter with all others."""
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        parameter: nn.Parameter = getattr(self.module, self.name)
+        return parameter
+
+    @property
+    def value(self) -> float:
+        whole = getattr(self.parameter, "full_tensor", lambda: self.parameter)()  # FSDP2 keeps a part of it
+        if whole.device.type == "meta":
+            raise EulernetError(
+                f"the step factor is learned, and its parameter {self.name} is on the meta device: it has no value"
+            )
+        return float(torch.tensor(whole.item(), dtype=torch.float64).exp())  # infinite, not an error, where it diverged
+
+    def set(self, value: float) -> None:
+        with torch.no_grad():
+            self.parameter.fill_(math.log(value))
+
+    def __str__(self) -> str:
+        plain = type(self.parameter) is nn.Parameter and self.parameter.device.type != "meta"
+        return f"{self.value:.4g}" if plain else f"exp({self.name})"  # others cannot be read, or not by one process
+
+
+def scaled_add(left: Any, right: Any, h: float | Tensor, skip_is_left: bool, alpha: float) -> Any:
+    """`left + alpha * right` with the branch scaled; the result has the original's dtype and strides."""
+    if isinstance(h, float):
+        if h == 1.0:
+            return _add(left, right, alpha)
+        if isinstance(left, Tensor) and isinstance(right, Tensor):
+            if skip_is_left:
+                return torch.add(left, right, alpha=alpha * h)
+            if alpha == 1 and left.stride() == right.stride():  # else the first operand decides the result's strides
+                return torch.add(right, left, alpha=h)
+    return _add(left, _scaled(right, left, h), alpha) if skip_is_left else _add(_scaled(left, right, h), right, alpha)
+
+
+def _scaled(branch: Any, skip: Any, h: Any) -> Any:
+    """`h * branch`, in the wider of the two dtypes, so that the product is not rounded before it is added."""
+    if isinstance(branch, Tensor) and isinstance(skip, Tensor) and branch.dtype != skip.dtype:
+        branch = branch.to(torch.promote_types(branch.dtype, skip.dtype))
+    return branch * h
+
+
+def _add(left: Any, right: Any, alpha: float) -> Any:
+    if alpha == 1:
+        return left + right
+    return left - right if alpha == -1 else torch.add(left, right, alpha=alpha)
+
+
+def scaled_add_(left: Any, right: Any, h: float | Tensor, skip_is_left: bool, alpha: float) -> Any:
+    """`left += alpha * right` with the branch scaled, written into `left`."""
+    if not isinstance(left, Tensor):
+        return scaled_add(left, right, h, skip_is_left, alpha)
+    if not isinstance(h, float):
+        if skip_is_left:
+            return left.add_(_scaled(right, left, h), alpha=alpha)
+        return left.mul_(h).add_(right, alpha=alpha)  # for a learned h autograd keeps a copy of the branch
+    if skip_is_left:
+        return left.add_(right, alpha=alpha * h)
+    if h == 1.0:
+        return left.add_(right, alpha=alpha)
+    if alpha == 1 and left.dtype == right.dtype and not torch.is_grad_enabled():
+        return torch.add(right, left, alpha=h, out=left)  # one pass; autograd does not allow out=
+    return left.mul_(h).add_(right, alpha=alpha)
+
+
+def scale(branch: Any, h: float | Tensor) -> Any:
+    """The branch alone, scaled, for an augmented assignment to a slice or an attribute."""
+    return branch if isinstance(h, float) and h == 1.0 else branch * h

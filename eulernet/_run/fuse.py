@@ -1,0 +1,392 @@
+"""What stands around a patched addition: batch norm, LayerScale, drop path before it, an activation or norm after it.
+
+The rewriting hands their modules over instead of calling them; `eulernet._find.surroundings` finds them. At each call
+it is decided anew: where a kernel is to run (see `eulernet.kernels`) and no hook, replaced module or forward of its own
+would be skipped, they are part of the step's one operation; else they are called as they were, in their order. With
+h = 1 the bits are the original's, so nothing is put off: a kernel rounds once where several operations round each.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from eulernet import kernels
+from eulernet._errors import EulernetError
+from eulernet._run.factor import StepFactor, scaled_add, scaled_add_
+from eulernet.functional import _factors, _mask, _promoted
+from eulernet.kernels._layout import SEVERAL, varying
+
+# Known by name, so that nothing is imported for them.
+_BEFORE = {
+    ("torch.nn.modules.linear", "Identity"): "identity",
+    ("timm.layers.drop", "DropPath"): "drop path",
+    ("timm.layers.layer_scale", "LayerScale"): "LayerScale",
+    ("timm.layers.layer_scale", "LayerScale2d"): "LayerScale",
+    ("torchvision.ops.stochastic_depth", "StochasticDepth"): "drop path",
+    ("torch.nn.modules.batchnorm", "BatchNorm1d"): "batch norm",
+    ("torch.nn.modules.batchnorm", "BatchNorm2d"): "batch norm",
+    ("torch.nn.modules.batchnorm", "BatchNorm3d"): "batch norm",
+}
+_NORMS = {
+    ("torch.nn.modules.normalization", "LayerNorm"): "layer_norm",
+    ("torch.nn.modules.normalization", "RMSNorm"): "rms_norm",
+    ("timm.layers.norm", "LayerNorm"): "layer_norm",
+    ("timm.layers.norm", "RmsNorm"): "rms_norm",
+}
+_DIMENSIONS = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+# ---- what modules do
+
+
+def before(module: Any) -> str | None:
+    """What a module does to a branch that is about to be added, None where it is nothing that a step knows."""
+    cls = type(module)
+    known = _BEFORE.get((cls.__module__, cls.__qualname__))
+    return known or next((name for name in ("LayerScale", "DropPath") if _proven(cls, name)), None)
+
+
+def after(module: Any) -> bool:
+    """Whether a step can do what a module does to a sum."""
+    return activation(module) is not None or norm(module) is not None
+
+
+def activation(module: Any) -> str | None:
+    """The name of an activation."""
+    if type(module) is nn.ReLU:
+        return "relu"
+    if type(module) is nn.SiLU:
+        return "silu"
+    return "gelu" if type(module) is nn.GELU and module.approximate == "none" else None
+
+
+class Norm(NamedTuple):
+    """A norm over the last dimension, as `functional.euler_step_norm` takes it."""
+
+    kind: str
+    columns: int
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+    written_out: bool = False  # in operations that autocast leaves alone, rounded to float32 at most
+
+
+def norm(module: Any) -> Norm | None:
+    """What a module normalizes a new state with, None where it is no norm that a step knows."""
+    if _proven(type(module), "RMSNorm"):
+        return Norm("rms_norm", module.weight.numel(), module.weight, None, module.variance_epsilon, written_out=True)
+    kind = _NORMS.get((type(module).__module__, type(module).__qualname__))
+    if kind is None or len(module.normalized_shape) != 1 or getattr(module, "_fast_norm", False) or module.eps is None:
+        return None
+    return Norm(kind, module.normalized_shape[0], module.weight, getattr(module, "bias", None), module.eps)
+
+
+def _proven(cls: type, name: str) -> bool:
+    """Whether a class of this name computes what Hugging Face's do, which each model has of its own."""
+    if not (cls.__name__.endswith(name) and issubclass(cls, nn.Module)):
+        return False
+    if cls not in _proofs:
+        _proofs[cls] = _computes(cls, name)
+    return _proofs[cls]
+
+
+_proofs: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
+
+
+def _computes(cls: type[nn.Module], name: str) -> bool:
+    """The proof: its forward, called once with a stand-in for the module that has no more than what is known."""
+    x = torch.linspace(-2, 2, 64, device="cpu", dtype=torch.float32).view(16, 4)
+    gamma, keep, eps = x[5], 0.75, 1e-3
+    module: Any = SimpleNamespace(lambda1=gamma, drop_prob=1 - keep, training=True, weight=gamma, variance_epsilon=eps)
+
+    def expected() -> Tensor:
+        if name == "LayerScale":
+            return x * gamma
+        if name == "DropPath":
+            return x.div(keep) * torch.rand(16, 1, device="cpu").add_(keep).floor_()
+        return nn.functional.rms_norm(x, (4,), gamma, eps)
+
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        torch.default_generator.manual_seed(0)
+        try:
+            result = cls.forward(module, x)
+        except Exception:
+            return False
+        torch.default_generator.manual_seed(0)
+        return isinstance(result, Tensor) and result.shape == x.shape and torch.allclose(result, expected(), atol=1e-6)
+
+
+def _bare(module: nn.Module) -> bool:
+    """Whether calling the module runs its class's forward and nothing else."""
+    state = vars(module)
+    hooked = any(state.get(name) for name in _HOOKS) or _has_any_global_hook()  # type: ignore[no-untyped-call]
+    return "forward" not in state and not hooked
+
+
+# ---- before the addition
+
+
+class DeferredBranch:
+    """A branch, and what is yet to be done to it."""
+
+    def __init__(self, branch: Tensor) -> None:
+        self.branch = branch
+        self.version = _version(branch)
+        self.calls: list[Callable[[Any], Any]] = []
+        self.norm: nn.Module | None = None
+        self.scale: Tensor | None = None
+        self.mask: Tensor | None = None
+        self.number = 1.0  # by which the branch is multiplied too
+        self.result: Any = None
+
+    def take(self, module: Any) -> bool:
+        """Put off one more module, if it can be part of the step."""
+        role = before(module)
+        if role is None or self.mask is not None or not _bare(module):
+            return False
+        if role == "batch norm":
+            return self._take_norm(module)
+        if role == "LayerScale":
+            gamma = module.lambda1 if hasattr(module, "lambda1") else module.gamma
+            return self.multiply(gamma.view(1, -1, 1, 1) if type(module).__name__ == "LayerScale2d" else gamma, module)
+        return role == "identity" or self._take_drop_path(module, role)
+
+    def multiply(self, gamma: Tensor, call: Callable[[Any], Any]) -> bool:
+        """Put off the multiplication with gamma, which `call` does."""
+        if self.scale is not None or self.mask is not None or self.norm is not None or not kernels.plain(gamma):
+            return False
+        if varying(gamma, self.branch.shape) == SEVERAL:
+            return False
+        self.scale = gamma
+        self.calls.append(call)
+        return True
+
+    def _take_norm(self, module: Any) -> bool:
+        small = (module.weight, module.bias, module.running_mean, module.running_var)
+        if self.calls or module.training or self.branch.dim() not in _DIMENSIONS[type(module)]:
+            return False
+        if module.running_mean is None or not all(t is None or kernels.plain(t) for t in small):
+            return False
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (self.branch, *small)):
+            return False
+        last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(self.branch.dim(), torch.contiguous_format)
+        if not (self.branch.is_contiguous() or self.branch.is_contiguous(memory_format=last)):
+            return False  # what batch norm makes of it would have other strides
+        self.norm = module
+        self.calls.append(module)
+        return True
+
+    def _take_drop_path(self, module: Any, role: str) -> bool:
+        """Its mask is drawn here, where the original draws it."""
+        probability: float = module.p if hasattr(module, "p") else module.drop_prob
+        if not module.training or probability == 0:
+            return True
+        if self.norm is not None or not (
+            0 < probability < 1 and getattr(module, "scale_by_keep", True) and getattr(module, "mode", "row") == "row"
+        ):
+            return False
+        if role == "drop path":
+            mask = _mask(self.branch, self.scale, probability)
+            self.calls.append(lambda branch: branch * mask)
+        else:
+            keep = 1 - probability
+            shape = (self.branch.shape[0],) + (1,) * (self.branch.dim() - 1)
+            mask = torch.rand(shape, dtype=_promoted(self.branch, self.scale), device=self.branch.device)
+            mask.add_(keep).floor_()
+            self.number = 1 / keep  # not in the mask, whose dtype may have few digits
+            self.calls.append(lambda branch: branch.div(keep) * mask)
+        self.mask = mask
+        return True
+
+    def unchanged(self) -> Tensor:
+        """The branch."""
+        if self.version != _version(self.branch):
+            first = self.calls[0]
+            name = type(first).__name__ if isinstance(first, nn.Module) else "LayerScale or drop path"
+            raise EulernetError(
+                f"the input of a residual branch's {name}, of shape {tuple(self.branch.shape)}, was modified in place "
+                'before the addition, with which eulernet runs it; call eulernet.kernels.mode("torch")'
+            )
+        return self.branch
+
+    def run(self) -> Any:
+        """What the modules give."""
+        if self.result is None:
+            result: Any = self.unchanged()
+            for call in self.calls:
+                result = call(result)
+            self.result = result
+        return self.result
+
+
+def _version(tensor: Tensor) -> int:
+    """How often it was written into; in inference mode nobody counts, and what the source shows must do."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _waiting(branch: Any, factor: Any) -> DeferredBranch | None:
+    """A branch to put something off for, None where nothing is put off."""
+    if type(branch) is DeferredBranch:
+        return branch
+    if torch.compiler.is_compiling() or not kernels.chosen(branch, branch):
+        return None
+    return None if isinstance(factor, StepFactor) and factor.value == 1 else DeferredBranch(branch)
+
+
+def defer(module: Any, branch: Any, factor: Any) -> Any:
+    """`module(branch)`, put off if a kernel may do it together with the addition of this step factor."""
+    waiting = _waiting(branch, factor)
+    if waiting is None:
+        return module(branch)
+    if waiting.take(module):
+        return waiting
+    return defer(module, branch.run(), factor) if waiting is branch else module(branch)
+
+
+def defer_mul(left: Any, right: Any, gamma_first: bool, factor: Any) -> Any:
+    """`left * right`, one of which is gamma, put off likewise."""
+    branch, gamma = (right, left) if gamma_first else (left, right)
+    waiting = _waiting(branch, factor)
+    if waiting is None:
+        return left * right
+
+    def product(branch: Any) -> Any:
+        return gamma * branch if gamma_first else branch * gamma
+
+    return waiting if waiting.multiply(gamma, product) else product(materialize(branch))
+
+
+def materialize(value: Any) -> Any:
+    """The tensor that a branch that may wait stands for."""
+    return value.run() if type(value) is DeferredBranch else value
+
+
+# ---- the addition, and what comes after it
+
+
+def step(
+    then: Any,
+    left: Any,
+    right: Any,
+    h: float | Tensor,
+    skip_is_left: bool,
+    alpha: float,
+    in_place: bool = False,
+) -> Any:
+    """`then(left + alpha * right)` with the branch scaled, in one operation where that is possible."""
+    skip, branch = (materialize(left), right) if skip_is_left else (materialize(right), left)
+    if not torch.compiler.is_compiling():
+        result = _fused(then, skip, branch, h, skip_is_left, alpha, in_place)
+        if result is None and type(branch) is DeferredBranch:
+            branch = materialize(branch)
+            result = _fused(then, skip, branch, h, skip_is_left, alpha, in_place)
+        if result is not None:
+            return result[-1]
+    left, right = (skip, branch) if skip_is_left else (branch, skip)
+    add = scaled_add_ if in_place else scaled_add
+    state = add(left, right, h, skip_is_left, alpha)
+    return state if then is None else then(state)
+
+
+class PrecomputedNorm:
+    """The norm of a state, computed together with it."""
+
+    def __init__(self, module: nn.Module, state: Tensor, normed: Tensor) -> None:
+        self.module = module
+        self.state: Tensor | None = state
+        self.normed: Tensor | None = normed
+
+
+def add_norm(
+    module: Any, left: Any, right: Any, h: float | Tensor, skip_is_left: bool, alpha: float
+) -> tuple[Any, PrecomputedNorm | None]:
+    """`left + alpha * right` with the branch scaled, and what `module` makes of it if one operation gives both."""
+    if not torch.compiler.is_compiling():
+        skip, branch = (materialize(left), right) if skip_is_left else (materialize(right), left)
+        both = _fused(module, skip, branch, h, skip_is_left, alpha, in_place=False)
+        if both is not None:
+            return both[0], PrecomputedNorm(module, *both)
+    if type(left) is DeferredBranch or type(right) is DeferredBranch:
+        return step(None, left, right, h, skip_is_left, alpha), None
+    return scaled_add(left, right, h, skip_is_left, alpha), None
+
+
+def take_norm(module: Any, state: Any, known: PrecomputedNorm | None) -> Any:
+    """`module(state)`, which may be known already: since the addition nothing was called."""
+    if known is not None and known.state is state and known.module is module:
+        result, known.state, known.normed = known.normed, None, None  # it is not kept longer than the original's
+        if _bare(module):
+            return result
+    return module(state)
+
+
+def _fused(
+    then: Any, skip: Any, branch: Any, h: float | Tensor, skip_is_left: bool, alpha: float, in_place: bool
+) -> tuple[Tensor, ...] | None:
+    """The new state after an activation, or the one before and the one after a norm; None where no kernel does that."""
+    waiting = branch if type(branch) is DeferredBranch and branch.result is None else None
+    scale, mask, number, batch_norm = None, None, 1.0, None
+    if waiting is not None:
+        branch = waiting.branch
+        scale, mask, number, batch_norm = waiting.scale, waiting.mask, waiting.number, waiting.norm
+    if not kernels.chosen(skip, branch, then is not None or any(x is not None for x in (scale, mask, batch_norm))):
+        return None
+    name, after_norm = activation(then), norm(then)
+    if then is not None and not ((name is not None or after_norm is not None) and _bare(then)):
+        return None
+    if not isinstance(h, Tensor) and h == 1 and (waiting is not None or name not in (None, "relu") or after_norm):
+        return None
+    if not skip_is_left and (alpha != 1 or skip.stride() != branch.stride()):
+        return None  # the first operand decides the result's strides
+    dtype = _promoted(skip, branch, scale, mask)
+    out = None
+    if in_place and waiting is not None and not skip_is_left:
+        if _promoted(branch, scale, mask) != dtype:
+            return None  # what waits has its own dtype, and would be written into
+    elif in_place:
+        if waiting is not None or after_norm is not None or skip.dtype != branch.dtype or isinstance(h, Tensor):
+            return None
+        out = skip if skip_is_left else branch
+    if waiting is not None:
+        waiting.unchanged()
+    if batch_norm is not None:
+        if isinstance(h, Tensor) or after_norm is not None:
+            return None
+        from eulernet.kernels import _bn
+
+        known: Any = batch_norm
+        small = (known.running_mean, known.running_var, known.weight, known.bias)
+        result = _bn.step_bn(skip, branch, alpha * h, *small, known.eps, name)
+        return None if result is None else (result,)
+    factor, scale = _factors(h, scale, dtype, skip.device)
+    factor *= alpha * number
+    if after_norm is not None:
+        return _step_norm(after_norm, skip, branch, factor, scale, mask, dtype)
+    from eulernet.kernels import _step
+
+    result = _step.step(skip, branch, factor, scale, mask, name, dtype, out)
+    return None if result is None else (result,)
+
+
+def _step_norm(
+    known: Norm, skip: Tensor, branch: Tensor, h: float, scale: Tensor | None, mask: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor] | None:
+    if skip.dim() == 0 or skip.shape[-1] != known.columns:
+        return None
+    from eulernet.kernels import _norm
+
+    given = (skip, branch, h, scale, mask, known.weight, known.bias, known.eps, known.kind, dtype)
+    if not known.written_out:
+        return _norm.step_norm(*given)
+    if dtype == torch.float64:
+        return None
+    with torch.autocast(skip.device.type, enabled=False):
+        return _norm.step_norm(*given)

@@ -1,0 +1,146 @@
+"""Step factors that are learned: which steps share one, and the parameters that hold them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from eulernet._errors import EulernetError
+from eulernet._run.factor import LearnedFactor
+from eulernet._run.patched import FACTORS
+from eulernet._step import Step
+
+Trainable = bool | Literal["step", "stage", "model"]
+
+# What steps share one h: those for which this is equal.
+_SHARING: dict[str, Callable[[Step], object]] = {
+    "step": lambda step: step.index,
+    "stage": lambda step: stage(step.name),
+    "model": lambda step: None,
+}
+
+
+def stage(name: str) -> str:
+    """The name of a step up to its last number; the whole module's name where it has none.
+
+    Example:
+        >>> stage("layer1.0"), stage("blocks.11:1"), stage("encoder.layer.3.attention.output"), stage("mixer:0")
+        ('layer1', 'blocks', 'encoder.layer', 'mixer')
+    """
+    parts = name.partition(":")[0].split(".")
+    numbers = [i for i, part in enumerate(parts) if part.isdecimal()]
+    return ".".join(parts[: numbers[-1]] if numbers else parts)
+
+
+def checked(trainable: Any) -> str | None:
+    """What shares one h; None where h is not learned."""
+    if trainable is False:
+        return None
+    if trainable is True:
+        return "step"
+    if not (isinstance(trainable, str) and trainable in _SHARING):
+        raise EulernetError(
+            f'trainable={trainable!r}: write trainable=True or "step" for one h a step, "stage" or "model" for one '
+            "that steps share, or False"
+        )
+    return trainable
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A step of a module that gets a parameter for its h."""
+
+    module: nn.Module
+    number: int
+    name: str
+    parameter: nn.Parameter
+
+    def apply(self) -> None:
+        self.module.register_parameter(self.name, self.parameter)
+        self.module.__dict__[FACTORS][self.number] = LearnedFactor(self.name)
+
+
+def plan_learned(
+    model: nn.Module, blocks: Iterable[tuple[nn.Module, Sequence[Step], Sequence[float]]], sharing: str
+) -> list[Slot]:
+    """A parameter for the h of each step of these blocks; nothing is changed."""
+    registered = set(model.modules())
+    parameters: dict[object, nn.Parameter] = {}
+    slots: list[Slot] = []
+    shared: list[tuple[Step, object, float]] = []
+    for module, steps, hs in blocks:
+        for number, (step, h) in enumerate(zip(steps, hs, strict=True)):
+            if module not in registered:
+                raise EulernetError(
+                    f"{step.name}: the module is not registered in {type(model).__name__}, so that its h would not be "
+                    f"in model.parameters(); patch without trainable=, or with exclude={step.name!r}"
+                )
+            like = _first_of(module, model)
+            if like.device.type == "meta":
+                raise EulernetError(
+                    f"{step.name} is on the meta device, where the parameter of a learned h has no value. Put the "
+                    "model on a real device first: model.to_empty(device='cpu'), load its weights, then patch"
+                )
+            key = _SHARING[sharing](step)
+            if key not in parameters:
+                with torch.inference_mode(False):
+                    log_h = torch.full((1,), math.log(h), device=like.device, dtype=like.dtype)
+                    parameters[key] = nn.Parameter(log_h)
+            if parameters[key].device != like.device:
+                raise EulernetError(
+                    f'{step.name} is on {like.device}, others that trainable="{sharing}" would let it share one h with '
+                    f'on {parameters[key].device}; use trainable="step"'
+                )
+            shared.append((step, parameters[key], h))
+            slots.append(Slot(module, number, _free_name(module, step), parameters[key]))
+    check_shared(shared)
+    return slots
+
+
+def _first_of(*modules: nn.Module) -> torch.Tensor:
+    """The first floating tensor that one of these modules holds."""
+    held = (t for module in modules for t in (*module.parameters(), *module.buffers()) if t.is_floating_point())
+    return next(held, torch.empty(0))
+
+
+def check_shared(steps: Iterable[tuple[Step, object, float]]) -> None:
+    """Steps that share one h, each given as (step, its factor or parameter, value), must be given one value."""
+    first: dict[int, tuple[Step, float]] = {}
+    for step, holder, h in steps:
+        holder = holder.parameter if isinstance(holder, LearnedFactor) else holder
+        other, value = first.setdefault(id(holder), (step, h))
+        if value != h:
+            raise EulernetError(
+                f"{other.name} and {step.name} share one learned h, and are given two: {value:g} and {h:g}. Give them "
+                'one, for example h=0.1, or patch with trainable="step"'
+            )
+
+
+def _free_name(module: nn.Module, step: Step) -> str:
+    """`log_h`, or `log_h_1` for the step `:1` of its module."""
+    suffix = step.name.rpartition(":")[2] if ":" in step.name else ""
+    name = f"log_h_{suffix}" if suffix else "log_h"
+    mine = [f.name for f in module.__dict__.get(FACTORS, ()) if isinstance(f, LearnedFactor)]
+    if hasattr(module, name) and name not in mine:
+        raise EulernetError(
+            f"{step.name} ({step.module_class}) has an attribute {name} of its own, the name that its learned h would "
+            f"get; patch without trainable=, or with exclude={step.name!r}"
+        )
+    return name
+
+
+def step_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters log_h of a model patched with `trainable=`, each once; they are to have no weight decay."""
+    seen: set[int] = set()
+    for module in model.modules():
+        for factor in module.__dict__.get(FACTORS, ()):
+            if isinstance(factor, LearnedFactor):
+                parameter = factor.bound_to(module).parameter
+                if id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    yield parameter

@@ -1,0 +1,303 @@
+"""The forms that an addition can take: operators, functions, methods, in place."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+import types
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.ao.nn.quantized import FloatFunctional
+
+from traps.base import PROJECTION, Expected, Form, trap
+
+
+@trap
+class Plus(Form):
+    """The plain form."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.a(x)
+
+
+@trap
+class BranchFirst(Form):
+    """The branch is the left operand."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) + x
+
+
+@trap
+class Minus(Form):
+    """A step against the branch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x - self.a(x)
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        return x - h[0] * self.a(x)
+
+
+@trap
+class InPlaceMinus(Minus):
+    """A step against the branch, in place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.clone()
+        y -= self.a(x)
+        return y
+
+
+@trap
+class TorchAdd(Form):
+    """``torch.add``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.add(x, self.a(x))
+
+
+@trap
+class TorchAddByKeyword(Form):
+    """``torch.add`` with keywords, the branch first."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.add(other=x, input=self.a(x))
+
+
+@trap
+class TorchAddAlpha(Form):
+    """A branch that has a factor already."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.add(x, self.a(x), alpha=0.5)
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        return x + h[0] * (0.5 * self.a(x))
+
+
+@trap
+class TorchAddAlphaOnTheSkip(Form):
+    """The factor that is there already belongs to the skip: h must not multiply it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.add(self.a(x), x, alpha=0.5)
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        return 0.5 * x + h[0] * self.a(x)
+
+
+@trap
+class TorchSubAlpha(Form):
+    """``torch.sub`` with a factor."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sub(x, self.a(x), alpha=0.5)
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        return x - h[0] * (0.5 * self.a(x))
+
+
+@trap
+class MethodAdd(Form):
+    """``Tensor.add``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.add(self.a(x))
+
+
+@trap
+class MethodAddAlpha(Form):
+    """``Tensor.add`` with a factor."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.add(self.a(x), alpha=2)
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        return x + h[0] * (2 * self.a(x))
+
+
+@trap
+class MethodAddInPlace(Form):
+    """``Tensor.add_`` into the branch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x).add_(x)
+
+
+@trap
+class MethodAddInPlaceStatement(Form):
+    """``Tensor.add_`` into the skip, its result not used."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.clone()
+        y.add_(self.a(x))
+        return y
+
+
+@trap
+class InPlaceBranch(Form):
+    """``+=`` into the branch, as in torchvision's ResNet."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.a(x)
+        out += x
+        return out
+
+
+@trap
+class InPlaceSkip(Form):
+    """``+=`` into the skip."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.clone()
+        y += self.a(x)
+        return y
+
+
+@trap
+class InPlaceSlice(Form):
+    """``+=`` into a slice: the other tokens stay as they are. A slice is a shape-matching map."""
+
+    expected = PROJECTION
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.clone()
+        y[:, 1:] += self.a(x)[:, 1:]
+        return y
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        return torch.cat((x[:, :1], x[:, 1:] + h[0] * self.a(x)[:, 1:]), dim=1)
+
+
+@trap
+class InPlaceEntry(Form):
+    """``+=`` into an entry of a dictionary."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = {"x": x.clone()}
+        features["x"] += self.a(x)
+        return features["x"]
+
+
+@trap
+class InPlaceAttribute(Form):
+    """``+=`` into an attribute."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = types.SimpleNamespace(x=x.clone())
+        state.x += self.a(x)
+        return state.x
+
+
+@trap
+class InPlaceIndexOnce(Form):
+    """``+=`` at an index that may be evaluated once only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        states, index = [x.clone(), torch.zeros_like(x)], itertools.count()
+        states[next(index)] += self.a(x)
+        return states[0] + next(index)
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        return x + h[0] * self.a(x) + 1
+
+
+@trap
+class InPlaceSeenThroughAView(Form):
+    """An in-place addition shows in every view of the tensor."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.a(x)
+        view = out.flatten(1)
+        out += x
+        return view * 2
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        return 2 * (x + h[0] * self.a(x)).flatten(1)
+
+
+@trap
+class OperatorAdd(Form):
+    """``operator.add``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return operator.add(x, self.a(x))
+
+
+@trap
+class OperatorInPlaceAdd(Form):
+    """``operator.iadd``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return operator.iadd(self.a(x), x)
+
+
+@trap
+class DunderAdd(Form):
+    """The special method, called by name."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.__add__(self.a(x))
+
+
+@trap
+class AFloatFunctional(Form):
+    """``FloatFunctional.add``: a module whose forward is never called."""
+
+    expected = (Expected("plus"),)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plus = FloatFunctional()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.plus.add(x, self.a(x))
+
+
+class Add(nn.Module):
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return a + b
+
+
+@trap
+class AdditionModule(Form):
+    """A module that adds: the branch was begun by its caller."""
+
+    expected = (Expected("add"),)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add = Add()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.add(x, self.a(x))
+
+
+@trap
+class WideningAddition(Form):
+    """A float32 stream with a bfloat16 branch: the result is float32, and h * F is not rounded to bfloat16."""
+
+    def branch(self, x: Tensor) -> Tensor:
+        return self.a(x).bfloat16()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.branch(x)
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        return x + h[0] * self.branch(x).to(x.dtype)
+
+
+@trap
+class NarrowingInPlaceAddition(Form):
+    """In place the dtype of the left side stays, here that of the branch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.a(x).bfloat16()
+        out += x
+        return out
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        return (x + h[0] * self.a(x).bfloat16().to(x.dtype)).bfloat16()
