@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from rich.table import Table
 
-from benchmarks.tables import RESULTS, machine, tables
+from benchmarks.tables import RESULTS, machine, rich_table, tables
 
 HERE = Path(__file__).parent
 
@@ -39,7 +38,8 @@ def _shorten(path: Path) -> None:
     raw = json.loads(path.read_text())
     found = raw["machine_info"]
     kept = {key: found[key] for key in ("device", "threads", "system", "python_version", "versions")}
-    results = [benchmark["extra_info"] for benchmark in raw["benchmarks"]]
+    measured = [benchmark["extra_info"] for benchmark in raw["benchmarks"]]
+    results = [row for one in measured for row in one.get("rows", [one])]
     command = ["python", "-m", "benchmarks", *sys.argv[1:]]
     path.write_text(json.dumps({"command": command, "machine": kept, "results": results}, indent=1) + "\n")
 
@@ -47,14 +47,8 @@ def _shorten(path: Path) -> None:
 def show(data: dict[str, Any]) -> None:
     console = Console()
     console.print(machine(data))
-    for title, columns, words, rows in tables(data):
-        table = Table(title=title)
-        for i, name in enumerate(columns):
-            word = i < words
-            table.add_column(name, justify="left" if word else "right", no_wrap=not word)
-        for row in rows:
-            table.add_row(*row[:words], *(number.replace(" ", "\n") for number in row[words:]))
-        console.print(table)
+    for table in tables(data):
+        console.print(rich_table(table))
 
 
 if __name__ == "__main__":

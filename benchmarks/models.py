@@ -60,6 +60,13 @@ SPEED: dict[str, tuple[Callable[[], nn.Module], Callable[[], Inputs]]] = {
     "convnext_tiny": (_timm("convnext_tiny"), lambda: images(1)),
     "bert_small": (bert_small, lambda: tokens(1, 128)),
 }
+# name -> a pattern of the names of the modules whose results are the branches
+BRANCHES: dict[str, str] = {
+    "resnet50": r"layer\d\.\d+\.bn3$",
+    "vit_small": r"blocks\.\d+\.drop_path[12]$",
+    "convnext_tiny": r"blocks\.\d+\.drop_path$",
+    "bert_small": r"output\.dropout$",
+}
 PATCH: dict[str, tuple[Callable[[], nn.Module], Callable[[], Inputs]]] = {
     **SPEED,
     "vit_large": (_timm("vit_large_patch16_224"), lambda: images(1)),

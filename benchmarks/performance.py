@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu import RESULTS, Row
+from benchmarks.gpu import tables as gpu
+from benchmarks.gpu.results import RESULTS, Row
 from benchmarks.tables import RESULTS as CPU
 from benchmarks.tables import Table, machine, tables
 
@@ -35,75 +36,30 @@ python -m benchmarks.gpu
 python -m benchmarks.performance
 ```
 """
-OPERATIONS = """
-### Operations
+MEASURED = f"""
+Operations: bytes are counted (each operand read once, each result written once) over the time on the device; `clone()`
+of one operand is timed in the same rounds, and buffers rotate past the cache. Models: AMP with bfloat16, channels_last
+for convolutional ones, variants in turn.
 
-Gigabytes a second: the bytes that must be moved (each operand read once, each result written once) over the time on the
-device, buffers rotated past the cache; `clone()` is the speed of memory in the same run.
+![Share of clone()'s rate by operation and size, and time of patched models over the original's]({PLOT})
 """
-LAUNCH = """
-### Launching
-
-Microseconds on the host for one call, and for one call with its gradient.
-"""
-MODELS = """
-### Whole models
-
-Time of the patched model over that of the original (median and quartiles of interleaved runs; below 1 is faster), AMP
-with bfloat16, channels_last for convolutional models, and peak memory over the original's.
-"""
-# What is shown of a row, under which title.
-COLUMNS: dict[str, dict[str, str]] = {
-    "operations": {
-        "name": "operation", "dtype": "dtype", "MiB": "MiB", "direction": "direction", "fused GB/s": "fused",
-        "eager GB/s": "eager", "compiled GB/s": "torch.compile", "Liger GB/s": "Liger", "clone GB/s": "clone()",
-    },
-    "launch": {
-        "name": "call", "elements": "elements", "forward us": "forward", "forward + backward us": "forward + backward",
-    },
-    "models": {
-        "name": "model", "what": "run", "backend": "backend", "original ms": "original ms", "patched ms": "patched ms",
-        "ratio": "ratio", "low": "lower quartile", "high": "upper quartile", "memory": "memory",
-    },
-}  # fmt: skip
 
 
-def page(rows: Sequence[Row], cpu: dict[str, Any] | None = None) -> str:
+def page(data: dict[str, Any], cpu: dict[str, Any] | None = None) -> str:
     """The page for these measurements, on a GPU and on a CPU."""
     text = HEAD
     if cpu is not None:
         text += f"{ON_CPU}\n{machine(cpu)}; `{' '.join(cpu['command'])}`\n"
         text += "".join(f"\n**{table.title}**\n\n{_markdown(table)}" for table in tables(cpu))
     text += ON_GPU
-    if not rows:
+    if not data.get("rows"):
         return text + NOTHING
-    for name, intro in (("operations", OPERATIONS), ("launch", LAUNCH), ("models", MODELS)):
-        mine = [_with_memory(row) for row in rows if row["table"] == name]
-        if not mine:
-            continue
-        text += intro
-        if name == "operations":
-            text += f"\n![Achieved operations a second over operations a byte, below the roof of memory]({PLOT})\n"
-        for where in dict.fromkeys(_machine(row) for row in mine):
-            text += f"\n{where}\n\n{_table([row for row in mine if _machine(row) == where], COLUMNS[name])}"
+    text += MEASURED
+    for i, on in enumerate(data["machines"]):
+        mine = [row for row in data["rows"] if row["machine"] == i]
+        text += f"\n### {gpu.machine(on)}\n"
+        text += "".join(f"\n**{table.title}**\n\n{_markdown(table)}" for table in gpu.tables(mine))
     return text
-
-
-def _with_memory(row: Row) -> Row:
-    if row.get("original bytes"):
-        return row | {"memory": row["patched bytes"] / row["original bytes"]}
-    return row
-
-
-def _machine(row: Row) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in row["versions"].items())
-    return f"{row['device']}; Python {row['python']}, {versions}; `{row['command']}`"
-
-
-def _table(rows: Sequence[Row], columns: dict[str, str]) -> str:
-    shown = {key: title for key, title in columns.items() if any(row.get(key) is not None for row in rows)}
-    cells = [[_cell(row.get(key)) for key in shown] for row in rows]
-    return _markdown(Table("", tuple(shown.values()), len(shown), cells))
 
 
 def _markdown(table: Table) -> str:
@@ -111,44 +67,66 @@ def _markdown(table: Table) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in (table.columns, rules, *table.rows))
 
 
-def _cell(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.3f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:,.0f}"
-    return "" if value is None else str(value)
-
-
-def plot(rows: Sequence[Row], path: Path) -> None:
-    """The roofline: operations a second over operations a byte; the roof is clone()'s bandwidth."""
+def plot(rows: Sequence[Row], title: str, path: Path) -> None:
+    """Above, the share of clone()'s rate that each operation reaches by size; below, the ratio of each model."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    largest = max(row["MiB"] for row in rows)
-    forward = [row for row in rows if row["direction"] == "forward" and row["MiB"] == largest]
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    intensities = [row["flops"] / row["bytes"] for row in forward]
-    roof = max(row["clone GB/s"] for row in forward)
-    ends = [min(intensities) / 1.5, max(intensities) * 1.5]
-    axes.plot(ends, [roof * x for x in ends], color="#6B6B6B", label=f"clone(), {roof:,.0f} GB/s")
-    styles = {"fused": ("o", "#0072B2"), "compiled": ("s", "#E69F00"), "eager": ("x", "#D55E00")}
-    for kind, (marker, colour) in styles.items():
-        rates = [row[f"{kind} GB/s"] * x for row, x in zip(forward, intensities, strict=True)]
-        axes.scatter(intensities, rates, marker=marker, color=colour, label=kind, zorder=3)
-    axes.set(xscale="log", yscale="log", xlabel="floating-point operations a byte", ylabel="10⁹ operations a second")
-    axes.set_title(f"{forward[0]['device']}, operands of {largest:g} MiB, forward")
-    axes.legend()
-    figure.savefig(path, dpi=150)
+    operations = [row for row in rows if row["table"] == "operations" and "eager share" in row]
+    models = [row for row in rows if row["table"] == "models"]
+    figure, axes = plt.subplots(1, 2, figsize=(13, 6), layout="constrained")
+    _plot_shares(operations, axes[0])
+    _plot_ratios(models, axes[1])
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
+def _plot_shares(rows: Sequence[Row], axes: Any) -> None:
+    """A place for each operation and direction, a marker for each size; bfloat16."""
+    mine = [row for row in rows if row["dtype"] == "bfloat16"]
+    names = list(dict.fromkeys(f"{row['name']}, {row['direction']}" for row in mine))[::-1]
+    for size, marker in zip(sorted({row["MiB"] for row in mine}), "^osD", strict=False):
+        these = [row for row in mine if row["MiB"] == size]
+        places = [names.index(f"{row['name']}, {row['direction']}") for row in these]
+        axes.scatter(
+            [row["fused share"] for row in these], places, marker=marker, color="#0072B2", label=f"fused, {size:g} MiB"
+        )
+        axes.scatter(
+            [row["eager share"] for row in these], places, marker=marker, facecolors="none", edgecolors="#D55E00",
+            label=f"eager, {size:g} MiB",
+        )  # fmt: skip
+    axes.axvline(1, color="#6B6B6B", linewidth=1)
+    axes.set(yticks=range(len(names)), xlabel="share of clone()'s bytes a second, bfloat16", xlim=(0, None))
+    axes.set_yticklabels(names, fontsize=8)
+    if names:
+        axes.legend(fontsize=7)
+
+
+def _plot_ratios(rows: Sequence[Row], axes: Any) -> None:
+    """A place for each model and run, with the quartiles."""
+    names = [f"{row['name']}, {row['what']}, {row['backend']}, batch {row['batch']}" for row in rows]
+    for place, row in enumerate(rows):
+        axes.plot([row["low"], row["high"]], [place, place], color="#0072B2")
+        axes.plot(row["median"], place, "o", color="#0072B2", label="patched" if place == 0 else None)
+        if "hooks" in row:
+            axes.plot(row["hooks"], place, "x", color="#D55E00", label="forward hooks" if place == 0 else None)
+    axes.axvline(1, color="#6B6B6B", linewidth=1)
+    axes.set(yticks=range(len(names)), xlabel="time / the original's (median, quartiles)")
+    axes.set_yticklabels(names, fontsize=7)
+    axes.invert_yaxis()
+    if names:
+        axes.legend(fontsize=7)
+
+
 def main(results: Path = RESULTS, target: Path = PAGE, cpu: Path = CPU) -> int:
-    rows: list[Row] = json.loads(results.read_text()) if results.exists() else []
+    data: dict[str, Any] = json.loads(results.read_text()) if results.exists() else {}
     target.parent.mkdir(exist_ok=True)
-    target.write_text(page(rows, json.loads(cpu.read_text()) if cpu.exists() else None))
-    operations = [row for row in rows if row["table"] == "operations"]
-    if operations:
-        plot(operations, target.parent / PLOT)
+    target.write_text(page(data, json.loads(cpu.read_text()) if cpu.exists() else None))
+    if data.get("rows"):
+        plot(data["rows"], data["machines"][-1]["device"], target.parent / PLOT)
     return 0
 
 

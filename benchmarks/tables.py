@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import rich.table
+
 RESULTS = Path(__file__).parent / "results" / "cpu.json"
 
 
@@ -15,6 +17,17 @@ class Table(NamedTuple):
     columns: tuple[str, ...]
     words: int
     rows: list[list[str]]
+
+
+def rich_table(table: Table, narrow: bool = True) -> rich.table.Table:
+    """A table for the console; `narrow`: what stands in one cell of numbers may stand on several lines."""
+    made = rich.table.Table(title=table.title)
+    for i, name in enumerate(table.columns):
+        word = i < table.words
+        made.add_column(name, justify="left" if word else "right", no_wrap=not word)
+    for row in table.rows:
+        made.add_row(*row[: table.words], *(n.replace(" ", "\n") if narrow else n for n in row[table.words :]))
+    return made
 
 
 def machine(data: dict[str, Any]) -> str:
@@ -64,7 +77,54 @@ def tables(data: dict[str, Any]) -> list[Table]:
             if row["table"] == "patch"
         ],
     )
-    return [table for table in (speed, moving, patch) if table.rows]
+    return [table for table in (speed, *_peers(data), _host(data), moving, patch) if table.rows]
+
+
+def _peers(data: dict[str, Any]) -> list[Table]:
+    """What people use instead: time over the original's, and memory; then what it takes to get there."""
+    mine = [row for row in data["results"] if row["table"] == "peers"]
+    names = list(dict.fromkeys(name for row in mine for name in row["ratios"]))
+    ratios = [[row["model"], row["what"], *(_ratio(row["ratios"].get(name)) for name in names)] for row in mine]
+    saved = [
+        [row["model"], row["what"], *(_megabytes(row["saved"].get(name)) for name in ["original", *names])]
+        for row in mine
+        if row["saved"]
+    ]
+    transforms = [row for row in data["results"] if row["table"] == "transform"]
+    lines = [
+        [
+            *(row["model"], row["peer"], row["error"] or ""),
+            *("" if row["error"] else f"{row[key]:.2f}" for key in ("transform", "first", "forward")),
+        ]
+        for row in transforms
+    ]
+    return [
+        Table("CPU time / the original's (median, quartiles)", ("model", "what", *names), 2, ratios),
+        Table("MB saved for the backward pass", ("model", "what", "original", *names), 2, saved),
+        Table(
+            "CPU seconds in a fresh process: to transform the model, of the first forward, of one forward",
+            ("model", "by", "not taken", "transform", "first", "forward"),
+            3,
+            lines,
+        ),
+    ]
+
+
+def _host(data: dict[str, Any]) -> Table:
+    return Table(
+        "Microseconds on the host for a call on tiny tensors, under a driver that launches nothing",
+        ("line or block", "what", "eager", "eulernet", "more"),
+        2,
+        [
+            [row["name"], row["what"], *(f"{row[f'{kind} us']:.1f}" for kind in ("eager", "fused", "more"))]
+            for row in data["results"]
+            if row["table"] == "host"
+        ],
+    )
+
+
+def _megabytes(size: int | None) -> str:
+    return "" if size is None else f"{size / 1e6:.0f}"
 
 
 def _ratio(ratio: dict[str, float] | None) -> str:

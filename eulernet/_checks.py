@@ -14,7 +14,7 @@ from eulernet._step import ROOT
 
 
 def positive(value: Any, what: str, example: str) -> float:
-    """A positive, finite number, or an error that says what must be one."""
+    """A positive, finite number of Python or NumPy, or an error that says what must be one."""
     try:
         number = float(value) if not isinstance(value, (str, bytes, bool)) else math.nan
     except (TypeError, ValueError, OverflowError, RuntimeError):
@@ -24,25 +24,26 @@ def positive(value: Any, what: str, example: str) -> float:
     return number
 
 
-def whole_number(value: Any, name: str, least: int) -> int:
+def whole_number(value: Any, what: str, example: str, least: int = 0, most: int | None = None) -> int:
+    """A whole number of Python or NumPy within bounds, or an error that says what must be one."""
     try:
-        number = -1 if isinstance(value, bool) else operator.index(value)
+        number = least - 1 if isinstance(value, bool) else operator.index(value)
     except TypeError:
-        number = -1
-    if number < least:
-        raise EulernetError(
-            f"HScheduler: {name} must be a whole number, at least {least}, not {value!r}; for example the steps of the "
-            "optimiser in all epochs: total_steps=epochs * len(loader)"
-        )
+        number = least - 1
+    if number < least or (most is not None and number > most):
+        bounds = f"at least {least}" if most is None else f"from {least} to {most}"
+        raise EulernetError(f"{what} must be a whole number, {bounds}, not {value!r}; for example {example}")
     return number
 
 
 def check_module(model: object, caller: str) -> None:
+    """A model: any module, also within a wrapper."""
     if not isinstance(model, nn.Module):
         raise EulernetError(f"eulernet.{caller} takes a torch.nn.Module, not {type(model).__name__}")
 
 
 def check_model(model: nn.Module, caller: str) -> None:
+    """A model that can be traced and patched: not wrapped, not sharded, made of Python."""
     check_module(model, caller)
     name = type(model).__name__
     if unwrapped(model) is not model:
@@ -56,9 +57,8 @@ def check_model(model: nn.Module, caller: str) -> None:
     for path, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise EulernetError(
-                f"{path or ROOT} is a scripted or traced module ({type(module).__name__}), whose code is "
-                "compiled. Patch the "
-                "Python model it was made from, then use torch.jit.trace or torch.export."
+                f"{path or ROOT} is a scripted or traced module ({type(module).__name__}), whose code is compiled. "
+                "Patch the Python model it was made from, then use torch.jit.trace or torch.export."
             )
         if is_sharded(module):
             raise EulernetError(

@@ -143,9 +143,9 @@ def text_of(function: FunctionType) -> str:
     text = "".join(linecache.getlines(filename, function.__globals__))
     if not text:
         raise EulernetError(
-            f"{function.__module__}.{function.__qualname__} has no source ({filename}): eulernet rewrites the "
-            "source of the "
-            "addition. Define the model in a file and import it, or use eulernet.functional.euler_step in its forward."
+            f"{function.__module__}.{function.__qualname__} has no source ({filename}): eulernet rewrites the source "
+            "of the addition. Define the model in a file and import it, or use eulernet.functional.euler_step in its "
+            "forward."
         )
     return text
 
@@ -175,9 +175,8 @@ def definition_of(function: FunctionType) -> tuple[ast.Module, ast.stmt, ast.Fun
                     return tree, statement, node
     rewritten = "@pytest_ar" in code.co_names or "@pytest_ar" in function.__globals__
     why = (
-        "pytest rewrote the assertions of this file when it was imported; move the model to a module of its "
-        "own, or call "
-        "pytest with --assert=plain"
+        "pytest rewrote the assertions of this file when it was imported; move the model to a module of its own, or "
+        "call pytest with --assert=plain"
         if rewritten
         else "the file was changed after it was imported; import it anew (restart Python or the notebook's kernel)"
     )

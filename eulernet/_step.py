@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import io
 import json
+from collections import Counter
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import asdict, dataclass, replace
 from pathlib import PurePath
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 from eulernet._errors import EulernetError
 
 ROOT = "<root>"
+StepKind = Literal["identity", "projection", "parallel", "long"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class Place:
     line: int
     column: int
     function: str
-    skip: str = "left"
+    skip: Literal["left", "right"] = "left"
     end_line: int = 0
     end_column: int = 0
 
@@ -50,12 +53,14 @@ class Step:
         position: l, the place of its first call in that stream, from 1.
         parent: the name of the long step in whose branch it lies, if any.
         h: the step factor; None where the step is not patched.
+        module_name: the module's name in `model.named_modules()`, "" for the model itself.
+        number: which of the module's steps it is, from 0; None where the module has no other.
     """
 
     index: int
     name: str
     module_class: str
-    kind: str
+    kind: StepKind
     places: tuple[Place, ...]
     calls: int
     stream: int
@@ -63,6 +68,80 @@ class Step:
     position: int = 1
     parent: str | None = None
     h: float | None = None
+    module_name: str = ""
+    number: int | None = None
+
+    def __post_init__(self) -> None:
+        """Where only the name is given, as in JSON and pickles from before 0.1.0, the rest of it follows from it."""
+        if self.name != step_name(self.module_name, self.number):
+            module_name, _, number = self.name.partition(":")
+            self.__dict__["module_name"] = "" if module_name == ROOT else module_name
+            self.__dict__["number"] = int(number) if number.isdecimal() else None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update({"module_name": "", "number": None} | state)
+        self.__post_init__()
+
+
+def step_name(module_name: str, number: int | None) -> str:
+    """`layer1.0` for the one step of a module, `blocks.0:1` for the second of several, `<root>` for the model's own."""
+    return (module_name or ROOT) + ("" if number is None else f":{number}")
+
+
+Reason = Literal[
+    "constant operand",  # a bias, a table of positions, a mask: not computed from the model's input
+    "position or injected input",  # the branch comes from the skip only through the branches of other steps
+    "inside a branch",  # it is part of what a step computes
+    "gate or score",  # squashed by a sigmoid, tanh or softmax
+    "siblings",  # both were computed from one state, neither from the other
+    "resolutions",  # the same, at another resolution
+    "no map between",  # one was computed from the other without a convolution, linear map, attention or pooling
+    "what pooling took out",  # x - pool(x)
+    "unrelated",  # neither has anything to do with the other
+]
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A sum of two tensors of the model's own data that is no step.
+
+    Attributes:
+        module_name, module_class: the module that makes it.
+        file, line, function: where it stands.
+        reason: why it is no step.
+        calls: how often it runs in one forward pass.
+    """
+
+    module_name: str
+    module_class: str
+    file: str
+    line: int
+    function: str
+    reason: Reason
+    calls: int
+
+
+@dataclass(frozen=True)
+class Outside:
+    """The parameters that still reach the output at h = 0: those outside of all branches.
+
+    Attributes:
+        names: the outermost modules (or parameters) all of which lies outside; `layer2-4` stands for three.
+        parameters: how many there are.
+        of: how many parameters the model read in all.
+    """
+
+    names: tuple[str, ...] = ()
+    parameters: int = 0
+    of: int = 0
+
+    def __str__(self) -> str:
+        inside = self.of - self.parameters
+        units = (("billion", 1e9), ("million", 1e6), ("thousand", 1e3))
+        unit, size = next((unit for unit in units if self.of >= unit[1]), ("", 1.0))
+        amount = f"{inside / size:.3g} of {self.of / size:.3g} {unit}".rstrip()
+        shown = ", ".join(self.names[:8]) + (f" and {len(self.names) - 8} more" if len(self.names) > 8 else "")
+        return f"{amount} parameters lie in branches; outside: {shown or 'none'}"
 
 
 class Steps(Sequence[Step]):
@@ -82,6 +161,8 @@ class Steps(Sequence[Step]):
         unsupported: what was seen and cannot be scaled, one sentence each.
         unreached: modules with parameters that the example input never reached.
         notes: what else is worth knowing, one sentence each.
+        left_out: the sums that are no steps, each with its reason.
+        outside: the parameters that still reach the output at h = 0.
     """
 
     def __init__(
@@ -92,12 +173,16 @@ class Steps(Sequence[Step]):
         unsupported: Sequence[str] = (),
         unreached: Sequence[str] = (),
         notes: Sequence[str] = (),
+        left_out: Sequence[LeftOut] = (),
+        outside: Outside = Outside(),  # frozen
     ) -> None:
         self._steps = tuple(steps)
         self.long = tuple(long)
         self.unsupported = tuple(unsupported)
         self.unreached = tuple(unreached)
         self.notes = tuple(notes)
+        self.left_out = tuple(left_out)
+        self.outside = outside
 
     @overload
     def __getitem__(self, index: int) -> Step: ...
@@ -142,23 +227,36 @@ class Steps(Sequence[Step]):
             ("seen and not supported", self.unsupported),
             ("modules that the example input never reached", self.unreached),
             ("notes", self.notes),
+            ("sums that are no steps", self.reasons()),
         )
         for title, lines in listed:
             if lines:
                 parts.append(Text(f"\n{title}:", style="bold"))
                 parts.extend(Text(f"  {line}") for line in lines)
+        if self.outside.of:
+            parts.append(Text(f"\n{self.outside}"))
         return Group(*parts)
+
+    def reasons(self) -> list[str]:
+        """How many sums are no steps, for each reason."""
+        counts: Counter[str] = Counter()
+        for sum_ in self.left_out:
+            counts[sum_.reason] += sum_.calls
+        return [f"{calls} {reason}" for reason, calls in counts.items()]
 
     def with_h(self, values: Sequence[float | None]) -> Steps:
         """The same steps with other step factors."""
         steps = [replace(step, h=h) for step, h in zip(self, values, strict=True)]
-        return Steps(steps, long=self.long, unsupported=self.unsupported, unreached=self.unreached, notes=self.notes)
+        other = copy(self)
+        other._steps = tuple(steps)
+        return other
 
     def to_json(self) -> str:
         """All of it as JSON: a `state_dict` does not hold h, so keep this beside it."""
         rest = {"unsupported": self.unsupported, "unreached": self.unreached, "notes": self.notes}
+        sums = {"left_out": [asdict(s) for s in self.left_out], "outside": asdict(self.outside)}
         return json.dumps(
-            {"steps": [asdict(s) for s in self], "long": [asdict(s) for s in self.long], **rest}, indent=1
+            {"steps": [asdict(s) for s in self], "long": [asdict(s) for s in self.long], **rest, **sums}, indent=1
         )
 
     @classmethod
@@ -170,7 +268,11 @@ class Steps(Sequence[Step]):
                 key: [Step(**{**s, "places": tuple(Place(**p) for p in s["places"])}) for s in data[key]]
                 for key in ("steps", "long")
             }
-            return cls(read["steps"], long=read["long"], **{k: data[k] for k in ("unsupported", "unreached", "notes")})
+            sums = [LeftOut(**sum_) for sum_ in data.get("left_out", ())]
+            around = data.get("outside", {})
+            outside = Outside(**{**around, "names": tuple(around.get("names", ()))})
+            lines = {key: data[key] for key in ("unsupported", "unreached", "notes")}
+            return cls(read["steps"], long=read["long"], left_out=sums, outside=outside, **lines)
         except (ValueError, KeyError, TypeError) as error:
             raise EulernetError(f"this is not what Steps.to_json() writes: {type(error).__name__}: {error}") from error
 

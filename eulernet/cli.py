@@ -12,7 +12,6 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, Literal
@@ -44,10 +43,12 @@ _LARGE = 2_000_000_000  # parameters above which a model is built on the meta de
 
 
 # ---- the commands
+
+
 @app.callback(invoke_without_command=True)
 def main(show_version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     if show_version:
-        print(f"eulernet {version('eulernet')}, torch {torch.__version__}")
+        print(f"eulernet {eulernet.__version__}, torch {torch.__version__}")
         raise typer.Exit
 
 
@@ -135,6 +136,8 @@ def _device(model: nn.Module) -> torch.device:
 
 
 # ---- building a model from its name
+
+
 def _builder(spec: str) -> Callable[[], nn.Module]:
     """The function that builds the model named by `spec`; every mistake in the name is an error here."""
     source, separator, name = spec.partition(":")
@@ -260,6 +263,8 @@ def _check_known(what: str, name: str, known: Iterable[str], where: str) -> None
 
 
 # ---- inputs
+
+
 def _example_inputs(texts: Sequence[str], device: torch.device) -> Any:
     """`["1,3,224,224"]` to a tuple of tensors, `["input_ids=1,16:int64"]` to a dict of them, none to None."""
     parsed = [_input(text, device) for text in texts]
@@ -288,6 +293,8 @@ def _input(text: str, device: torch.device) -> tuple[str, Tensor]:
 
 
 # ---- what is shown
+
+
 def _print(console: Console, spec: str, model: nn.Module, steps: Steps, show_all: bool) -> None:
     parameters = sum(p.numel() for p in model.parameters())
     console.print(
@@ -296,6 +303,7 @@ def _print(console: Console, spec: str, model: nn.Module, steps: Steps, show_all
     )
     if show_all:
         console.print(steps)
+        _sums(console, steps)
         return
     if not len(steps):
         console.print("No addition of the form s + F(s) was found.")
@@ -305,6 +313,22 @@ def _print(console: Console, spec: str, model: nn.Module, steps: Steps, show_all
     _section(console, "Seen, and not supported", steps.unsupported)
     _section(console, "Modules with parameters that the example input never reached", steps.unreached)
     _section(console, "Notes", steps.notes)
+    _section(console, "Sums that are no steps (--all lists them)", steps.reasons())
+    if steps.outside.of:
+        console.print(f"\n{escape(str(steps.outside))}", highlight=False)
+
+
+def _sums(console: Console, steps: Steps) -> None:
+    """The sums that are no steps, one line a place and reason."""
+    if steps.left_out:
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for title in ("module", "class", "no step, since", "calls", "where"):
+            table.add_column(title, justify="right" if title == "calls" else "left", overflow="fold")
+        for left in steps.left_out:
+            where = f"{left.file}:{left.line}" if left.file else "an operator"
+            table.add_row(left.module_name, left.module_class, left.reason, str(left.calls), where)
+        console.print()
+        console.print(table)
 
 
 def _table(console: Console, groups: Sequence[Sequence[Step]]) -> Table:

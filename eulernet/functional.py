@@ -7,8 +7,9 @@ GPU a kernel of `eulernet.kernels` does the same in one pass over memory.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import reduce
-from typing import Literal
+from functools import cache, reduce
+from importlib import import_module
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from eulernet import kernels
 from eulernet._errors import EulernetError
+from eulernet.kernels._layout import apart, span
 
 __all__ = ["Activation", "euler_step", "euler_step_bn", "euler_step_norm"]
 
@@ -47,14 +49,15 @@ def euler_step(
             along the channels of images (N, C, H, W). It may require grad.
         drop_path: a probability, with which each sample's branch is dropped, the rest scaled by 1 / (1 - probability),
             drawn as timm's `drop_path` draws it; or a mask that was drawn already, of shape (N, 1, ...).
-        out: where to write the result, without grad only.
+        out: where to write the result, without grad only: `skip` or `branch` itself, or memory of its own.
 
     Returns:
         The new state, with the shape and dtype that `skip + h * drop_path * layer_scale * branch` has: a tensor of one
         dimension and more takes part in the promotion of dtypes, a 0-d one does not. 16-bit types are computed in fp32.
 
     Raises:
-        EulernetError: an unknown activation, a probability outside [0, 1), `out` together with gradients.
+        EulernetError: an unknown activation, a probability outside [0, 1), `out` together with gradients, or one that
+            overlaps itself or a part of `skip` or `branch`.
 
     Example:
         >>> import torch
@@ -66,15 +69,16 @@ def euler_step(
     if activation is not None and activation not in _ACTIVATIONS:
         raise EulernetError(f"activation={activation!r} is not known; use None, {', '.join(map(repr, _ACTIVATIONS))}")
     mask = _mask(branch, layer_scale, drop_path)
-    if out is not None and torch.is_grad_enabled() and any(_differentiable(skip, branch, h, layer_scale)):
-        raise EulernetError("out= has no gradient; call euler_step without it, or under torch.no_grad()")
-    dtype = _promoted(skip, branch, layer_scale, mask, h if isinstance(h, Tensor) else None)
-    number, scale = _factors(h, layer_scale, dtype, skip.device)
+    if out is not None:
+        _check_out(out, skip, branch, h, layer_scale)
+    if not isinstance(h, Tensor) and layer_scale is None and mask is None and skip.dtype == branch.dtype:
+        dtype, number, scale = skip.dtype, h, None
+    else:
+        dtype = _promoted(skip, branch, layer_scale, mask, h if isinstance(h, Tensor) else None)
+        number, scale = _factors(h, layer_scale, dtype, skip.device)
     plain = activation is None and scale is None and mask is None  # one kernel of ATen's
     if kernels.chosen(skip, branch, worth=not plain):
-        from eulernet.kernels import _step
-
-        result = _step.step(skip, branch, number, scale, mask, activation, dtype, out)
+        result = _kernels("_step").step(skip, branch, number, scale, mask, activation, dtype, out)
         if result is not None:
             return result
     if plain:
@@ -128,9 +132,7 @@ def euler_step_norm(
     dtype = _promoted(skip, branch, layer_scale, mask, h if isinstance(h, Tensor) else None)
     number, scale = _factors(h, layer_scale, dtype, skip.device)
     if kernels.chosen(skip, branch):
-        from eulernet.kernels import _norm
-
-        result = _norm.step_norm(skip, branch, number, scale, mask, weight, bias, eps, kind, dtype)
+        result = _kernels("_norm").step_norm(skip, branch, number, scale, mask, weight, bias, eps, kind, dtype)
         if result is not None:
             return result
     state = _add(skip, branch, number, scale, mask).to(dtype)
@@ -177,13 +179,32 @@ def euler_step_bn(
     if activation is not None and activation not in _ACTIVATIONS:
         raise EulernetError(f"activation={activation!r} is not known; use None, {', '.join(map(repr, _ACTIVATIONS))}")
     if not training and kernels.chosen(skip, branch):
-        from eulernet.kernels import _bn
-
-        result = _bn.step_bn(skip, branch, h, running_mean, running_var, weight, bias, eps, activation)
+        result = _kernels("_bn").step_bn(skip, branch, h, running_mean, running_var, weight, bias, eps, activation)
         if result is not None:
             return result
     normed = F.batch_norm(branch, running_mean, running_var, weight, bias, training, momentum, eps)
     return euler_step(skip, normed, h, activation=activation)
+
+
+@cache
+def _kernels(name: str) -> Any:
+    """A module of the kernels, which imports Triton."""
+    return import_module(f"eulernet.kernels.{name}")
+
+
+def _check_out(out: Tensor, skip: Tensor, branch: Tensor, h: float | Tensor, layer_scale: Tensor | None) -> None:
+    if torch.is_grad_enabled() and any(_differentiable(skip, branch, h, layer_scale)):
+        raise EulernetError("out= has no gradient; call euler_step without it, or under torch.no_grad()")
+    overlaps = torch._debug_has_internal_overlap(out) == 1
+    if overlaps or any(_overlaps_partly(out, operand) for operand in (skip, branch)):
+        what = "itself" if overlaps else "a part of an operand"
+        raise EulernetError(f"out= overlaps {what}, whose elements are still to be read; call euler_step without it")
+
+
+def _overlaps_partly(out: Tensor, operand: Tensor) -> bool:
+    """What ATen refuses too: two dense tensors that share some of their memory, and are not the same."""
+    known = all(kernels.plain(t) and t.device.type != "meta" and not t.is_complex() for t in (out, operand))
+    return known and all(span(t) == t.nbytes for t in (out, operand)) and not apart(out, operand)
 
 
 def _add(
@@ -195,11 +216,13 @@ def _add(
         return torch.add(skip, branch, alpha=number)
     least = torch.promote_types(_promoted(skip, branch, *factors), torch.float32)
     factor = reduce(torch.mul, [t.to(least) for t in factors])
-    if factor.dim() == 0:
+    single = factor.dim() == 0
+    if single:
         factor = factor.view(1)  # else it would be rounded to the others' dtype
     if factor.requires_grad:
         branch = branch.to(least)  # else the gradient of the factor would be made of rounded products
-    return torch.addcmul(skip, branch, factor, value=number)
+    state = torch.addcmul(skip, branch, factor, value=number)
+    return state.view(()) if single and skip.dim() == branch.dim() == 0 else state
 
 
 def _factors(
@@ -208,8 +231,9 @@ def _factors(
     """h and gamma as a number and a tensor."""
     if not isinstance(h, Tensor):
         return h, layer_scale
-    if h.dim() == 0:
-        h = h.to(device)  # an operator takes it from the CPU, addcmul and a kernel do not
+    if h.dim() == 0 and h.device != device:
+        # An operator takes it from the CPU, addcmul and a kernel do not. Copied, the GPU would be waited for.
+        h = torch.zeros((), dtype=h.dtype, device=device) + h
     if layer_scale is None:
         return 1.0, h
     least = torch.promote_types(dtype, torch.float32)

@@ -25,7 +25,7 @@ from rich.table import Table
 from eulernet import EulernetError
 from reproductions.errors import DataError
 from reproductions.evidence.claims import Row
-from reproductions.records import FILE, Record, check_folder, write_records
+from reproductions.records import FILE, Record, check_folder, read_records, write_records
 from reproductions.studies import GRIDS
 from reproductions.trial import Trial
 
@@ -259,6 +259,54 @@ def _grid(
     console.print(f"{len(records)} trials, {failed} of them failed trainings.", highlight=False)
     for path in (out / FILE, *draw(out)):
         console.print(f"Wrote {path}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def campaign(
+    minutes: Annotated[float, typer.Option(min=0.0, help="How long the machine is at hand.")],
+    data_root: DataRoot = DATA,
+    out: Annotated[Path, typer.Option("--out", help="Folder for what has to come back.")] = Path("runs/campaign"),
+    preset: Annotated[str, typer.Option(help="paper; smoke: toy sizes, to see that all of it runs.")] = "paper",
+    device: Device = "",
+    way: Annotated[str, typer.Option(help="Only this way: 'stacked', 'compiled' or 'separate'.")] = "",
+    launched: Annotated[bool, typer.Option("--launched", help="Capture no CUDA graph.")] = False,
+) -> None:
+    """The cells of campaign.md in order of worth, as many as fit the time; what has a record is not run again."""
+    from reproductions import campaign as study
+    from reproductions.evidence.claims import Results
+    from reproductions.training.stack import WAYS
+
+    for name, value, known in (("--preset", preset, study.EPOCHS), ("--way", way, ("", *WAYS))):
+        if value not in known:
+            raise typer.BadParameter(f"{value!r} is none of {', '.join(filter(None, known))}", param_hint=name)
+    folder, where = check_folder(out, "trials"), _device(device)
+    whole = study.Campaign(folder, data_root, where, 60 * minutes, preset, way, launched, [RESULTS / "trials"])
+    trained = whole.run()
+    if chosen := whole.notes.get("chosen"):
+        console.print(_rows(study.primary(Results(whole.records()), preset, chosen["epochs"], chosen["precision"])))
+    if not trained:
+        raise DataError(f"no trial came to its end; {folder / 'probe.json'} says why. Give more by --minutes.")
+
+
+@app.command()
+def desk(
+    data_root: DataRoot = DATA,
+    out: TrialsOut = TRIALS,
+    workers: Annotated[int, typer.Option(min=1, help="Processes of one thread each.")] = 2,
+    minutes: Annotated[float, typer.Option(min=0.0, help="How long; what is unfinished then is begun anew.")] = 180,
+    only: Only = None,
+) -> None:
+    """On CPU cores: the paper's depths on small images and short texts, 5 seeds, in order of worth."""
+    from reproductions import desk as study
+    from reproductions.data import batches as sources
+    from reproductions.evidence.claims import Results
+
+    trials = _chosen(study.trials(), only or [])
+    check_folder(out, "trials")
+    sources.check(sorted({trial.data for trial in trials}), data_root)
+    study.run(trials, out, data_root, workers, 60 * minutes, [RESULTS / "trials"])
+    records = [r for folder in (out, RESULTS / "trials") if (folder / FILE).exists() for r in read_records(folder)]
+    console.print(_rows(study.primary(Results(records))))
 
 
 @app.command()

@@ -15,6 +15,7 @@ from triton.compiler import ASTSource
 from eulernet.kernels import _device
 
 SIZES = ["M", "C", "R", "skip_outer", "skip_middle", "branch_outer", "branch_middle"]
+SIZES += ["normed_outer", "normed_middle"]
 TILE = {"SPLIT": True, "BR": 8, "BC": 256}
 BARE = {"SCALE": -1, "MASK": -1, "scale": None, "mask": None}
 VARIANTS: list[tuple[Any, dict[str, Any]]] = [

@@ -5,6 +5,7 @@ import importlib
 import inspect
 import pkgutil
 import re
+import typing
 from pathlib import Path
 
 import pytest
@@ -57,7 +58,10 @@ def test_docstrings(name: str) -> None:
     assert failed == 0
 
 
-@pytest.mark.parametrize("name", eulernet.__all__)
+ALIASES = {name for name in eulernet.__all__ if typing.get_origin(getattr(eulernet, name)) is not None}
+
+
+@pytest.mark.parametrize("name", sorted(set(eulernet.__all__) - ALIASES - {"__version__"}))
 def test_public_names_have_a_running_example(name: str) -> None:
     thing = getattr(eulernet, name)
     doc = inspect.getdoc(thing)

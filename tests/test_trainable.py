@@ -230,7 +230,7 @@ def test_names_and_ties(trainable: Any, groups: list[list[str]]) -> None:
     ],
 )
 def test_stages(name: str, expected: str) -> None:
-    assert stage(name) == expected
+    assert stage(Step(0, name, "Block", "identity", (), 1, 0, 4)) == expected
 
 
 def test_stages_of_a_resnet() -> None:

@@ -262,8 +262,8 @@ def absorbing(
 
 def _check_reached(step: Step, unreached: tuple[str, ...]) -> None:
     """An expert that the example did not reach would keep its weights."""
-    name = step.name.partition(":")[0]
-    inside = [n for n in unreached if name == ROOT or (n + ".").startswith(name + ".")]
+    name = step.module_name
+    inside = [n for n in unreached if not name or (n + ".").startswith(name + ".")]
     if inside:
         raise NotAbsorbable(
             f"the example inputs never reached {', '.join(inside)}, which may hold further maps of the branch"
@@ -283,11 +283,15 @@ def _scales(
                 users[traced[run].parameters.get(node, (run, node))].add(index)
 
     def scale(run: int, node: int, reader: int) -> float:
+        """By what a tensor must be multiplied in the eyes of one reader.
+
+        NaN, which equals nothing, where the reader uses it several times and only some of these are on the path.
+        """
         steps = []  # several where a step lies in the branch of another one
         for index, path in passing[run, node]:
             if reads := path[reader, node]:
                 steps.append(factors[index] if reads == traced[run].readers[node][reader] else math.nan)
-        return math.prod(sorted(steps))
+        return math.prod(sorted(steps))  # in one order: two readers must not differ by rounding
 
     scales: dict[Any, float] = {}  # of a parameter, or of the tensor at a node of a run
     conflicts: dict[int, str] = {}
@@ -295,6 +299,8 @@ def _scales(
         for node, readers in one.readers.items():
             key = one.parameters.get(node, (run, node))
             for reader in readers if key in users else ():
+                # All readers must agree, those as well that are on nobody's path and ask for 1. A parameter has one key
+                # for all runs and all modules that hold it, so eval and train mode and tied weights must agree too.
                 here = scale(run, node, reader)
                 if scales.setdefault(key, here) != here:
                     other = min(readers, key=lambda r: sum(w[r, node] for _, w in passing[run, node]))

@@ -8,15 +8,25 @@ step that `s` is the result of (parallel). A step whose branch runs through othe
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from eulernet._find.graph import SQUASHES, UPSAMPLES, Graph, MatchKind, StepCall
 from eulernet._find.streams import number_streams, steps_of
-from eulernet._find.trace import ADDITIONS, SLICES, Addition, Trace
+from eulernet._find.trace import FUSED_ADDITIONS, SLICES, Addition, Trace
+from eulernet._step import Reason
 
 
-def classify(trace: Trace) -> list[StepCall]:
-    """The steps of one run, long ones and unsupported ones included, in the order in which they ran."""
+class Sums(NamedTuple):
+    """What the sums of one run are, each in the order in which it ran."""
+
+    graph: Graph
+    steps: list[StepCall]  # long and unsupported ones included
+    left_out: list[tuple[Addition, Reason]]
+
+
+def classify(trace: Trace) -> Sums:
+    """The sums of one run: the steps, and for each other one why it is none."""
     graph = Graph(trace)
     step_calls: list[StepCall] = []
     results: dict[int, StepCall] = {}
@@ -28,31 +38,93 @@ def classify(trace: Trace) -> list[StepCall]:
                 results[addition.result] = step_call
     kept = steps_of(graph, step_calls)
     number_streams(graph, kept)
-    return kept
+    kept += _other_halves(graph, trace, kept)
+    known: dict[int, Reason | None] = {id(e.addition): e.reason for e in step_calls if e.reason}
+    known.update((id(e.addition), None) for e in kept)
+    branches = [e.within for e in kept if e.supported and not e.long]
+    left_out = []
+    for addition in trace.additions:
+        reason = known[id(addition)] if id(addition) in known else _reason(graph, trace, addition, branches)
+        if reason is not None:
+            left_out.append((addition, reason))
+    return Sums(graph, kept, left_out)
+
+
+def _other_halves(graph: Graph, trace: Trace, steps: list[StepCall]) -> Iterator[StepCall]:
+    """The sums of a second stream, where two are changed in turn: `y = y + f(x)` before the step `x + g(y)`."""
+    known = {e.addition.result for e in steps}
+    for step in steps:
+        for addition in trace.additions if step.supported else ():
+            if addition.result not in step.within or addition.result in known or len(addition.right) != 1:
+                continue
+            for skip, branch in _pairs(addition):
+                if _is_other_half(graph, step, addition.result, skip, branch):
+                    known.add(addition.result)
+                    yield StepCall(addition, "identity", skip, branch, skip == addition.left, skip, coupled=True)
+                    break
+
+
+def _is_other_half(graph: Graph, step: StepCall, result: int, skip: int, branch: int) -> bool:
+    """Whether a sum in a step's branch goes on beside it, and adds a map of the step's state to what is none of it."""
+    goes_on = graph.readers.get(result, set()) - step.within - {step.addition.result}
+    alike = all(graph.nodes[n].shape == graph.nodes[step.skip].shape for n in (result, skip, branch))
+    foreign = skip not in step.within and skip != step.state and not graph.constant[skip]
+    if not (goes_on and alike and foreign and branch in step.within):
+        return False
+    ancestors = graph.ancestors(branch, step.state, step.state)
+    return graph.mixes(graph.path(step.state, branch, ancestors), step.state)
+
+
+def _reason(graph: Graph, trace: Trace, addition: Addition, branches: list[set[int]]) -> Reason:
+    """Why a sum is no step, where neither operand was found to be the skip of the other."""
+    operands = (addition.left, *addition.right)
+    if any(graph.constant[node] or graph.bare[node] for node in operands):
+        return "constant operand"
+    if any(addition.result in within for within in branches):
+        return "inside a branch"
+    if addition.result in graph.readers and all(graph.nodes[n].op in SQUASHES for n in graph.uses(addition.result)):
+        return "gate or score"
+    start = trace.calls[addition.call].start
+    ancestors = [graph.ancestors(node, start, 0) for node in operands]
+    if any(operands[i] in ancestors[j] for i in range(len(operands)) for j in range(len(operands)) if i != j):
+        return "no map between"
+    common = set.intersection(*ancestors)
+    if not common:
+        return "unrelated"
+    between = set.union(*ancestors) - common
+    if any(UPSAMPLES.search(graph.nodes[n].op) for n in between):
+        return "resolutions"
+    return "siblings"
 
 
 def _step_call(graph: Graph, trace: Trace, addition: Addition, results: dict[int, StepCall]) -> StepCall | None:
     call = trace.calls[addition.call]
     parent = trace.calls[call.parent] if call.parent >= 0 else None
-    for skip_is_left in (True, False):
-        pairs = [(addition.left, right) if skip_is_left else (right, addition.left) for right in addition.right]
-        if not skip_is_left and addition.op not in ("add", "iadd"):
-            break
-        for skip, branch in pairs:
-            given, maps = list(graph.matched(skip, call.start))[-1]
-            begun_by_caller = parent is not None and given < call.start and maps == 0
-            for start in (call.start, parent.start) if parent is not None and begun_by_caller else (call.start,):
-                found = _identity(graph, skip, branch, start) or _parallel(graph, skip, branch, start, results)
-                if not found and addition.op in ADDITIONS:
-                    found = _projection(graph, skip, branch, start)
-                    if found and _is_aside(graph, addition.result, branch, found.within):
-                        found = None
-                if found and not _is_score(graph, branch, start):
-                    kind, state, within, first = found
-                    if kind == "identity" and "sub" in addition.op and not any(map(graph.is_map, within)):
-                        kind = "decomposition"  # the state without what pooling took out of it (Autoformer)
-                    return StepCall(addition, kind, skip, branch, skip_is_left, state, within, first=first)
+    for skip, branch in _pairs(addition):
+        if graph.nodes[skip].shape != graph.nodes[addition.result].shape:
+            continue
+        given, maps = list(graph.matched(skip, call.start))[-1]
+        begun_by_caller = parent is not None and given < call.start and maps == 0
+        for start in (call.start, parent.start) if parent is not None and begun_by_caller else (call.start,):
+            found = _identity(graph, skip, branch, start) or _parallel(graph, skip, branch, start, results)
+            if not found and addition.op not in FUSED_ADDITIONS:
+                found = _projection(graph, skip, branch, start)
+                if found and _is_aside(graph, addition.result, branch, found.within):
+                    found = None
+            if found and not _is_score(graph, branch, start):
+                kind, state, within, first = found
+                if kind == "identity" and "sub" in addition.op and not any(map(graph.is_map, within)):
+                    kind = "decomposition"  # the state without what pooling took out of it (Autoformer)
+                return StepCall(addition, kind, skip, branch, skip == addition.left, state, within, first=first)
     return None
+
+
+def _pairs(addition: Addition) -> Iterator[tuple[int, int]]:
+    """The operands that may be skip and branch, with the left one as the skip first."""
+    operands = (addition.left, *addition.right)
+    only_left = "sub" in addition.op or addition.op in FUSED_ADDITIONS
+    for i, skip in enumerate(operands[:1] if only_left else operands):
+        yield from ((skip, branch) for j, branch in enumerate(operands) if i != j)
 
 
 class Match(NamedTuple):
@@ -120,7 +192,8 @@ def _are_other_parts(graph: Graph, state: int, skip: int, path: dict[int, int]) 
         return graph.nodes[node].op in SLICES and graph.size(node) < graph.size(state)
 
     begins = [n for n in path if state in graph.nodes[n].inputs]
-    return part(skip) and all(part(n) and n != skip for n in begins)
+    # A branch of one stream that is added to all of them, as in hyper-connections, does not begin at other parts.
+    return part(skip) and all(part(n) and n != skip and graph.size(n) >= graph.size(skip) for n in begins)
 
 
 def _parallel(graph: Graph, skip: int, branch: int, start: int, results: dict[int, StepCall]) -> Match | None:

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from eulernet._find.trace import ADDITIONS, Addition, Trace
+from eulernet._find.trace import ADDITIONS, CONTRACTIONS, Addition, Trace
+from eulernet._step import Reason
 
 VIEWS = frozenset(
     "view reshape flatten unflatten permute transpose t T mT H mH swapaxes swapdims movedim moveaxis squeeze unsqueeze "
@@ -60,7 +61,7 @@ class StepCall:
     within: set[int] = field(default_factory=set)  # the nodes on the way from the state to the branch
     long: bool = False
     coupled: bool = False  # with the step whose branch it is in, and which is in its branch
-    reason: str = ""  # why it is no step after all
+    reason: Reason | None = None  # why it is no step after all
     first: StepCall | None = None  # parallel: the call of the first place
     before: tuple[StepCall, ...] = ()  # the calls before it in its stream
     position: int = 1  # in its stream, from 1
@@ -155,6 +156,8 @@ class Graph:
                 yield node, maps
                 continue
             # Beside a constant a sum keeps what it is: a frozen batch norm is x * scale + bias.
+            if len(inputs) > 1 and op in CONTRACTIONS:  # a mixture of streams, by a matrix that may depend on them
+                inputs = tuple(i for i in inputs if self.nodes[i].shape == self.nodes[node].shape)
             simple = op in _MATCHING or op in ADDITIONS or POOLS.search(op)
             if len(inputs) != 1 or maps > most or not (simple or self.is_map(node)):
                 return

@@ -45,9 +45,8 @@ def as_arguments(example_inputs: Any) -> Arguments:
     if isinstance(example_inputs, tuple | list):
         return tuple(example_inputs), {}
     raise EulernetError(
-        f"example_inputs is a {type(example_inputs).__name__}; it must be a tensor, a tuple of positional "
-        "arguments, or a "
-        "dict of keyword arguments, e.g. eulernet.patch(model, example_inputs=torch.randn(2, 3, 224, 224))."
+        f"example_inputs is a {type(example_inputs).__name__}; it must be a tensor, a tuple of positional arguments, "
+        "or a dict of keyword arguments, e.g. eulernet.patch(model, example_inputs=torch.randn(2, 3, 224, 224))."
     )
 
 
@@ -104,7 +103,7 @@ def _in_channels(model: nn.Module, name: str | None = None) -> int:
     return next((m.in_channels for m in modules if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d)), 3)
 
 
-# Lightning ------------------------------------------------------------------------------------------------------------
+# ---- Lightning
 
 
 def _lightning(model: nn.Module, training: bool) -> Arguments | None:
@@ -112,7 +111,7 @@ def _lightning(model: nn.Module, training: bool) -> Arguments | None:
     return None if example is None else as_arguments(example)
 
 
-# timm -----------------------------------------------------------------------------------------------------------------
+# ---- timm
 
 
 def _timm(model: nn.Module, training: bool) -> Arguments | None:
@@ -132,7 +131,7 @@ def _timm(model: nn.Module, training: bool) -> Arguments | None:
     return (torch.randn(_BATCH, channels, height, width),), {}
 
 
-# torchvision ----------------------------------------------------------------------------------------------------------
+# ---- torchvision
 
 _FRAMES = 16
 _CLIP_SIZES = {"resnet": 112}  # the other video models take 224
@@ -169,7 +168,7 @@ def _target() -> dict[str, Tensor]:
     }
 
 
-# Hugging Face ---------------------------------------------------------------------------------------------------------
+# ---- Hugging Face
 
 
 def _hugging_face(model: nn.Module, training: bool) -> Arguments | None:

@@ -62,8 +62,7 @@ def locate(addition: Addition, skip_is_left: bool) -> tuple[nn.Module, Location]
         if "forward" in vars(frame.module) and name == "forward":
             raise Unsupported(
                 f"{type(frame.module).__name__} has a forward of its own, set on the instance, which hides its "
-                "class's; "
-                "remove it (accelerate: remove_hook_from_module), patch, and set it again"
+                "class's; remove it (accelerate: remove_hook_from_module), patch, and set it again"
             )
         if function.__name__ == "<lambda>":
             raise Unsupported(f"{name} of {type(frame.module).__name__} is a lambda; write it as a function with def")
@@ -175,9 +174,8 @@ def _position(frame: Frame) -> tuple[int, int, int, int]:
     if line is None or end_line is None or column is None or end_column is None:
         raise EulernetError(
             f"{frame.code.co_filename}: {frame.code.co_qualname} was compiled without column positions, which tell one "
-            "addition on a line from another. Run Python without -X no_debug_ranges and without "
-            "PYTHONNODEBUGRANGES, and "
-            "remove the cached .pyc files that were written with it."
+            "addition on a line from another. Run Python without -X no_debug_ranges and without PYTHONNODEBUGRANGES, "
+            "and remove the cached .pyc files that were written with it."
         )
     return line, end_line, column, end_column
 

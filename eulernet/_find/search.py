@@ -6,14 +6,15 @@ import contextlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from eulernet._errors import EulernetError
-from eulernet._find.classify import classify
+from eulernet._find.account import left_out, origin_of, outside, reached_at_zero, unequal_twins
+from eulernet._find.classify import Sums, classify
 from eulernet._find.graph import StepCall
 from eulernet._find.inputs import as_arguments, guess_inputs
 from eulernet._find.locate import Location, locate, nowhere
@@ -21,7 +22,7 @@ from eulernet._find.sandbox import Sandbox, no_fakes_left, preserve_state
 from eulernet._find.trace import Addition, Trace, all_modules
 from eulernet._run.patched import restore_class
 from eulernet._source import Unsupported
-from eulernet._step import ROOT, Place, Step, Steps
+from eulernet._step import ROOT, LeftOut, Outside, Place, Step, StepKind, Steps, step_name
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class Search:
     steps: Steps
     runs: list[Run]
     traces: list[Trace]  # one a run
+    main: set[int]  # the indices of the long steps on the main stream, from the model's input to its output
     step_calls: dict[int, list[tuple[int, StepCall]]]  # the index of a step -> the runs it was seen in, and as what
 
 
@@ -90,24 +92,27 @@ def _run(model: nn.Module, example_inputs: Any, sandboxes: list[Sandbox]) -> tup
         args_train, kwargs_train = _guessed(model, training=True)
     else:
         args, kwargs = args_train, kwargs_train = as_arguments(example_inputs)
+    # Fake tensors first: they cost nothing. A model whose code looks at values fails on them and runs for real.
     meta = any(t.device.type == "meta" for t in (*model.parameters(), *model.buffers()))
-    ways = [(True, False)] if meta else [(True, False), (False, False)]
+    attempts = [(True, False)] if meta else [(True, False), (False, False)]
     if any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
-        ways += [(fake, True) for fake, _ in ways]  # some models do their work in hooks
-    remaining = iter(ways)
+        attempts += [(fake, True) for fake, _ in attempts]  # some models do their work in hooks
+    remaining = iter(attempts)
     sandbox = _sandbox(model, *next(remaining), sandboxes)
     runs: list[Run] = []
     traces: list[Trace] = []
     notes: list[str] = []
     for training, arguments in ((False, (args, kwargs)), (True, (args_train, kwargs_train))):
         try:
+            # One more trace than runs ends the loop. What failed in eval mode is given up for train mode as well: a
+            # sandbox is never gone back to, since both runs are to be of one copy where they can.
             while len(traces) == len(runs):
                 try:
                     traces.append(sandbox.run(*arguments, training=training))
                 except Exception as error:
-                    way = next(remaining, None)
-                    if way is not None:
-                        sandbox = _sandbox(model, *way, sandboxes)
+                    attempt = next(remaining, None)
+                    if attempt is not None:
+                        sandbox = _sandbox(model, *attempt, sandboxes)
                     elif not meta:
                         raise
                     else:
@@ -185,8 +190,11 @@ def _collect(model: nn.Module, runs: list[Run], traces: list[Trace], notes: list
     names = _names(model)
     sites: dict[Any, _TracedSite] = {}
     unsupported: dict[str, None] = {}
-    for run, trace in zip(runs, traces, strict=True):
-        step_calls = classify(trace)
+    refused: set[int] = set()  # ids of the additions that are not supported
+    sums = [classify(trace) for trace in traces]
+    for run, trace, (_, step_calls, _) in zip(runs, traces, sums, strict=True):
+        # An addition of the source is rewritten whole. Where it is a step in some of its runs only (a function that
+        # adds a residual here and a position there), h would scale what is none, so none of its runs is a step.
         runs_at = Counter(_origin(a) for a in trace.additions)
         steps_at = Counter(_origin(e.addition) for e in step_calls)
         for step_call in step_calls:
@@ -199,10 +207,14 @@ def _collect(model: nn.Module, runs: list[Run], traces: list[Trace], notes: list
                     )
                 site.step_calls[run.training].append(step_call)
             except Unsupported as reason:
-                caller = run.sandbox.original.get(trace.calls[step_call.addition.call].module, model)
-                unsupported[_unsupported(step_call, run.sandbox, names, caller, str(reason))] = None
+                at = origin_of(step_call.addition, trace, run.sandbox.original, model)
+                unsupported[f"{names[at.module]} ({at.file}:{at.line}): {reason}"] = None
+                refused.add(id(step_call.addition))
+    account = _account(model, runs[0], traces[0], sums[0], refused, names)
+    notes.extend(account.twins)
     groups = _group([s for s in sites.values() if any(s.step_calls.values())])
     _pair_modes(groups, runs, traces, names, notes)
+    # Long steps last, so that those which `patch` scales by default are numbered without gaps.
     numbers = {id(g): i for i, g in enumerate(sorted(groups, key=lambda g: any(e.long for e in _step_calls(g))))}
     found = [
         FoundStep(
@@ -220,6 +232,8 @@ def _collect(model: nn.Module, runs: list[Run], traces: list[Trace], notes: list
         unsupported=list(unsupported),
         unreached=_unreached(runs, traces, names),
         notes=notes,
+        left_out=account.left_out,
+        outside=account.outside,
     )
     run_of = {run.training: number for number, run in enumerate(runs)}
     seen = {
@@ -228,7 +242,37 @@ def _collect(model: nn.Module, runs: list[Run], traces: list[Trace], notes: list
         ]
         for g in groups
     }
-    return Search(found, steps, runs, traces, seen)
+    main = {
+        f.step.index
+        for f in found
+        if any(e.long and e.addition.result in account.main for run, e in seen[f.step.index] if run == 0)
+    }
+    return Search(found, steps, runs, traces, main, seen)
+
+
+class _Account(NamedTuple):
+    left_out: list[LeftOut]
+    outside: Outside
+    twins: list[str]
+    main: set[int]  # the nodes of the main stream, from input to output, and of what makes it
+
+
+def _account(
+    model: nn.Module, run: Run, trace: Trace, sums: Sums, refused: set[int], names: dict[nn.Module, str]
+) -> _Account:
+    """What is to be said of the sums of a run, besides the steps."""
+    originals = run.sandbox.original
+    scaled = [e for e in sums.steps if not e.long and id(e.addition) not in refused]
+    reached = reached_at_zero(trace, scaled)
+    reasons = [(origin_of(addition, trace, originals, model), reason) for addition, reason in sums.left_out]
+    twins = [(at, False) for at, reason in reasons if reason != "inside a branch"]
+    twins += [(origin_of(e.addition, trace, originals, model), id(e.addition) not in refused) for e in sums.steps]
+    return _Account(
+        left_out(reasons, names),
+        outside(sums.graph, trace, originals, names, reached),
+        list(unequal_twins(twins, names)),
+        reached,
+    )
 
 
 def _origin(addition: Addition) -> Any:
@@ -248,8 +292,8 @@ def _site(step_call: StepCall, sandbox: Sandbox, sites: dict[Any, _TracedSite]) 
         raise Unsupported(f"{step_call.addition.op} adds and does something else in one operation")
     if step_call.addition.function is not None:
         raise Unsupported(
-            f"it runs in {step_call.addition.function}, a torch.autograd.Function, whose own backward knows nothing "
-            "of h"
+            f"it runs in {step_call.addition.function}, a torch.autograd.Function, whose own backward knows nothing of "
+            "h"
         )
     error = None
     try:
@@ -315,15 +359,19 @@ def _step(index: int, group: list[_TracedSite], groups: list[list[_TracedSite]],
     module = group[0].module
     mine = [g for g in groups if g[0].module is module]
     if any(e.long for e in step_calls):
-        kind = "long"
+        kind: StepKind = "long"
+    elif any(e.kind == "parallel" for e in step_calls):
+        kind = "parallel"
     else:
-        kind = "parallel" if any(e.kind == "parallel" for e in step_calls) else step_calls[0].kind
+        kind = "projection" if step_calls[0].kind == "projection" else "identity"
     around = [
         g for g in groups if any(o.long and e.addition.result in o.within for o in _step_calls(g) for e in step_calls)
     ]
+    module_name = "" if names[module] == ROOT else names[module]
+    number = mine.index(group) if len(mine) > 1 else None
     return Step(
         index=index,
-        name=names[module] + (f":{mine.index(group)}" if len(mine) > 1 else ""),
+        name=step_name(module_name, number),
         module_class=type(module).__name__,
         kind=kind,
         places=tuple(_place(s) for s in group),
@@ -332,27 +380,20 @@ def _step(index: int, group: list[_TracedSite], groups: list[list[_TracedSite]],
         depth=max(e.depth for e in step_calls),
         position=min(e.position for e in step_calls),
         parent=names[around[0][0].module] if around else None,
+        module_name=module_name,
+        number=number,
     )
 
 
 def _place(site: _TracedSite) -> Place:
     line, end_line, column, end_column = site.location.position
-    skip = "left" if site.skip_is_left else "right"
+    skip: Literal["left", "right"] = "left" if site.skip_is_left else "right"
     return Place(site.location.file, line, column, site.location.function, skip, end_line, end_column)
 
 
 def _step_calls(group: list[_TracedSite]) -> list[StepCall]:
     """What ran, in eval mode where anything did."""
     return [e for s in group for e in s.step_calls[False]] or [e for s in group for e in s.step_calls[True]]
-
-
-def _unsupported(
-    step_call: StepCall, sandbox: Sandbox, names: dict[nn.Module, str], caller: nn.Module, reason: str
-) -> str:
-    frames = step_call.addition.frames
-    module = next((sandbox.original[f.module] for f in frames if f.module in sandbox.original), caller)
-    line = list(frames[0].code.co_positions())[frames[0].lasti // 2][0]
-    return f"{names[module]} ({frames[0].code.co_filename}:{line}): {reason}"
 
 
 def _names(model: nn.Module) -> dict[nn.Module, str]:

@@ -31,19 +31,23 @@ def steps_of(graph: Graph, calls: list[StepCall]) -> list[StepCall]:
     kept: list[StepCall] = []
     for call in reversed(sums):  # what ends later is outside
         if call.kind == "decomposition":
+            call.reason = "what pooling took out"
             continue
         around = [o for o in kept if o.supported and not o.long and call.addition.result in o.within]
         if call.coupled or all(_holds_stream(outer, links) for outer in around):
             call.long = call.supported and _is_long(graph, call, ends, links)
             kept.append(call)
         else:
-            call.reason = "it belongs to the branch of the step around it"
+            call.reason = "inside a branch"
     return _with_first(kept[::-1])
 
 
 def _with_first(calls: list[StepCall]) -> list[StepCall]:
     """Without the further branches of what is no step."""
     still = {id(e) for e in calls}
+    for call in calls:
+        if call.first is not None and id(call.first) not in still:
+            call.reason = call.first.reason
     return [e for e in calls if e.first is None or id(e.first) in still]
 
 
@@ -56,12 +60,13 @@ def _of_the_skip(graph: Graph, calls: list[StepCall]) -> list[StepCall]:
     for call in calls:
         inner = [e for e in sums if e.supported and e.addition.result in call.within]
         if inner and graph.constant[call.state]:
-            call.reason = "what is added to was not computed from the model's input"
+            call.reason = "constant operand"
         elif inner and _own(graph, call, inner) is None:
             call.coupled = _is_other_half(graph, call, inner)
-            call.reason = "its branch comes from its skip only through the branches of other steps"
             if call.coupled:
                 sums.append(call)
+            else:
+                call.reason = "position or injected input"
         else:
             sums.append(call)
     return sums

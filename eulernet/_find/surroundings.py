@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from eulernet._run import fuse
 
-# What an expression is: a module's call or a product with gamma, which can be put off; a name that is read where its
-# branch may wait; the call of a norm that takes what was computed together with the sum.
-Kind = Literal["defer", "gamma first", "gamma last", "materialize", "take norm"]
-Edit = tuple[Kind, ast.expr]
+# What an expression is: a module's call or a product with gamma, which can be deferred; a name that is read where
+# its branch may be deferred; the call of a norm that takes what was computed together with the sum.
+EditKind = Literal["defer", "gamma first", "gamma last", "materialize", "take norm"]
+Edit = tuple[EditKind, ast.expr]
 
 _SIMPLE = (ast.Assign, ast.AugAssign, ast.AnnAssign, ast.Return, ast.Expr)
 # Where none of these is, what runs after what is plain to see.
@@ -108,7 +108,7 @@ class _Method:
                     return getattr(self.module, attribute, ...)
         return ...
 
-    def can_wait(self, node: ast.AST) -> bool:
+    def can_be_deferred(self, node: ast.AST) -> bool:
         """Whether an expression calls a module that a step knows, or one that only other modules of this class have."""
         module = self.called(node)
         return module is None or fuse.before(module) is not None
@@ -126,8 +126,8 @@ class _Method:
     def chain(self, node: ast.expr) -> tuple[list[Edit], ast.expr]:
         """The modules and gammas that are applied to an expression, the last one first, and that expression."""
         match node:
-            case ast.Call(args=[inner]) if self.can_wait(node):
-                kind: Kind = "defer"
+            case ast.Call(args=[inner]) if self.can_be_deferred(node):
+                kind: EditKind = "defer"
             case ast.BinOp(left=gamma, op=ast.Mult(), right=inner) if self.gamma(gamma):
                 kind = "gamma first"
             case ast.BinOp(left=inner, op=ast.Mult(), right=gamma) if self.gamma(gamma):
@@ -149,8 +149,10 @@ class _Method:
             return []
         if not (_READ_ALL_NAMES.isdisjoint(self.code.co_names) and _plain(last) and self._is_last(name, last)):
             return []
+        # Backwards from the addition, as long as the name holds the same branch: `y = bn(y)` before `x + y` is
+        # deferred, and what was assigned before that may be deferred in turn.
         edits: list[Edit] = []
-        waits: list[ast.expr] = [operand]  # where a branch is read that may go on waiting
+        stay: list[ast.expr] = [operand]  # where a branch is read that may stay deferred
         begin = i
         for j in reversed(range(i)):
             statement = block[j]
@@ -161,6 +163,7 @@ class _Method:
             assignments = [_assignments(each, name) for each in blocks]
             if any(len(each) > 1 for each in assignments):
                 break
+            # An `if` has two ways through it, of which each may assign once, or leave the name what it was.
             old = nested or not any(assignments)  # whether after it the name may hold what it held before it
             for inner, each in zip(blocks, assignments, strict=True):
                 match each:
@@ -174,13 +177,14 @@ class _Method:
                         if found:
                             edits, begin = edits + found, j
                         if found and same:
-                            waits.append(innermost)
+                            stay.append(innermost)
                             old = True
             if not old:
                 break
+        # Whoever else reads the name from the first deferred call on gets the tensor.
         if edits:
             reads = [read for statement in block[begin : i + 1] for read in _names(statement, name, ast.Load)]
-            edits += [("materialize", read) for read in reads if not any(read is each for each in waits)]
+            edits += [("materialize", read) for read in reads if not any(read is each for each in stay)]
         return edits
 
     def _is_last(self, name: str, statement: ast.stmt) -> bool:

@@ -36,6 +36,10 @@ SLICES = frozenset("getitem narrow select slice chunk split unbind".split())
 # An addition, and what else can add a branch to a skip in one call.
 ADDITIONS = frozenset("add sub subtract radd iadd isub".split())
 FUSED_ADDITIONS = frozenset("addcmul addcdiv index_add scatter_add lerp addmm baddbmm addbmm addmv".split())
+# These sum over an axis, along which two tensors may have been stacked, or mix what was stacked by a matrix.
+CONTRACTIONS = frozenset("sum mean nansum einsum matmul rmatmul bmm mm tensordot".split())
+_STACKS = frozenset("stack cat concat concatenate hstack vstack dstack".split())
+_VIEWS_OF_STACKS = frozenset("view reshape unflatten flatten unsqueeze squeeze permute transpose movedim mul".split())
 
 
 @dataclass(slots=True)
@@ -70,7 +74,8 @@ class Node:
 
 @dataclass(slots=True)
 class Addition:
-    """`result = left + right`, two floating tensors of one shape, or an operation that fuses such a sum with others."""
+    """`result = left + right`, two floating tensors, or what sums them in its own way: fused with a product, over the
+    axis of a stack, in a custom operator."""
 
     op: str
     result: int
@@ -122,6 +127,7 @@ class Tracer(TorchFunctionMode):
         self.parameters = {id(t) for module in all_modules(model) for t in _own(module)}
 
     # ---- nodes
+
     def new(
         self, op: str, inputs: tuple[int, ...], shape: tuple[int, ...], constant: bool, called: _Called = ((), {}, 0)
     ) -> int:
@@ -151,6 +157,7 @@ class Tracer(TorchFunctionMode):
         return node
 
     # ---- operations
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return self.observe(func, args, kwargs or {}, sys._getframe(1))
 
@@ -199,8 +206,9 @@ class Tracer(TorchFunctionMode):
             node = self.new(name, inputs, tuple(target.shape), constant, (*called, output))
             self.set(target, node)
             self._writes[_storage(target)] = node
-        if results and (name in ADDITIONS or name in FUSED_ADDITIONS):
-            self.addition(name, args, kwargs, nodes, results[0], bool(written), frame)
+        operands = self._operands(name, args, kwargs, nodes) if results and _is_float(results[0]) else ()
+        if len(operands) > 1:
+            self._addition(name, operands, results[0], bool(written), frame)
         return out
 
     def result(
@@ -216,26 +224,35 @@ class Tracer(TorchFunctionMode):
             return self._views[key]
         return self.new(name, inputs, shape, constant, called)
 
-    def addition(
-        self, op: str, args: Any, kwargs: Any, nodes: dict[int, int], result: Tensor, in_place: bool, frame: Any
-    ) -> None:
-        left = args[0] if args else kwargs.get("input")
+    def _operands(self, op: str, args: Any, kwargs: Any, nodes: dict[int, int]) -> tuple[int, ...]:
+        """The nodes that an operation may sum: the left operand, then those that may be the right one."""
         if op in ADDITIONS:
-            right = [args[1] if len(args) > 1 else kwargs.get("other")]
+            tensors = [*args[:2], *(kwargs[k] for k in ("input", "other") if k in kwargs)]
+        elif op in FUSED_ADDITIONS or "::" in op:
+            tensors = [*tensors_in(args), *tensors_in(kwargs)]
+        elif op in CONTRACTIONS:
+            tensors = [*tensors_in(args), *tensors_in(kwargs)]
+            return next((parts for t in tensors if len(parts := self._stacked(nodes[id(t)])) > 1), ())
         else:
-            right = [t for t in tensors_in((args[1:], kwargs)) if _is_float(t)]
-        if not isinstance(left, Tensor) or not right or not all(isinstance(t, Tensor) for t in right):
-            return
-        if not _is_float(result) or left.shape != result.shape:
-            return
-        if op in ADDITIONS and (right[0].shape != result.shape or not _is_float(right[0])):
-            return
+            return ()
+        if not all(isinstance(t, Tensor) and _is_float(t) for t in tensors):
+            tensors = [] if op in ADDITIONS else [t for t in tensors if _is_float(t)]
+        return tuple(nodes[id(t)] for t in tensors)
+
+    def _stacked(self, node: int) -> tuple[int, ...]:
+        """The parts that a tensor was stacked or concatenated of."""
+        nodes = self.trace.nodes
+        while nodes[node].op in _VIEWS_OF_STACKS and nodes[node].inputs:
+            node = nodes[node].inputs[0]
+        return nodes[node].inputs if nodes[node].op in _STACKS else ()
+
+    def _addition(self, op: str, operands: tuple[int, ...], result: Tensor, in_place: bool, frame: Any) -> None:
         self.trace.additions.append(
             Addition(
                 op=op,
                 result=self._of[id(result)],
-                left=nodes[id(left)],
-                right=tuple(nodes[id(t)] for t in right),
+                left=operands[0],
+                right=operands[1:],
                 call=self.stack[-1] if self.stack else 0,
                 frames=list(_frames(frame)),
                 in_place=in_place,
@@ -244,6 +261,7 @@ class Tracer(TorchFunctionMode):
         )
 
     # ---- module calls
+
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         for tensor in tensors_in((args, kwargs)):
             self.node(tensor)  # what comes from the caller is older than the call
@@ -300,7 +318,7 @@ def _name(func: Any) -> str:
     if name == "__get__":
         return getattr(getattr(func, "__self__", None), "__name__", "get")
     if isinstance(func, torch._ops.OpOverload):
-        name = func._schema.name.rpartition("::")[2]
+        name = func._schema.name.removeprefix("aten::")
     return name.strip("_")
 
 

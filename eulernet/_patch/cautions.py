@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from eulernet._step import Step
+
 _HALF = (torch.float16, torch.bfloat16)
 _LEAST = 8  # times the dtype's epsilon: below it a branch as large as the state is rounded to a few bits
+
+
+def kept_at_one(long: Sequence[Step]) -> Iterator[str]:
+    """That the main stream, from the model's input to its output, keeps sums at h = 1."""
+    if long:
+        names = ", ".join(step.name for step in long[:5]) + (f" and {len(long) - 5} more" if len(long) > 5 else "")
+        yield (
+            f"the stream from the model's input to its output keeps h = 1 at {names}: long steps, whose branches run "
+            "through other steps, so that the factors would multiply. To scale them as well: eulernet.patch(model, h, "
+            'include="*")'
+        )
 
 
 def trained(model: nn.Module) -> Iterator[str]:

@@ -20,12 +20,12 @@ from eulernet._errors import EulernetError, EulernetWarning
 from eulernet._find.absorb import absorbing, check_scalable, refusal, scale_parameters
 from eulernet._find.sandbox import preserve_state
 from eulernet._find.search import FoundStep, Search, search
-from eulernet._patch.cautions import rounded_away, trained
+from eulernet._patch.cautions import kept_at_one, rounded_away, trained
 from eulernet._patch.select import HLike, Selector, names_given, select, values
 from eulernet._patch.subclass import patched_class
 from eulernet._run.factor import StepFactor
 from eulernet._run.hooks import StepInputs, add_step_hook
-from eulernet._run.learned import Trainable, check_shared, checked, plan_learned
+from eulernet._run.learned import check_shared, checked, plan_learned
 from eulernet._run.patched import FACTORS, STEPS, Factor, Patched, bound, original_class, restore_class, slots
 from eulernet._source import Unsupported
 from eulernet._step import Step, Steps
@@ -67,7 +67,7 @@ def patch(
     include: Selector = None,
     exclude: Selector = None,
     preserve: bool | Literal["where_possible"] = False,
-    trainable: Trainable = False,
+    trainable: bool | Literal["step", "stage", "model"] = False,
 ) -> Model:
     """Make each residual addition `s + F(s)` of a model a step `s + h * F(s)`, in place.
 
@@ -152,6 +152,7 @@ def patch(
         _prove(result, changes)
     check_scalable(model, scales)
     cautions = [
+        *kept_at_one([f.step for f in ordered if f.step.index in result.main and f.step.index not in hs]),
         *(f"not scaled, because not supported: {line}" for line in result.steps.unsupported),
         *result.steps.notes,
     ]
@@ -282,10 +283,9 @@ def unpatch(model: Model) -> Model:
     for module in model.modules():
         if is_sharded(module):
             raise EulernetError(
-                f"{type(module).__name__} is sharded by FSDP, whose classes are built on the patched ones. To "
-                "have h = 1 "
-                "call eulernet.set_h(model, 1.0); to be rid of the patch, load the state_dict into a model "
-                "that is not patched."
+                f"{type(module).__name__} is sharded by FSDP, whose classes are built on the patched ones. To have h = "
+                "1 call eulernet.set_h(model, 1.0); to be rid of the patch, load the state_dict into a model that is "
+                "not patched."
             )
     for module in model.modules():
         restore_class(module)
@@ -356,10 +356,9 @@ def _prove(search: Search, changes: Sequence[_Change]) -> None:
                     passed, expected = counts[id(change.module), place], site.calls[run.training]
                     if passed != expected:
                         raise EulernetError(
-                            f"{found.step.name} ({found.step.module_class}): the addition at {site.location.file}:"
-                            f"{site.location.line} ran {expected} times, but {passed} times as a step once it was "
-                            "rewritten; "
-                            "nothing was changed. Leave it out: eulernet.patch(model, ..., "
+                            f"{found.step.name} ({found.step.module_class}): the addition at "
+                            f"{site.location.file}:{site.location.line} ran {expected} times, but {passed} times as a "
+                            "step once it was rewritten; nothing was changed. Leave it out: eulernet.patch(model, ..., "
                             f"exclude={found.step.name!r})"
                         )
 

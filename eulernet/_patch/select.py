@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -14,24 +15,34 @@ from eulernet._errors import EulernetError, EulernetWarning
 from eulernet._step import ROOT, Step, Steps
 
 Pattern = str
+_NUMBERED = re.compile(r"(.*?)(?::([\d*?!\[\]-]*))?", re.DOTALL)  # what stands before a colon and a pattern of numbers
+# Which steps: a pattern on names, a class of modules, a predicate, or several of these; None for what is the default.
 Selector = Pattern | type | Callable[[Step], bool] | Iterable["Selector"] | None
+# What `patch` takes as h.
 HLike = float | Literal["auto"] | Sequence[float] | Mapping[str, float] | Callable[[Step], float] | Steps
 
 
-def matches(pattern: str, name: str) -> bool:
-    """Whether a pattern names a step: component by component, and all below what it names.
+def matches(pattern: str, name: str, number: int | None = None) -> bool:
+    """Whether a pattern names a module: component by component, and all below what it names.
+
+    Where a number follows a colon, it names the step of that number in a module, and nothing below it.
 
     Example:
-        >>> matches("layer1", "layer1.0"), matches("layer1.*", "layer10.0"), matches("*.0", "layer1.0:1")
+        >>> matches("layer1", "layer1.0"), matches("layer1.*", "layer10.0"), matches("*.0", "layer1.0", 1)
         (True, False, True)
+        >>> matches("layer1.0:1", "layer1.0", 1), matches("layer1:1", "layer1.0", 1)
+        (True, False)
     """
-    name, _, number = name.partition(":")
-    pattern, _, wanted = pattern.partition(":")
-    if wanted and not fnmatchcase(number, wanted):
+    pattern, wanted = _NUMBERED.fullmatch(pattern).groups()  # type: ignore[union-attr]  # it matches all
+    if wanted and not fnmatchcase("" if number is None else str(number), wanted):
         return False
     names, patterns = name.split("."), pattern.split(".")
     short_enough = len(patterns) == len(names) if wanted else len(patterns) <= len(names)
     return short_enough and all(fnmatchcase(n, p) for n, p in zip(names, patterns, strict=False))
+
+
+def _names_step(pattern: str, step: Step) -> bool:
+    return matches(pattern, step.module_name or ROOT, step.number)
 
 
 def select(
@@ -46,6 +57,11 @@ def select(
     chosen = [s for s in steps if s.kind != "long"] if include is None else _which(steps, modules, include, "include")
     dropped = {s.index for s in _which(steps, modules, exclude, "exclude")} if exclude is not None else set()
     kept = [s for s in chosen if s.index not in dropped]
+    if not kept and include is None and exclude is None:
+        raise EulernetError(
+            f"all that was found, {_names(steps)}, is long: the branches run through other sums. Such steps are left "
+            'alone unless include= names them: eulernet.patch(model, h, include="*")'
+        )
     if not kept:
         raise EulernetError(
             f"include={include!r} and exclude={exclude!r} leave no step of {len(steps)}. The steps are: {_names(steps)}"
@@ -85,7 +101,7 @@ def _which(steps: Sequence[Step], modules: Sequence[nn.Module], selector: Select
 
 def _is_meant(selector: Any, step: Step, module: nn.Module, argument: str) -> bool:
     if isinstance(selector, str):
-        return matches(selector, step.name)
+        return _names_step(selector, step)
     if isinstance(selector, type):
         return isinstance(module, selector)
     if callable(selector):
@@ -141,9 +157,9 @@ def _from_mapping(h: Mapping[Any, Any], steps: Sequence[Step]) -> list[float]:
             raise EulernetError(
                 f'h: the keys of the mapping are patterns on step names, like "layer1.*", not {pattern!r}'
             )
-        if not any(matches(pattern, s.name) for s in steps):
+        if not any(_names_step(pattern, s) for s in steps):
             raise EulernetError(f"h: the pattern {pattern!r} matches no step. The steps are: {_names(steps)}")
-    found = [next((v for p, v in h.items() if matches(p, s.name)), _UNMATCHED) for s in steps]
+    found = [next((v for p, v in h.items() if _names_step(p, s)), _UNMATCHED) for s in steps]
     unmatched = [s.name for s, v in zip(steps, found, strict=True) if v is _UNMATCHED]
     if unmatched:
         warnings.warn(

@@ -337,7 +337,9 @@ def _fused(
     if waiting is not None:
         branch = waiting.branch
         scale, mask, number, batch_norm = waiting.scale, waiting.mask, waiting.number, waiting.norm
-    if not kernels.chosen(skip, branch, then is not None or any(x is not None for x in (scale, mask, batch_norm))):
+    learned = isinstance(h, Tensor)
+    worth = then is not None or learned or any(x is not None for x in (scale, mask, batch_norm))
+    if not kernels.chosen(skip, branch, worth):
         return None
     name, after_norm = activation(then), norm(then)
     if then is not None and not ((name is not None or after_norm is not None) and _bare(then)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,26 +13,19 @@ from torch import nn
 from eulernet._errors import EulernetError
 from eulernet._run.factor import LearnedFactor
 from eulernet._run.patched import FACTORS
-from eulernet._step import Step
-
-Trainable = bool | Literal["step", "stage", "model"]
+from eulernet._step import ROOT, Step
 
 # What steps share one h: those for which this is equal.
 _SHARING: dict[str, Callable[[Step], object]] = {
     "step": lambda step: step.index,
-    "stage": lambda step: stage(step.name),
+    "stage": lambda step: stage(step),
     "model": lambda step: None,
 }
 
 
-def stage(name: str) -> str:
-    """The name of a step up to its last number; the whole module's name where it has none.
-
-    Example:
-        >>> stage("layer1.0"), stage("blocks.11:1"), stage("encoder.layer.3.attention.output"), stage("mixer:0")
-        ('layer1', 'blocks', 'encoder.layer', 'mixer')
-    """
-    parts = name.partition(":")[0].split(".")
+def stage(step: Step) -> str:
+    """The name of a step's module up to its last number, such as `layer1` or `encoder.layer`; all of it without one."""
+    parts = (step.module_name or ROOT).split(".")
     numbers = [i for i, part in enumerate(parts) if part.isdecimal()]
     return ".".join(parts[: numbers[-1]] if numbers else parts)
 
@@ -123,8 +116,7 @@ def check_shared(steps: Iterable[tuple[Step, object, float]]) -> None:
 
 def _free_name(module: nn.Module, step: Step) -> str:
     """`log_h`, or `log_h_1` for the step `:1` of its module."""
-    suffix = step.name.rpartition(":")[2] if ":" in step.name else ""
-    name = f"log_h_{suffix}" if suffix else "log_h"
+    name = "log_h" if step.number is None else f"log_h_{step.number}"
     mine = [f.name for f in module.__dict__.get(FACTORS, ()) if isinstance(f, LearnedFactor)]
     if hasattr(module, name) and name not in mine:
         raise EulernetError(

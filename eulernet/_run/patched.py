@@ -14,7 +14,7 @@ from eulernet._errors import EulernetError
 from eulernet._run import fuse
 from eulernet._run.factor import LearnedFactor, StepFactor, scale, scaled_add, scaled_add_
 from eulernet._source import Targets
-from eulernet._step import ROOT, Step
+from eulernet._step import Step, step_name
 
 # ---- the protocol: what rewritten source calls on the module that it belongs to
 
@@ -105,8 +105,8 @@ class Patched:
         if function is not copyreg.__newobj__:  # type: ignore[attr-defined]
             raise EulernetError(
                 f"{type(self).__name__} pickles itself in a way of its own, which would lose its step factors; call "
-                "eulernet.unpatch(model) first, keep eulernet.steps(model).to_json() beside it, and patch it "
-                "again with h=Steps"
+                "eulernet.unpatch(model) first, keep eulernet.steps(model).to_json() beside it, and patch it again "
+                "with h=Steps"
             )
         if rest and isinstance(rest[0], dict):  # who observes this module does not observe its copies
             rest[0] = {name: value for name, value in rest[0].items() if name not in OBSERVED}
@@ -136,8 +136,8 @@ def slots(model: nn.Module) -> Iterator[tuple[Patched, int, Step]]:
     for name, module in unwrapped(model).named_modules():
         if isinstance(module, Patched):
             for slot, (step, factor) in enumerate(zip(module._euler_steps, module._euler, strict=True)):
-                suffix = "".join(step.name.partition(":")[1:])
-                yield module, slot, replace(step, name=(name or ROOT) + suffix, h=factor.bound_to(module).value)
+                called = step_name(name, step.number)
+                yield module, slot, replace(step, name=called, module_name=name, h=factor.bound_to(module).value)
 
 
 def by_module(model: nn.Module) -> dict[Patched, list[Step]]:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from eulernet._checks import positive
 from eulernet._errors import EulernetError, EulernetWarning
 from eulernet._step import Step
 from eulernet._tune.meter import LossFn, StepMeter, growth
@@ -30,7 +31,7 @@ def calibrate(
     loss_fn: LossFn | None = None,
     *,
     target: float = TARGET,
-    quantity: Quantity = "gradient",
+    quantity: Literal["gradient", "noise"] = "gradient",
     rule: Callable[[Step], float] | None = None,
     bounds: tuple[float, float] = BOUNDS,
     tolerance: float = 0.01,
@@ -85,7 +86,10 @@ def calibrate(
     """
     if quantity not in _WORDS:
         raise EulernetError(f'quantity={quantity!r} is neither "gradient" nor "noise"')
-    _check_numbers(target, bounds, tolerance, noise)
+    target = positive(target, "target", "target=2.0")
+    tolerance = positive(tolerance, "tolerance", "tolerance=0.01")
+    noise = positive(noise, "noise", "noise=0.01")
+    bounds = _in_order(bounds)
     if rule is not None and not callable(rule):
         raise EulernetError(
             f"rule={rule!r} is no function of a step; for example rule=eulernet.schedules.inverse_sqrt()"
@@ -182,10 +186,11 @@ def _measure(meter: StepMeter, quantity: Quantity, noise: float) -> float:
     return value if math.isfinite(value) else math.inf  # features or gradients that are not finite have grown too far
 
 
-def _check_numbers(target: float, bounds: tuple[float, float], tolerance: float, noise: float) -> None:
-    for name, value in (("target", target), ("tolerance", tolerance), ("noise", noise)):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise EulernetError(f"{name} must be a positive, finite number, not {value!r}; for example target=2.0")
-    numbers = isinstance(bounds, tuple | list) and all(isinstance(bound, int | float) for bound in bounds)
-    if not (numbers and len(bounds) == 2 and 0 < bounds[0] < bounds[1] < math.inf):
+def _in_order(bounds: Any) -> tuple[float, float]:
+    try:
+        low, high = (positive(bound, "bounds", "") for bound in bounds)
+    except (TypeError, ValueError):
+        low = high = math.nan
+    if not low < high:
         raise EulernetError(f"bounds={bounds!r} are no two positive numbers in order; for example bounds=(0.001, 1.0)")
+    return low, high

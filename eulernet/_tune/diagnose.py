@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from eulernet._checks import positive
 from eulernet._errors import EulernetError
 from eulernet._step import as_text
 from eulernet._tune.calibrate import BOUNDS, solve_for_h
@@ -234,8 +235,7 @@ def diagnose(
         <Diagnosis: 4 steps, gradients grow 1.2-fold from the last block to the first: nothing to gain from a smaller h>
     """
     meter = StepMeter(model, batch, loss_fn, seed, "diagnose")
-    if isinstance(noise, bool) or not isinstance(noise, int | float) or not 0 < noise < math.inf:
-        raise EulernetError(f"noise must be a positive, finite number, not {noise!r}; for example noise=0.01")
+    noise = positive(noise, "noise", "noise=0.01")
     calls = meter.gradients(gains)
     if not calls:
         raise EulernetError(f"no step of {meter.name} ran on this batch in train mode: {', '.join(meter.notes)}")

@@ -18,7 +18,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
 
-from eulernet._checks import check_model, unwrapped
+from eulernet._checks import check_model, unwrapped, whole_number
 from eulernet._errors import EulernetError, EulernetWarning
 from eulernet._find.inputs import as_arguments
 from eulernet._find.sandbox import Sandbox, preserve_state
@@ -28,6 +28,7 @@ from eulernet._run.hooks import StepInputs, add_step_hook
 from eulernet._run.patched import Patched, by_module
 from eulernet._step import Step
 
+# From the model's output and the targets to a tensor of one number.
 LossFn = Callable[[Any, Any], Tensor]
 _ITERATIONS, _TOLERANCE = 100, 1e-5  # of the power iteration
 
@@ -83,8 +84,7 @@ class StepMeter:
         self.name = type(model).__name__
         if any(t.is_meta for t in (*model.parameters(), *model.buffers())):
             raise EulernetError(f"{self.name} is on the meta device and has no values to measure: give it some first")
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-            raise EulernetError(f"seed must be a whole number from 0 to 2**63 - 1, not {seed!r}; for example seed=0")
+        self.seed = whole_number(seed, "seed", "seed=0", most=2**63 - 1)  # torch takes no larger ones
         if loss_fn is not None and not (isinstance(batch, tuple | list) and len(batch) == 2):
             raise EulernetError(
                 f"with loss_fn the batch is a pair: eulernet.{caller}(model, (inputs, targets), loss_fn), where inputs "
@@ -94,7 +94,6 @@ class StepMeter:
         inputs, self.targets = batch if loss_fn is not None else (batch, None)
         self.args, self.kwargs = as_arguments(inputs)
         self.loss_fn = loss_fn
-        self.seed = seed
         self.notes: list[str] = []
         self.calls: list[MeasuredCall] = []
         self.watching: Callable[[MeasuredCall, StepInputs], None] | None = None
@@ -122,6 +121,7 @@ class StepMeter:
         assign(self.model, h)
 
     # ---- runs
+
     def _see(self, module: Patched, steps: Sequence[Step], seen: StepInputs, add: Callable[[], Any]) -> Any:
         if not self.watching:
             return add()
@@ -158,6 +158,7 @@ class StepMeter:
             self.watching = None
 
     # ---- gradients
+
     def gradients(self, gains: bool = False) -> list[MeasuredCall]:
         """One forward and one backward pass: norms of skips, increments and gradients, in the order of execution."""
         backend = sdpa_kernel(SDPBackend.MATH) if gains else torch.enable_grad()  # the others have one derivative only
@@ -238,6 +239,7 @@ class StepMeter:
         return gain
 
     # ---- noise
+
     def noise(self, size: float) -> Noise | None:
         """Two runs without gradients, one of them with Gaussian noise of `size` times the norm of the input in it."""
         with preserve_state(), torch.no_grad():
@@ -292,6 +294,8 @@ def growth(calls: Sequence[MeasuredCall]) -> float | None:
 
 
 # ---- what is done at an addition
+
+
 def _measure(call: MeasuredCall, seen: StepInputs) -> None:
     skip, branch = seen.skip, seen.branch
     if isinstance(skip, Tensor) and len(call.places) == 1:
@@ -358,6 +362,8 @@ def _reaches(end: GradientEdge, start: GradientEdge) -> bool:
 
 
 # ---- tensors
+
+
 def _tensors(output: Any) -> Iterator[Tensor]:
     yield from (t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point())
 

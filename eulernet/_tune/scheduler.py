@@ -63,9 +63,15 @@ class HScheduler:
     """
 
     def __init__(
-        self, model: nn.Module, start: HLike = 1.0, end: HLike = 0.1, *, total_steps: int, kind: Kind = "linear"
+        self,
+        model: nn.Module,
+        start: HLike = 1.0,
+        end: HLike = 0.1,
+        *,
+        total_steps: int,
+        kind: Literal["linear", "cosine", "exponential"] = "linear",
     ) -> None:
-        self.total_steps = whole_number(total_steps, "total_steps", 1)
+        self.total_steps = _count(total_steps, "total_steps", 1)
         self.kind = _kind(kind)
         held = bound(model, "HScheduler")
         if any(isinstance(factor, LearnedFactor) for _, _, factor in held):
@@ -133,8 +139,8 @@ class HScheduler:
                 f"the state is that of a model with {len(theirs)} steps, this one has {len(ours)}; they differ in "
                 f"{', '.join(differing[:8])}. Patch this model as the other one was (include=, exclude=)."
             )
-        last_step = whole_number(state_dict["last_step"], "last_step", 0)
-        total_steps = whole_number(state_dict["total_steps"], "total_steps", 1)
+        last_step = _count(state_dict["last_step"], "last_step", 0)
+        total_steps = _count(state_dict["total_steps"], "total_steps", 1)
         kind = _kind(state_dict["kind"])
         start = self._endpoint(state_dict["start"], "start")
         end = self._endpoint(state_dict["end"], "end")
@@ -168,6 +174,11 @@ class HScheduler:
                 "steps any more. Make another: schedule = eulernet.HScheduler(model, ...); "
                 "schedule.load_state_dict(old.state_dict())"
             )
+
+
+def _count(value: Any, name: str, least: int) -> int:
+    example = "the steps of the optimiser in all epochs: total_steps=epochs * len(loader)"
+    return whole_number(value, f"HScheduler: {name}", example, least)
 
 
 def _kind(value: Any) -> Kind:

@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import nn
 
-from eulernet._checks import positive, unwrapped
+from eulernet._checks import positive, unwrapped, whole_number
 from eulernet._errors import EulernetError
 from eulernet._patch.patch import find_steps
-from eulernet._step import ROOT, Step, as_text
+from eulernet._step import Step, as_text
 from eulernet.schedules import constant, decreasing, inverse, inverse_sqrt
 
 _RULES = (constant(1.0), constant(0.1), inverse_sqrt(), inverse(), decreasing())
@@ -123,7 +123,7 @@ def suggest_h(model_or_depth: nn.Module | int, *, example_inputs: Any = None, ga
         inverse(c=1): 0.0185, gradients x 2.69, noise + 1
         decreasing(): 1.44, gradients x 234, noise + 6.43
     """
-    positive(gain, "gain", "gain=1.0")
+    gain = positive(gain, "gain", "gain=1.0")
     if isinstance(model_or_depth, nn.Module):
         model = unwrapped(model_or_depth)
         steps = find_steps(model, example_inputs=example_inputs)
@@ -135,17 +135,13 @@ def suggest_h(model_or_depth: nn.Module | int, *, example_inputs: Any = None, ga
         streams = _streams(steps)
         notes = _notes_of_model(model, steps)
     else:
-        depth = model_or_depth
-        if isinstance(depth, bool) or not isinstance(depth, int) or depth < 1:
-            raise EulernetError(
-                f"suggest_h takes a model or the number of its residual steps, at least 1, not {depth!r}; for example "
-                "eulernet.suggest_h(54)"
-            )
+        what = "suggest_h takes a model or the number of its residual steps, which"
+        depth = whole_number(model_or_depth, what, "eulernet.suggest_h(54)", least=1)
         stream = [Step(i, str(i), "", "identity", (), 1, 0, depth, position=i + 1) for i in range(depth)]
         streams = {f"D = {depth}": stream}
         notes = ["Whether the branches are zero at initialisation cannot be told from a depth: pass the model."]
     shallow = [_shallow(len(stream)) for stream in streams.values() if len(stream) <= _SHALLOW]
-    return Suggestion(streams, float(gain), [*shallow, *notes])
+    return Suggestion(streams, gain, [*shallow, *notes])
 
 
 def _bounds(rule: Any, stream: list[Step], gain: float) -> Bounds:
@@ -178,14 +174,14 @@ def _shallow(depth: int) -> str:
 def _notes_of_model(model: nn.Module, steps: Sequence[Step]) -> list[str]:
     if any(p.is_meta for p in model.parameters()):
         return ["Whether the branches are zero at initialisation cannot be told on the meta device."]
-    names = list(dict.fromkeys(step.name.partition(":")[0] for step in steps))
+    names = list(dict.fromkeys(step.module_name for step in steps))
     modules = dict(model.named_modules())
-    holders = {name: modules[name if name != ROOT else ""] for name in names if name == ROOT or name in modules}
+    holders = {name: modules[name] for name in names if name in modules}
     zero = {name: found for name, m in holders.items() if (found := _zero_scale(m, set(holders.values()))) is not None}
     notes = []
     if zero:
         name, parameter = next(iter(zero.items()))
-        example = parameter if name == ROOT else f"{name}.{parameter}"
+        example = f"{name}.{parameter}" if name else parameter
         notes.append(
             f"{len(zero)} of {len(names)} blocks have a branch that is zero at initialisation, or nearly ({example}): "
             "h does nothing for them at the start, and then lowers their learning rate. Expect no benefit from a small "

@@ -13,7 +13,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from eulernet._checks import check_module, unwrapped
+from eulernet._checks import check_module, unwrapped, whole_number
 from eulernet._errors import EulernetError
 from eulernet._patch.patch import is_patched
 from eulernet._patch.select import matches
@@ -78,8 +78,7 @@ class watch:
         writer: Any = None,
     ) -> None:
         check_module(model, "watch")
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise EulernetError(f"every={every!r} must be a positive integer: record each every-th iteration")
+        every = whole_number(every, "every", "every=10, to record each tenth iteration", least=1)
         if writer is not None and not callable(getattr(writer, "add_scalar", None)):
             raise EulernetError(f"writer is a {type(writer).__name__} without add_scalar(tag, value, iteration)")
         if path is not None and not Path(path).absolute().parent.is_dir():
@@ -208,7 +207,7 @@ def _groups(model: nn.Module, layers: str | Iterable[str] | None) -> dict[str, l
     chosen: dict[str, None] = {}
     if layers is None:
         for steps in by_module(model).values():
-            chosen |= {_nearest(step.name.partition(":")[0], named): None for step in steps}
+            chosen |= {_nearest(step.module_name or ROOT, named): None for step in steps}
     if layers is not None and not isinstance(layers, Iterable):
         raise EulernetError(f"layers={layers!r} is no pattern on names, nor several; for example layers='layer1.*'")
     for pattern in [layers] if isinstance(layers, str) else layers or ():

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from eulernet.kernels import _device, plain
-from eulernet.kernels._layout import ABSENT, cdiv, launch, room, walk
-from eulernet.kernels._step import ACTIVATIONS, FLOATS, computed_in
+from eulernet.kernels._launch import Launch, Unavailable
+from eulernet.kernels._layout import ABSENT, Layout, dense, described, room, walk
+from eulernet.kernels._step import ACTIVATIONS, FLOATS, MOST_PLANS, computed_in, sizes
+
+_plans: dict[Any, tuple[Layout, torch.dtype, Launch] | None] = {}
 
 
 def step_bn(
@@ -22,24 +27,52 @@ def step_bn(
     activation: str | None,
 ) -> Tensor | None:
     """The step; None where the kernel does not take these operands."""
+    small = (mean, var, weight, bias)
+    for t in small:
+        if t is not None and not (plain(t) and t.device == skip.device):
+            return None
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (skip, branch, *small)):
+        return None
+    key = (
+        skip.shape, skip.stride(), branch.shape, branch.stride(), skip.dtype, branch.dtype, skip.device, branch.device,
+        eps, activation, *map(described, small),
+    )  # fmt: skip
+    try:
+        plan = _plans[key]
+    except KeyError:
+        if len(_plans) >= MOST_PLANS:
+            _plans.clear()
+        plan = _plans[key] = _plan(skip, branch, mean, var, weight, bias, eps, activation)
+    if plan is None:
+        return None
+    way, dtype, launch = plan
+    out = room(way, skip, dtype)
+    try:
+        launch((skip, branch, *map(dense, small), out), float(h))
+    except Unavailable:
+        return None
+    return out
+
+
+def _plan(
+    skip: Tensor,
+    branch: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: str | None,
+) -> tuple[Layout, torch.dtype, Launch] | None:
     small = [t for t in (mean, var, weight, bias) if t is not None]
     dtype = torch.promote_types(skip.dtype, branch.dtype)
-    if any(t.dtype not in FLOATS or t.device != skip.device or not plain(t) for t in (skip, branch, *small)):
+    if any(t.dtype not in FLOATS for t in (skip, branch, *small)) or dtype == torch.float64:
         return None
     if branch.dim() < 2 or any(t.shape != branch.shape[1:2] for t in small):
         return None
-    if dtype == torch.float64 or (torch.is_grad_enabled() and any(t.requires_grad for t in (skip, branch, *small))):
-        return None
-    channel = mean.view(-1, *[1] * (branch.dim() - 2))
-    way = walk(skip, branch, channel)
+    way = walk(skip, branch, mean.view(-1, *[1] * (branch.dim() - 2)))
     if way is None:
         return None
-    out = room(way, skip, dtype)
-    rows, columns = way.block
-    programs = cdiv(way.rows, rows) * cdiv(way.inner, columns)
-    operands = (skip, branch, *(None if t is None else t.contiguous() for t in (mean, var, weight, bias)), out)
-    sizes = (float(h), way.middle, way.inner, way.rows, *way.skip, *way.branch)
-    axes = [way.axes[0], *(ABSENT if t is None else way.axes[0] for t in (weight, bias))]
-    constants = (*axes, eps, ACTIVATIONS[activation], way.outer > 1, computed_in(dtype), rows, columns)
-    launch(_device.bn_forward, programs, skip, *operands, *sizes, *constants)
-    return out
+    axes = (way.axes[0], *(ABSENT if t is None else way.axes[0] for t in (weight, bias)))
+    constants = (*axes, eps, ACTIVATIONS[activation], way.outer > 1, computed_in(dtype), *way.block)
+    return way, dtype, Launch(_device.bn_forward, way.programs, skip.device, (*sizes(way), *constants))

@@ -95,11 +95,11 @@ def _slope(z, ACT: tl.constexpr):
 
 @triton.jit
 def step_forward(
-    skip, branch, scale, mask, out, alpha, M, C, R, skip_outer, skip_middle, branch_outer, branch_middle,
+    skip, branch, scale, mask, state, out, alpha, M, C, R, skip_outer, skip_middle, branch_outer, branch_middle,
     SCALE: tl.constexpr, MASK: tl.constexpr, ACT: tl.constexpr, SPLIT: tl.constexpr, T: tl.constexpr,
     BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """out = act(skip + alpha * scale * mask * branch)"""
+    """state = skip + alpha * scale * mask * branch, kept if it is asked for (not None); out = act(state)"""
     pid, blocks = tl.program_id(0), _blocks(C, BC)
     row, outer, middle, rows = _rows(pid // blocks, M, R, SPLIT, BR)
     column, columns = _columns(pid % blocks, C, BC)
@@ -108,13 +108,17 @@ def step_forward(
     b = _operand(branch, outer, middle, column, branch_outer, branch_middle, inside, T)
     factor = alpha * _small(scale, SCALE, outer, middle, column, rows, columns, T)
     factor = factor * _small(mask, MASK, outer, middle, column, rows, columns, T)
-    _store(out + (row * C)[:, None] + column[None, :], _activation(s + factor * b, ACT), inside)
+    here = (row * C)[:, None] + column[None, :]
+    z = s + factor * b
+    if state is not None:
+        _store(state + here, z, inside)
+    _store(out + here, _activation(z, ACT), inside)
 
 
 @triton.jit
 def step_backward(
-    grad, skip, branch, out, scale, mask, skip_grad, branch_grad, scale_parts, alpha,
-    M, C, R, skip_outer, skip_middle, branch_outer, branch_middle, tiles,
+    grad, branch, state, out, scale, mask, skip_grad, branch_grad, scale_parts, alpha,
+    M, C, R, branch_outer, branch_middle, tiles,
     SCALE: tl.constexpr, MASK: tl.constexpr, ACT: tl.constexpr, SPLIT: tl.constexpr, T: tl.constexpr,
     BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
@@ -133,20 +137,17 @@ def step_backward(
         here = (row * C)[:, None] + column[None, :]
         g = _load(grad + here, inside, T)
         unscaled = alpha * _small(mask, MASK, outer, middle, column, rows, columns, T)
-        factor = unscaled * _small(scale, SCALE, outer, middle, column, rows, columns, T)
-        if branch is not None:
-            b = _operand(branch, outer, middle, column, branch_outer, branch_middle, inside, T)
         if ACT == RELU:
             g = tl.where(_load(out + here, inside, T) <= 0, 0, g)
         elif ACT != NONE:
-            s = _operand(skip, outer, middle, column, skip_outer, skip_middle, inside, T)
-            g = g * _slope(s + factor * b, ACT)
+            g = g * _slope(_load(state + here, inside, T), ACT)
         if skip_grad is not None:
             _store(skip_grad + here, g, inside)
         if branch_grad is not None:
+            factor = unscaled * _small(scale, SCALE, outer, middle, column, rows, columns, T)
             _store(branch_grad + here, factor * g, inside)
         if scale_parts is not None:
-            part = unscaled * g * b
+            part = unscaled * g * _operand(branch, outer, middle, column, branch_outer, branch_middle, inside, T)
             if SCALE == 0 or SCALE == 1:
                 tl.store(scale_parts + row * blocks + block, tl.sum(part, 1), mask=rows)
             else:
@@ -161,7 +162,7 @@ def step_backward(
 @triton.jit
 def norm_forward(
     skip, branch, scale, mask, weight, bias, stream, normed, mean, rstd, alpha, M, C, R,
-    skip_outer, skip_middle, branch_outer, branch_middle,
+    skip_outer, skip_middle, branch_outer, branch_middle, normed_outer, normed_middle,
     SCALE: tl.constexpr, MASK: tl.constexpr, EPS: tl.constexpr, SPLIT: tl.constexpr, T: tl.constexpr,
     BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
@@ -191,13 +192,15 @@ def norm_forward(
         y = y * _load(weight + column, columns, T)[None, :]
     if bias is not None:
         y = y + _load(bias + column, columns, T)[None, :]
-    _store(normed + here, y, inside)
+    there = (outer * normed_outer + middle * normed_middle)[:, None] + column[None, :]
+    _store(normed + there, y, inside)
 
 
 @triton.jit
 def norm_backward(
     stream_grad, normed_grad, stream, branch, scale, mask, weight, mean, rstd,
-    skip_grad, branch_grad, scale_parts, weight_parts, bias_parts, alpha, M, C, R, branch_outer, branch_middle, tiles,
+    skip_grad, branch_grad, scale_parts, weight_parts, bias_parts, alpha,
+    M, C, R, branch_outer, branch_middle, normed_outer, normed_middle, tiles,
     SCALE: tl.constexpr, MASK: tl.constexpr, SPLIT: tl.constexpr, T: tl.constexpr,
     BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
@@ -211,7 +214,7 @@ def norm_backward(
         row, outer, middle, rows = _rows(pid + tile * tl.num_programs(0), M, R, SPLIT, BR)
         inside = rows[:, None] & columns[None, :]
         here = (row * C)[:, None] + column[None, :]
-        g = _load(normed_grad + here, inside, T)
+        g = _operand(normed_grad, outer, middle, column, normed_outer, normed_middle, inside, T)
         z = _load(stream + here, inside, T)
         r = _load(rstd + row, rows, T)[:, None]
         if mean is not None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+import math
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -25,51 +26,71 @@ class Layout(NamedTuple):
     outer: int
     middle: int
     inner: int
-    skip: tuple[int, int]  # strides of the outer and the middle axis
-    branch: tuple[int, int]
+    steps: tuple[int, ...]  # strides of the outer and the middle axis, of each operand in turn
     axes: tuple[int, ...]  # of each small operand
     strides: Strides  # of the result, those that an addition gives it
     block: tuple[int, int]  # rows and columns that a program handles at once
+    shape: Strides
+    small: tuple[int, ...]  # the dimensions that `axes` stand for
 
     @property
     def rows(self) -> int:
         return self.outer * self.middle
 
+    @property
+    def programs(self) -> int:
+        """Those that handle one tile each."""
+        return cdiv(self.rows, self.block[0]) * cdiv(self.inner, self.block[1])
+
 
 @lru_cache(maxsize=4096)
-def layout(shape: Strides, skip: Strides, branch: Strides, small: tuple[int, ...]) -> Layout | None:
-    """The walk over two operands of a shape with these strides, and small ones that vary along these dimensions.
+def layout(shape: Strides, operands: tuple[Strides, ...], small: tuple[int, ...]) -> Layout | None:
+    """The walk over operands of a shape with these strides, and small ones that vary along these dimensions.
 
-    None where three axes do not suffice, the last one has gaps, or a small operand varies along several dimensions.
+    The result has the strides of the sum of the first two. None where three axes do not suffice, the last one has
+    gaps, or a small operand varies along several dimensions.
     """
     if SEVERAL in small:
         return None
-    strides = _strides(*(torch.empty_strided(shape, each, device="meta") for each in (skip, branch)))
+    strides = _strides(*(torch.empty_strided(shape, each, device="meta") for each in operands[:2]))
     axes: list[list[int]] = []  # each a run of dimensions that is one axis for all of them
     for d in sorted(range(len(shape)), key=lambda d: -strides[d]):
         if shape[d] == 1:
             continue
         if axes and d not in small and axes[-1][-1] not in small:
             last = axes[-1][-1]
-            if all(each[last] == shape[d] * each[d] for each in (skip, branch, strides)):
+            if all(each[last] == shape[d] * each[d] for each in (*operands, strides)):
                 axes[-1].append(d)
                 continue
         axes.append([d])
-    if len(axes) > 3 or (axes and (skip[axes[-1][-1]] != 1 or branch[axes[-1][-1]] != 1)):
+    if len(axes) > 3 or (axes and any(each[axes[-1][-1]] != 1 for each in operands)):
         return None
-    sizes, skips, branches = [1] * (3 - len(axes)), [0] * (3 - len(axes)), [0] * (3 - len(axes))
-    for axis in axes:
-        size = 1
-        for d in axis:
-            size *= shape[d]
-        sizes.append(size)
-        skips.append(skip[axis[-1]])
-        branches.append(branch[axis[-1]])
-    where = {d: 3 - len(axes) + i for i, axis in enumerate(axes) for d in axis}
-    places = tuple(where.get(d, d) for d in small)
-    block = _block(sizes[0] * sizes[1], sizes[2])
-    outer, middle, inner = sizes
-    return Layout(outer, middle, inner, (skips[0], skips[1]), (branches[0], branches[1]), places, strides, block)
+    none = 3 - len(axes)
+    outer, middle, inner = [1] * none + [math.prod(shape[d] for d in axis) for axis in axes]
+    places = [None] * none + [axis[-1] for axis in axes]
+    steps = tuple(0 if d is None else each[d] for each in operands for d in places[:2])
+    where = {d: none + i for i, axis in enumerate(axes) for d in axis}
+    block = _block(outer * middle, inner)
+    return Layout(outer, middle, inner, steps, tuple(where.get(d, d) for d in small), strides, block, shape, small)
+
+
+def again(way: Layout, branch: Tensor | None, *others: Strides) -> tuple[Layout, bool]:
+    """The walk of a backward, over what is dense as the result is, a branch and others; and whether a copy is walked.
+
+    The branch was kept, and may come back with other strides than it had.
+    """
+    if branch is not None:
+        found = layout(way.shape, (way.strides, branch.stride(), *others), way.small)
+        if found is not None and _differing(found.strides, way) == []:
+            return found, False
+    found = layout(way.shape, (way.strides, way.strides, *others), way.small)
+    assert found is not None
+    return found, branch is not None
+
+
+def _differing(strides: Strides, way: Layout) -> list[int]:
+    """The dimensions in which these strides are not the result's; one of size 1 may have any."""
+    return [d for d, n in enumerate(way.shape) if n > 1 and strides[d] != way.strides[d]]
 
 
 def _strides(skip: Tensor, branch: Tensor) -> Strides:
@@ -112,7 +133,7 @@ def walk(skip: Tensor, branch: Tensor, *small: Tensor | None) -> Layout | None:
     shape = skip.shape
     if shape != branch.shape or skip.numel() == 0 or skip.device != branch.device:
         return None
-    return layout(shape, skip.stride(), branch.stride(), tuple([varying(t, shape) for t in small]))
+    return layout(shape, (skip.stride(), branch.stride()), tuple([varying(t, shape) for t in small]))
 
 
 def room(way: Layout, like: Tensor, dtype: torch.dtype) -> Tensor:
@@ -120,10 +141,41 @@ def room(way: Layout, like: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_strided(like.shape, way.strides, dtype=dtype, device=like.device)
 
 
-def launch(kernel: Any, programs: int, on: Tensor, *args: Any, **constants: Any) -> None:
-    """Run a kernel on the device of a tensor."""
-    if on.is_cuda and on.device.index != torch.cuda.current_device():
-        with torch.cuda.device(on.device):
-            kernel[(programs,)](*args, **constants)
-    else:
-        kernel[(programs,)](*args, **constants)
+def ordered(tensor: Tensor, strides: Strides) -> Tensor:
+    """A tensor with these strides, which are dense; a copy only where it has others."""
+    if tensor.stride() == strides:
+        return tensor
+    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
+def dense(small: Tensor | None) -> Tensor | None:
+    return None if small is None else small.contiguous()
+
+
+def described(small: Tensor | None) -> tuple[Any, ...] | None:
+    """What a plan depends on of a small operand."""
+    return None if small is None else (small.shape, small.dtype)
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """How many a GPU has; in the interpreter a few."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def apart(out: Tensor, operand: Tensor) -> bool:
+    """Whether two tensors share no memory, or are the same."""
+    if out.numel() == 0 or operand.numel() == 0:
+        return True
+    if out.untyped_storage().data_ptr() != operand.untyped_storage().data_ptr():
+        return True
+    if out.data_ptr() == operand.data_ptr() and (out.stride(), out.dtype) == (operand.stride(), operand.dtype):
+        return out.shape == operand.shape
+    first, second = out.data_ptr(), operand.data_ptr()
+    return first + span(out) <= second or second + span(operand) <= first
+
+
+def span(tensor: Tensor) -> int:
+    """The bytes from a tensor's first element to its last; as many as it holds where it is dense."""
+    last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()

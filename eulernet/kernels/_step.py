@@ -8,12 +8,75 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from eulernet._errors import EulernetError
-from eulernet.kernels import _device, plain
-from eulernet.kernels._layout import INNER, MIDDLE, OUTER, PROGRAMS, SINGLE, Layout, cdiv, launch, room, walk
+from eulernet.kernels import _device, _formulas, first_order, plain
+from eulernet.kernels._launch import Launch, Unavailable
+from eulernet.kernels._layout import (
+    INNER,
+    MIDDLE,
+    OUTER,
+    PROGRAMS,
+    SINGLE,
+    Layout,
+    again,
+    apart,
+    cdiv,
+    dense,
+    described,
+    ordered,
+    room,
+    walk,
+)  # fmt: skip
 
 ACTIVATIONS = {None: 0, "relu": 1, "silu": 2, "gelu": 3}
 FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+MOST_PLANS = 4096
+Wants = tuple[bool, ...]  # whether the gradients of skip, branch and scale are asked for, and those that a norm adds
+
+
+class Plan:
+    """How operands of these shapes, strides and dtypes are stepped: the walk, and the kernels with their arguments."""
+
+    def __init__(self, way: Layout, device: torch.device, activation: str | None, dtype: torch.dtype) -> None:
+        self.way, self.device, self.activation, self.dtype = way, device, activation, dtype
+        self.smooth = activation in ("silu", "gelu")  # its derivative needs the state before it
+        self.forward, self.forward_kept = self._forward(), self._forward()  # without and with that state
+        self.backwards: dict[Any, Backward] = {}
+
+    def _forward(self) -> Launch:
+        tail = (*sizes(self.way), *self.constants(self.way))
+        return Launch(_device.step_forward, self.way.programs, self.device, tail)
+
+    def constants(self, way: Layout) -> tuple[Any, ...]:
+        """SCALE, MASK, ACT, SPLIT, T, BR, BC"""
+        return *way.axes, ACTIVATIONS[self.activation], way.outer > 1, computed_in(self.dtype), *way.block
+
+    def backward(self, branch: Tensor | None, wants: Wants) -> Backward:
+        """The one for a branch with these strides, which need not be those that it had."""
+        key = wants, None if branch is None else branch.stride()
+        if key not in self.backwards:
+            self.backwards[key] = Backward(self, branch, wants)
+        return self.backwards[key]
+
+
+class Backward:
+    """The kernel for these gradients of skip, branch and scale."""
+
+    def __init__(self, plan: Plan, branch: Tensor | None, wants: Wants) -> None:
+        way, self.copies = again(plan.way, branch)
+        blocks = cdiv(way.inner, way.block[1])
+        tiles, lanes = 1, cdiv(way.rows, way.block[0])
+        axis = way.axes[0]
+        if wants[2] and axis in (INNER, SINGLE):
+            tiles = cdiv(lanes * blocks, PROGRAMS)
+            lanes = cdiv(lanes, tiles)
+        shapes = {INNER: (lanes, way.inner), SINGLE: (lanes * blocks,)}
+        self.parts = shapes.get(axis, (way.outer, way.middle, blocks))
+        self.over = {MIDDLE: (0, 2), OUTER: (1, 2)}.get(axis, (0,))
+        tail = (way.middle, way.inner, way.rows, *way.steps[2:], tiles, *plan.constants(way))
+        self.launch = Launch(_device.step_backward, lanes * blocks, plan.device, tail)
+
+
+_plans: dict[Any, Plan | None] = {}
 
 
 def step(
@@ -27,54 +90,67 @@ def step(
     out: Tensor | None,
 ) -> Tensor | None:
     """The step in `dtype`; None where the kernel does not take these operands."""
-    small = [t for t in (scale, mask) if t is not None]
-    if any(t.dtype not in FLOATS for t in (skip, branch, *small)):
-        return None
-    if not all(plain(t) and t.device == skip.device for t in small) or (mask is not None and mask.requires_grad):
-        return None
-    way = walk(skip, branch, scale, mask)
-    if way is None:
-        return None
-    if out is not None and not (
-        plain(out) and out.dtype == dtype and out.shape == skip.shape and out.device == skip.device
-    ):
+    for small in (scale, mask):
+        if small is not None and not (plain(small) and small.device == skip.device):
+            return None
+    if mask is not None and mask.requires_grad:
         return None
     if dtype == torch.float64 and h != 1:  # a number reaches a kernel in fp32
         scale, h = in_double(h, scale, skip), 1.0
-        way = walk(skip, branch, scale, mask)
-        assert way is not None
-    h, code = float(h), ACTIVATIONS[activation]
-    if out is not None:
-        if out.stride() != way.strides:
-            return None
-        if not (torch.is_grad_enabled() and any(t.requires_grad for t in (skip, branch, *small))):
-            _forward(skip, branch, h, scale, mask, code, way, out)
-            if not out.is_inference():
+    plan = _plan(skip, branch, scale, mask, activation, dtype)
+    if plan is None or (out is not None and not fits(out, plan.way, skip, branch, dtype)):
+        return None
+    h = float(h)
+    differentiable = torch.is_grad_enabled() and (
+        skip.requires_grad or branch.requires_grad or (scale is not None and scale.requires_grad)
+    )
+    try:
+        if not differentiable:
+            result = room(plan.way, skip, dtype) if out is None else out
+            plan.forward((skip, branch, dense(scale), dense(mask), None, result), h)
+            if out is not None and not out.is_inference():
                 torch.autograd.graph.increment_version(out)
-            return out
+            return result
         # In place with gradients: backward must not need what is overwritten, and only autograd can refuse a leaf.
-        if code > 1 or scale is not None or out.is_leaf or out._is_view():
+        if out is not None and (plan.smooth or scale is not None or out.is_leaf or out._is_view()):
             return None
-    into = None if out is None else out is branch
-    stepped: Tensor = _Step.apply(skip, branch, h, scale, mask, code, way, dtype, into)
-    return stepped
+        into = None if out is None else out is branch
+        stepped: Any = _Step.apply(skip, branch, scale, mask, h, plan, into)
+        result = stepped[0] if plan.smooth else stepped
+        return result
+    except Unavailable:
+        return None
 
 
-def _forward(
-    skip: Tensor,
-    branch: Tensor,
-    h: float,
-    scale: Tensor | None,
-    mask: Tensor | None,
-    activation: int,
-    way: Layout,
-    out: Tensor,
-) -> None:
-    rows, columns = way.block
-    programs = cdiv(way.rows, rows) * cdiv(way.inner, columns)
-    scale, mask = _dense(scale), _dense(mask)
-    args = (skip, branch, scale, mask, out, h, way.middle, way.inner, way.rows, *way.skip, *way.branch)
-    launch(_device.step_forward, programs, skip, *args, *way.axes, activation, *_constants(way, out.dtype))
+def _plan(
+    skip: Tensor, branch: Tensor, scale: Tensor | None, mask: Tensor | None, activation: str | None, dtype: torch.dtype
+) -> Plan | None:
+    if skip.shape != branch.shape:
+        return None
+    key = (
+        skip.shape, skip.stride(), branch.stride(), skip.dtype, branch.dtype, skip.device, branch.device, dtype,
+        activation, scale is not None and described(scale), mask is not None and described(mask),
+    )  # fmt: skip
+    try:
+        return _plans[key]
+    except KeyError:
+        pass
+    way = walk(skip, branch, scale, mask)
+    dtypes = {t.dtype for t in (skip, branch, scale, mask) if t is not None}
+    plan = None
+    if way is not None and dtypes <= FLOATS:
+        plan = Plan(way, skip.device, activation, dtype)
+    if len(_plans) >= MOST_PLANS:
+        _plans.clear()
+    _plans[key] = plan
+    return plan
+
+
+def fits(out: Tensor, way: Layout, skip: Tensor, branch: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a result can be written there while programs still read the operands."""
+    if not (plain(out) and out.dtype == dtype and out.shape == skip.shape and out.device == skip.device):
+        return False
+    return out.stride() == way.strides and all(apart(out, operand) for operand in (skip, branch))
 
 
 def in_double(h: float, scale: Tensor | None, like: Tensor) -> Tensor:
@@ -82,17 +158,12 @@ def in_double(h: float, scale: Tensor | None, like: Tensor) -> Tensor:
     return like.new_full((), h, dtype=torch.float64) if scale is None else scale.double() * h
 
 
-def _constants(way: Layout, dtype: torch.dtype) -> tuple[Any, ...]:
-    """SPLIT, T, BR, BC"""
-    return way.outer > 1, computed_in(dtype), *way.block
+def sizes(way: Layout) -> tuple[int, ...]:
+    return way.middle, way.inner, way.rows, *way.steps
 
 
 def computed_in(dtype: torch.dtype) -> Any:
     return tl.float64 if dtype == torch.float64 else tl.float32
-
-
-def _dense(small: Tensor | None) -> Tensor | None:
-    return None if small is None else small.contiguous()
 
 
 class _Step(torch.autograd.Function):
@@ -101,77 +172,69 @@ class _Step(torch.autograd.Function):
         ctx: Any,
         skip: Tensor,
         branch: Tensor,
-        h: float,
         scale: Tensor | None,
         mask: Tensor | None,
-        activation: int,
-        way: Layout,
-        dtype: torch.dtype,
+        h: float,
+        plan: Plan,
         into: bool | None,  # None: a new tensor; else whether branch or skip is written into
-    ) -> Tensor:
+    ) -> Any:
+        """The result; where the derivative of the activation is smooth also the state before it, which is kept."""
+        ctx.set_materialize_grads(False)
         if into is None:
-            out = room(way, skip, dtype)
+            out = room(plan.way, skip, plan.dtype)
         else:
             out = branch if into else skip
             ctx.mark_dirty(out)
-        _forward(skip, branch, h, scale, mask, activation, way, out)
-        smooth = activation > 1  # its derivative needs the state before it, which is computed again
+        state = room(plan.way, skip, plan.dtype) if plan.smooth else None
+        launch = plan.forward_kept if plan.smooth else plan.forward
+        launch((skip, branch, dense(scale), dense(mask), state, out), h)
+        wants = ctx.needs_input_grad[:3]
         ctx.save_for_backward(
-            skip if smooth else None,
-            branch if smooth or ctx.needs_input_grad[3] else None,
-            out if activation == 1 else None,
-            scale,
-            mask,
+            branch if wants[2] else None, state, out if plan.activation == "relu" else None, scale, mask
         )
-        ctx.h, ctx.activation, ctx.way = h, activation, way
-        ctx.dtypes = skip.dtype, branch.dtype, dtype
-        return out
+        ctx.h, ctx.plan, ctx.wants, ctx.dtypes = h, plan, wants, (skip.dtype, branch.dtype)
+        return out if state is None else (out, state)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        differentiable_once()
-        skip, branch, out, scale, mask = ctx.saved_tensors
-        way, activation = ctx.way, ctx.activation
-        skip_dtype, branch_dtype, dtype = ctx.dtypes
-        wants_skip, wants_branch, _, wants_scale, *_ = ctx.needs_input_grad
-        grad = ordered(grad, way.strides)
-        passes = activation == 0 and skip_dtype == dtype  # the gradient of skip is the one that came
-        skip_grad = torch.empty_like(grad, dtype=skip_dtype) if wants_skip and not passes else None
-        branch_grad = torch.empty_like(grad, dtype=branch_dtype) if wants_branch else None
-        blocks = cdiv(way.inner, way.block[1])
-        tiles, lanes = 1, cdiv(way.rows, way.block[0])
-        parts = None
-        if wants_scale:
-            axis = way.axes[0]
-            if axis in (INNER, SINGLE):
-                tiles = cdiv(lanes * blocks, PROGRAMS)
-                lanes = cdiv(lanes, tiles)
-            shapes = {INNER: (lanes, way.inner), SINGLE: (lanes * blocks,)}
-            shape = shapes.get(axis, (way.outer, way.middle, blocks))
-            parts = grad.new_empty(shape, dtype=torch.promote_types(dtype, torch.float32))
-        if skip_grad is not None or branch_grad is not None or parts is not None:
-            operands = (grad, skip, branch, out, _dense(scale), _dense(mask), skip_grad, branch_grad, parts)
-            sizes = (ctx.h, way.middle, way.inner, way.rows, *way.skip, *way.branch, tiles)
-            constants = (*way.axes, activation, *_constants(way, dtype))
-            launch(_device.step_backward, lanes * blocks, grad, *operands, *sizes, *constants)
-        scale_grad = None
-        if parts is not None:
-            over = {INNER: (0,), SINGLE: (0,), MIDDLE: (0, 2), OUTER: (1, 2)}[way.axes[0]]
-            scale_grad = parts.sum(over).to(scale.dtype).view(scale.shape)
-        if wants_skip and passes:
-            skip_grad = grad
-        return skip_grad, branch_grad, None, scale_grad, *[None] * 5
+    def backward(ctx: Any, grad: Tensor | None, state_grad: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        nothing = (None,) * 4
+        if grad is None and state_grad is None:
+            return None, None, None, *nothing
+        if grad is not None and state_grad is None and first_order(grad):
+            try:
+                return *_backward(ctx, grad), *nothing
+            except Unavailable:
+                pass
+        branch, state, out, scale, mask = ctx.saved_tensors
+        dtype = _formulas.wide(grad, state_grad)
+        total = None if grad is None else _formulas.of_activation(grad.to(dtype), state, out, ctx.plan.activation)
+        if state_grad is not None:  # in a derivative of the derivative, which the state takes part in
+            total = state_grad.to(dtype) if total is None else total + state_grad
+        assert total is not None
+        return *_formulas.of_sum(total, branch, scale, mask, ctx.h, ctx.dtypes, ctx.wants), *nothing
 
 
-def differentiable_once() -> None:
-    """Called in a backward: refuses what a kernel's gradients can't be part of."""
-    if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
-        raise EulernetError(
-            "the kernels of eulernet have no second derivative and no batched one. Do without create_graph=True and "
-            'is_grads_batched=True, or run the forward within: with eulernet.kernels.mode("torch"): ...'
-        )
-
-
-def ordered(grad: Tensor, strides: tuple[int, ...]) -> Tensor:
-    """A gradient with the strides of the result that it belongs to; a copy only where it has others."""
-    return grad if grad.stride() == strides else grad.new_empty_strided(grad.shape, strides).copy_(grad)
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients by the kernel. The tensors that were kept may come back with other strides."""
+    branch, state, out, scale, mask = ctx.saved_tensors
+    plan, (wants_skip, wants_branch, wants_scale) = ctx.plan, ctx.wants
+    way = plan.way
+    skip_grad = branch_grad = parts = scale_grad = None
+    passes = wants_skip and plan.activation is None and ctx.dtypes[0] == plan.dtype  # its gradient is the one that came
+    if wants_skip and not passes:
+        skip_grad = room(way, grad, ctx.dtypes[0])
+    if wants_branch:
+        branch_grad = room(way, grad, ctx.dtypes[1])
+    backward = plan.backward(branch, (wants_skip and not passes, wants_branch, wants_scale))
+    if wants_scale:
+        parts = grad.new_empty(backward.parts, dtype=torch.promote_types(plan.dtype, torch.float32))
+        branch = ordered(branch, way.strides) if backward.copies else branch
+    if skip_grad is not None or branch_grad is not None or parts is not None:
+        state = None if state is None else ordered(state, way.strides)
+        out = None if out is None else ordered(out, way.strides)
+        results = (skip_grad, branch_grad, parts)
+        operands = (ordered(grad, way.strides), branch, state, out, dense(scale), dense(mask))
+        backward.launch((*operands, *results), ctx.h)
+    if parts is not None:
+        scale_grad = parts.sum(backward.over).to(scale.dtype).view(scale.shape)
+    return grad if passes else skip_grad, branch_grad, scale_grad

@@ -171,7 +171,7 @@ def _begun(place: Place, trial: Trial) -> Training:
 def _record(place: Place, training: Training, keep: frozenset[str]) -> Record:
     trial = training.trial
     if trial.key in keep:
-        _save(place.network(trial.key), training.network.state_dict())
+        _save(place.network(trial.key), training.weights())
     return {
         "study": "trials",
         "key": trial.key,

@@ -1,4 +1,7 @@
-"""Train one network, or several side by side: plain PyTorch, with nothing on the way that waits for the host."""
+"""Train one network, or several side by side: plain PyTorch, with nothing on the way that waits for the host.
+
+`stack` has the other way to train several: as one network by groups.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,14 @@ import contextlib
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import eulernet
-from reproductions.data.batches import Source
+from reproductions.data.batches import Samples, Source
 from reproductions.models import ConvBlock
 from reproductions.training.network import Network, build, layers, learning_rate, make_optimizer
 from reproductions.trial import CALIBRATE, Trial
@@ -56,6 +59,8 @@ class Training:
     def __init__(self, trial: Trial, source: Source, device: torch.device, start: dict[str, Tensor] | None = None):
         self.trial, self.source, self.device = trial, source, device
         self.network: Network = build(trial, start).to(device)
+        if device.type == "cuda" and trial.data == "cifar10":
+            self.network.to(memory_format=torch.channels_last)
         self.drawn = source.draw(trial.seed, 0).to(device)
         if trial.h == CALIBRATE:
             batch = source.batch(self.drawn[: trial.batch_size])
@@ -64,6 +69,7 @@ class Training:
             keep_stream_in_fp32(self.network)
         self.optimizer = make_optimizer(trial, self.network, device)
         self.epoch, self.seconds = 0, 0.0
+        self.rate = math.nan  # that the optimiser was told last
         self.curve: dict[str, list[float]] = {}
         self.log: list[Tensor] = []  # an epoch each: a row an iteration, of loss, right answers, and norms
 
@@ -75,6 +81,7 @@ class Training:
         self.position = torch.zeros(1, dtype=torch.int64, device=device)  # samples that the epoch has seen
         self.iteration = torch.zeros(1, dtype=torch.int64, device=device)
         self.offsets = torch.arange(trial.batch_size, device=device)
+        self.places = torch.arange(len(self.sizes), device=device)[:, None]
 
     # ---- an epoch
     def begin(self) -> None:
@@ -82,10 +89,14 @@ class Training:
         self.position.zero_()
         self.iteration.zero_()
         self.network.train()
+        self.rate = math.nan
 
     def set_rate(self, iteration: int) -> None:
         """Give the optimiser the learning rate of an iteration of this epoch."""
         rate = learning_rate(self.trial, self.epoch, self.epoch * len(self.sizes) + iteration)
+        if rate == self.rate:
+            return
+        self.rate = rate
         for group in self.optimizer.param_groups:
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(rate * group["rate"])
@@ -94,12 +105,21 @@ class Training:
 
     def step(self, size: int) -> None:
         """One iteration, on the next `size` samples."""
-        inputs, labels = self.source.batch(self.drawn[self.position + self.offsets[:size]])
+        inputs, labels = self.batch(size)
         self.optimizer.zero_grad(set_to_none=True)
         with autocast(self.trial, self.device):
             logits = self.network(inputs)
-        loss = nn.functional.cross_entropy(logits.float(), labels)
+        loss = nn.functional.cross_entropy(wide(logits), labels)
         torch.autograd.backward(loss)
+        self.after(loss, logits, labels)
+
+    def batch(self, size: int) -> Samples:
+        """The next `size` samples of the epoch."""
+        return self.source.batch(self.drawn[self.position + self.offsets[:size]])
+
+    def after(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """What follows when the gradients are there: clip, measure, take the optimiser's step."""
+        size = len(labels)
         if self.trial.clip:
             nn.utils.clip_grad_norm_(self.network.parameters(), self.trial.clip)
         with torch.no_grad():
@@ -110,20 +130,21 @@ class Training:
                     *torch._foreach_norm(weights),
                     *torch._foreach_norm([w.grad for w in weights if w.grad is not None]),
                 ]
-            self.rows.index_copy_(0, self.iteration, torch.stack(measured)[None])
+            row = torch.stack(measured)[None].to(self.rows.dtype)
+            self.rows.copy_(torch.where(self.places == self.iteration, row, self.rows))
         self.optimizer.step()
         self.position += size
         self.iteration += 1
 
-    def finish(self) -> None:
-        """Wait for the epoch's end, test, and note what came out."""
+    def finish(self, accuracies: Mapping[str, float] | None = None) -> None:
+        """Wait for the epoch's end, test (where the `accuracies` are not given), and note what came out."""
         rows = self.rows.cpu()
         self.log.append(rows.clone())
         self.epoch += 1
         self._note("train_loss", rows[:, 0].sum().item() / len(self.source))
         self._note("train_accuracy", rows[:, 1].sum().item() / len(self.source))
-        for name in {"test", "validation"} & self.source.tests.keys():
-            self._note(f"{name}_accuracy", self.accuracy(name))
+        for name in tested(self.source):
+            self._note(f"{name}_accuracy", self.accuracy(name) if accuracies is None else accuracies[name])
 
     def _note(self, name: str, value: float) -> None:
         self.curve.setdefault(name, []).append(value)
@@ -166,6 +187,14 @@ class Training:
 
     def result(self) -> dict[str, Any]:
         """What came out, when the training is done; the network's BN statistics are re-estimated on the way."""
+        outcome = self.outcome()
+        if not self.trial.norm:
+            return self.whole(outcome, None)
+        self.reestimate()
+        return self.whole(outcome, self.accuracy("test"))
+
+    def outcome(self) -> dict[str, Any]:
+        """What came out but for the log, with BN as the training left it."""
         steps = eulernet.steps(self.network)
         factors = [step.h for step in steps]
         last = {name: values[-1] for name, values in self.curve.items()}
@@ -179,9 +208,13 @@ class Training:
         for name in self.source.tests.keys() - {"test", "validation"}:
             result[f"{name}_accuracy" if name == "distinct" else name] = self.accuracy(name)
         result["feature_steps"] = feature_steps(self.network, self.source)
-        if self.trial.norm:
-            self.reestimate()
-            result["test_accuracy_reestimated"] = self.accuracy("test")
+        return result
+
+    def whole(self, outcome: dict[str, Any], reestimated: float | None) -> dict[str, Any]:
+        """An outcome with the test accuracy after BN was re-estimated, the curve, and the log."""
+        result = dict(outcome)
+        if reestimated is not None:
+            result["test_accuracy_reestimated"] = reestimated
         result["curve"] = self.curve
         if self.logged:
             result["log"] = self._log()
@@ -209,10 +242,14 @@ class Training:
     def state(self) -> dict[str, Any]:
         saved = "epoch seconds curve log".split()
         return {
-            "network": self.network.state_dict(),
+            "network": self.weights(),
             "optimizer": self.optimizer.state_dict(),
             **{name: getattr(self, name) for name in saved},
         }
+
+    def weights(self) -> dict[str, Tensor]:
+        """The network's state, to be saved: of views all that they are views of would be written."""
+        return {name: value.clone() for name, value in self.network.state_dict().items()}
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on where a training on any device was left."""
@@ -236,6 +273,27 @@ def failed(train_loss: float, classes: int) -> bool:
 
 def autocast(trial: Trial, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=trial.precision == "bf16")
+
+
+def wide(logits: Tensor) -> Tensor:
+    """In float32 at least."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def tested(source: Source) -> set[str]:
+    """The tests that are made after each epoch."""
+    return {"test", "validation"} & source.tests.keys()
+
+
+@contextlib.contextmanager
+def fastest_convolutions(wanted: bool) -> Iterator[None]:
+    """Let cuDNN time its algorithms for the shapes that come, and keep the fastest; among the deterministic ones."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = wanted
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def keep_stream_in_fp32(network: nn.Module) -> None:
@@ -279,10 +337,12 @@ class SideBySide:
         (self.sizes,) = {tuple(training.sizes) for training in trainings}
         self.device = trainings[0].device
         self.streams: list[Any] = []
+        self.stream: Any = None  # where iterations are warmed up and captured
         self.graph: Any = None
         self.warmed = 0
         self.captures = self.device.type == "cuda" and all(t.trial.optimizer != "adagrad" for t in trainings)
         if self.device.type == "cuda":
+            self.stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
             self.streams = [torch.cuda.Stream(self.device) for _ in trainings]  # type: ignore[no-untyped-call]
 
     def epoch(self, progress: Callable[[int], None] = lambda done: None) -> None:
@@ -295,30 +355,54 @@ class SideBySide:
                 training.set_rate(iteration)
             self.step(size)
             progress(iteration + 1)
-        for training in self.trainings:
-            training.finish()
+        self.finish()
         for training in self.trainings:
             training.seconds += (time.perf_counter() - started) / len(self.trainings)
 
+    def finish(self) -> None:
+        """The end of an epoch."""
+        for training in self.trainings:
+            training.finish()
+
+    def results(self) -> list[dict[str, Any]]:
+        """What came out of each, when all are done."""
+        return [training.result() for training in self.trainings]
+
     def step(self, size: int) -> None:
         """One iteration of all."""
-        if not self.captures or size != self.sizes[0]:
-            self._each(size)
-        elif self.warmed < WARM_UP:
-            self._each(size)
-            self.warmed += 1
-        else:
-            if self.graph is None:
-                self.graph = self._capture(size)
+        if self.graph is not None and size == self.sizes[0]:
             self.graph.replay()
+            return
+        with fastest_convolutions(self.device.type == "cuda" and size == self.sizes[0]):
+            if not self.captures or size != self.sizes[0]:
+                self._each(size)
+            elif self.warmed < WARM_UP:
+                self._warm_up(size)
+                self.warmed += 1
+            else:
+                self.graph = self._capture(size)
+                self.graph.replay()
+
+    def _warm_up(self, size: int) -> None:
+        if self.stream is None:
+            return self._each(size)
+        main = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(main)
+        with torch.cuda.stream(self.stream):
+            self._each(size)
+        main.wait_stream(self.stream)
 
     def _capture(self, size: int) -> Any:
         graph = torch.cuda.CUDAGraph()
-        for training in self.trainings:
-            training.optimizer.zero_grad(set_to_none=True)  # the gradients are to lie in the graph's memory
-        with torch.cuda.graph(graph, stream=torch.cuda.Stream(self.device)):  # type: ignore[no-untyped-call]
+        self._drop_gradients()
+        with torch.cuda.graph(graph, stream=self.stream):
             self._each(size)
         return graph
+
+    def _drop_gradients(self) -> None:
+        """The gradients are to lie in the graph's memory."""
+        for training in self.trainings:
+            training.optimizer.zero_grad(set_to_none=True)
 
     def _each(self, size: int) -> None:
         if not self.streams:

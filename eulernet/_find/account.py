@@ -1,0 +1,142 @@
+"""Every sum is accounted for: what was left out and why, what still computes at h = 0, and what a trace has seen twice.
+
+All of it is read off the trace, beside the rules: a missed block shows by its name whatever the rules said of it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import NamedTuple
+
+from torch import nn
+
+from eulernet._find.graph import NORMS, Graph, StepCall
+from eulernet._find.trace import Addition, Trace
+from eulernet._step import ROOT, LeftOut, Outside, Reason
+
+Names = Mapping[nn.Module, str]
+Originals = Mapping[nn.Module, nn.Module]  # a copy's modules -> the model's
+
+
+class Origin(NamedTuple):
+    """The module that makes a sum, and where it stands."""
+
+    module: nn.Module
+    file: str
+    line: int
+    function: str
+
+
+def origin_of(addition: Addition, trace: Trace, originals: Originals, model: nn.Module) -> Origin:
+    """Where a sum stands; one that an operator makes without a frame belongs to the module that was called."""
+    called = originals.get(trace.calls[addition.call].module, model) if trace.calls else model
+    module = next((originals[m] for f in addition.frames if (m := f.module) is not None and m in originals), called)
+    if not addition.frames:
+        return Origin(module, "", 0, "")
+    code = addition.frames[0].code
+    line = list(code.co_positions())[addition.frames[0].lasti // 2][0] or code.co_firstlineno
+    return Origin(module, code.co_filename, line, code.co_qualname)
+
+
+# ---- what was left out
+
+
+def left_out(seen: Iterable[tuple[Origin, Reason]], names: Names) -> list[LeftOut]:
+    """One entry a place and reason, in the order of execution."""
+    counts = Counter((names[o.module], type(o.module).__name__, o.file, o.line, o.function, why) for o, why in seen)
+    return [LeftOut(*key, calls) for key, calls in counts.items()]
+
+
+def unequal_twins(seen: Iterable[tuple[Origin, bool]], names: Names) -> Iterator[str]:
+    """Sums of one place in the source, outside of all branches, that are steps in some modules and none in others."""
+    places: dict[tuple[type[nn.Module], str, int], tuple[dict[str, None], dict[str, None]]] = {}
+    for origin, is_step in seen:
+        key = type(origin.module), origin.file, origin.line
+        places.setdefault(key, ({}, {}))[not is_step][names[origin.module]] = None
+    for (cls, file, line), (steps, others) in places.items():
+        without = [name for name in others if name not in steps]
+        if steps and without:
+            yield (
+                f"the addition at {file}:{line} is a step in {len(steps)} of {len(steps) + len(without)} modules of "
+                f"class {cls.__name__}, and none in {', '.join(without[:5])}{' ...' if len(without) > 5 else ''}"
+            )
+
+
+# ---- what still computes at h = 0
+
+
+def reached_at_zero(trace: Trace, steps: Iterable[StepCall]) -> set[int]:
+    """The nodes that the output comes from where each step is its skip only: the main stream, and what makes it."""
+    cut = {e.addition.result: e.skip for e in steps}
+    seen: set[int] = set()
+    pending = list(trace.outputs)
+    while pending:
+        node = pending.pop()
+        if node not in seen:
+            seen.add(node)
+            made = trace.nodes[node]
+            detached = made.args if made.op == "detach" else ()
+            pending += [cut[node]] if node in cut else [*made.inputs, *(a for a in detached if isinstance(a, int))]
+    return seen
+
+
+def outside(graph: Graph, trace: Trace, originals: Originals, names: Names, reached: Collection[int]) -> Outside:
+    """Which parameters lie outside of all branches, by the outermost modules that hold no others.
+
+    The norms between two steps, which a post-norm network has everywhere, are counted and not named.
+    """
+    inside: dict[str, int] = {}
+    beyond: dict[str, int] = {}
+    shown: dict[str, int] = {}  # with the nodes
+    known: set[int] = set()
+    for twin, module in originals.items():
+        for name, parameter in twin.named_parameters(recurse=False):
+            node = trace.used.get(id(parameter))
+            if node is None or id(parameter) in known:
+                continue
+            known.add(id(parameter))
+            name = f"{names[module]}.{name}".removeprefix(f"{ROOT}.")
+            (beyond if node in reached else inside)[name] = parameter.numel()
+            if node in reached and not _is_between_steps(graph, node):
+                shown[name] = node
+    held = {prefix for name in inside for prefix in _prefixes(name)}
+    in_order = sorted(shown, key=lambda name: shown[name])
+    outermost = dict.fromkeys(next(p for p in (*_prefixes(name), name) if p not in held) for name in in_order)
+    total = sum(inside.values()) + sum(beyond.values())
+    return Outside(tuple(_in_ranges(outermost)), sum(beyond.values()), total)
+
+
+def _is_between_steps(graph: Graph, parameter: int) -> bool:
+    """Whether a parameter is one of a norm alone that takes the result of a sum, and whose result is added to again."""
+    readers = graph.readers.get(parameter, set())
+    norms = [n for n in readers if graph.nodes[n].op in NORMS]
+    return len(norms) == len(readers) > 0 and all(
+        graph.sums.intersection(graph.nodes[n].inputs) and graph.sums.intersection(graph.readers.get(n, ()))
+        for n in norms
+    )
+
+
+def _prefixes(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:i]) for i in range(1, len(parts))]
+
+
+def _in_ranges(names: Iterable[str]) -> list[str]:
+    """`layer2.0.fc`, `layer3.0.fc` as `layer2-3.0.fc`: names that differ in their first number only."""
+    groups: dict[tuple[str, str], list[int]] = {}
+    for name in names:
+        found = re.search(r"\d+", name)
+        before, number, after = (name[: found.start()], int(found[0]), name[found.end() :]) if found else (name, -1, "")
+        groups.setdefault((before, after), []).append(number)
+    return [f"{before}{text}{after}" for (before, after), numbers in groups.items() for text in _ranges(numbers)]
+
+
+def _ranges(numbers: list[int]) -> Iterator[str]:
+    start = last = numbers[0]
+    for number in [*numbers[1:], None]:
+        if number is None or number != last + 1:
+            yield "" if start < 0 else str(start) if start == last else f"{start}-{last}"
+            start = number if number is not None else start
+        last = number if number is not None else last
