@@ -130,6 +130,7 @@ def train(trial: Trial, data_root: Path, ends: float) -> Record | None:
         except _OutOfTime:
             return None
         record: Record = {"study": "trials", "key": trial.key, "config": trial.config(), "result": training.result()}
+    record["data"] = dict(training.source.data)
     return record | {"seconds": training.seconds, "environment": environment(device)}
 
 

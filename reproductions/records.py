@@ -6,7 +6,9 @@ import json
 import math
 import os
 import platform
+import subprocess
 from collections.abc import Iterable
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,24 @@ Record = dict[str, Any]
 FILE = "records.jsonl"
 
 
+@lru_cache(maxsize=1)
+def commit() -> str:
+    """The commit of the checkout, with a `+` where something in it is changed; nothing outside of a checkout."""
+    folder = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True, timeout=60
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "--", ".") else "")
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
 def environment(device: torch.device | str = "cpu") -> dict[str, str | int]:
-    """Versions and device, for a record."""
+    """Commit, versions and device, for a record."""
     device = torch.device(device)
     try:
         ours = version("eulernet")
@@ -29,6 +47,7 @@ def environment(device: torch.device | str = "cpu") -> dict[str, str | int]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({platform.machine()})"
     return {
         "eulernet": ours,
+        "commit": commit(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "device": name,

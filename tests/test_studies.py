@@ -1,6 +1,5 @@
 """The studies: their data, their engine against plain loops, what a killed process leaves, what is said of records."""
 
-import csv
 import doctest
 import json
 import math
@@ -16,13 +15,14 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import eulernet
+from helpers import small_data
+from helpers.small_data import COUNT
 from reproductions import cli, report, trial
 from reproductions.cli import RESULTS, app
 from reproductions.data import ag_news as texts
@@ -52,7 +52,6 @@ from reproductions.training.network import build
 from reproductions.trial import Trial
 
 CPU = torch.device("cpu")
-COUNT = 40  # images a file
 TINY = Trial(depth=8, size=8, batch_size=32, train=72, test=24, epochs=2, milestones=(0.5,), learning_rate=0.05)
 
 
@@ -63,32 +62,12 @@ def test_examples_in_docstrings_run(module: ModuleType) -> None:
 
 @pytest.fixture(autouse=True)
 def _forget(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small files, and none of another test's data."""
-    monkeypatch.setattr(data, "IMAGES_PER_FILE", COUNT)
-    monkeypatch.setattr(texts, "TEST_ROWS", 24)
-    for cached in (sources._load, sources._cifar10, sources._ag_news):
-        cached.cache_clear()
+    small_data.expect(monkeypatch)
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with both data sets, small, and such that there is something to learn."""
-    root = tmp_path_factory.mktemp("data")
-    rng = np.random.default_rng(0)
-    (root / "cifar-10-batches-bin").mkdir()
-    for name in [f"data_batch_{number}.bin" for number in range(1, 6)] + ["test_batch.bin"]:
-        labels = np.arange(COUNT) % 10
-        pixels = rng.integers(0, 128, (COUNT, 3072)) + 12 * labels[:, None]
-        records = np.concatenate([labels[:, None], pixels], axis=1).astype(np.uint8)
-        (root / "cifar-10-batches-bin" / name).write_bytes(records.tobytes())
-    (root / "ag_news").mkdir()
-    for name, rows in (("train", 80), ("test", 24)):
-        with (root / "ag_news" / f"{name}.csv").open("w", newline="") as file:
-            writer = csv.writer(file, quoting=csv.QUOTE_ALL)
-            for row in range(rows):
-                words = rng.choice(["market", "goal", "chip", "war", "bank", "team"], 12)
-                writer.writerow([row % 4 + 1, f"{name} {row}", " ".join(words)])
-    return root
+    return small_data.write(tmp_path_factory.mktemp("data"))
 
 
 def source_of(one: Trial, root: Path) -> sources.Source:
@@ -825,7 +804,7 @@ def test_norms_on_texts_and_of_the_first_iterations_are_claimed_and_drawn(tmp_pa
     assert [path.name for path in drawn] == ["dynamics-early-paper", "dynamics-texts-paper"]
     said = {(row.claim, row.run) for row in dynamics.claims(Results([]), "paper")}
     claim = "vdcnn 49: with h = 0.1 the averaged weight norm of layer 2 is smaller"
-    assert (claim, "VDCNN-49 without BN; all training texts at hand; 1 epoch") in said
+    assert (claim, "VDCNN-49 without BN; all training texts at hand of 1,024 letters; 1 epoch") in said
 
 
 def test_diverged_trainings_are_crosses() -> None:

@@ -12,13 +12,14 @@ Fixed before anything was run:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from reproductions.errors import DataError
 from reproductions.evidence.statistics import Estimate, share_interval, share_p, shares_p
 from reproductions.records import Record
 from reproductions.trial import Trial
@@ -33,6 +34,13 @@ BESIDE = {
     "test_accuracy_reestimated": "BN re-estimated",
     "train_accuracy": "train",
     "distinct_accuracy": "without texts that stand almost the same in train",
+}
+# How many of the first training samples have one of some classes; newer records hold it themselves.
+OF_CLASSES: dict[tuple[str, int, tuple[int, ...]], int] = {
+    ("cifar10", 5_000, (0, 5)): 2_489,
+    ("cifar10", 5_000, (5, 10)): 2_511,
+    ("cifar10", 50_000, (0, 5)): 25_000,
+    ("cifar10", 50_000, (5, 10)): 25_000,
 }
 NOT_PERFORMANCE = ("log/", "feature_steps", "seconds", "failed")  # of these an arm at chance is judged as well
 
@@ -72,6 +80,14 @@ class Results:
         self.folder = folder
         self._all = list(records)
         self.records = {record["key"]: record for record in self._all if "key" in record}
+        seen: dict[str, dict[str, Any]] = {}
+        for data in (record["data"] for record in self._all if "data" in record):
+            other = seen.setdefault(data["name"], data)
+            if other["sha256"] != data["sha256"]:
+                raise DataError(
+                    f"records of trainings on different {data['name']} (sha256 {other['sha256']} and {data['sha256']}) "
+                    "can't be compared: keep them in different folders, and name one of these by --results."
+                )
 
     def of(self, study: str) -> list[Record]:
         """The records of a study that is no grid of trials."""
@@ -86,6 +102,11 @@ class Results:
                 value = _look_up(record, name)
                 found[seed] = math.nan if value is None else float(value)
         return found
+
+    def records_of(self, cell: Trial) -> list[Record]:
+        """The records of the trials that differ from `cell` in the seed alone."""
+        keys = (replace(cell, seed=seed).key for seed in SEEDS)
+        return [self.records[key] for key in keys if key in self.records]
 
     def column(self, cell: Trial, name: str) -> list[float]:
         return list(self.values(cell, name).values())
@@ -370,20 +391,44 @@ def describe(cells: Sequence[Trial], seeds: int, results: Results | None = None)
     """What was run, in words: networks, what they were trained on, epochs, precision, seeds."""
     ordered = sorted(cells, key=lambda cell: (cell.model, cell.depth, cell.norm))
     shown = ", ".join(dict.fromkeys(map(network, ordered)))
-    trained = " and ".join(dict.fromkeys(samples(cell) for cell in cells[:2]))
+    records = [record for cell in cells if results for record in results.records_of(cell)]
+    data: dict[str, Any] = next((record["data"] for record in records if "data" in record), {})
     epochs = " and ".join(dict.fromkeys(f"{cell.epochs}" for cell in cells))
-    more = f", {seeds} seed{'s' if seeds != 1 else ''}" if seeds else ""
-    return f"{shown}; {trained}; {epochs} epoch{'s' if epochs != '1' else ''}{more}"
+    parts = [f"{epochs} epoch{'s' if epochs != '1' else ''}"]
+    parts += filter(None, dict.fromkeys(map(_precision, records)))
+    parts += [f"{seeds} seed{'s' if seeds != 1 else ''}"] if seeds else []
+    return f"{shown}; {samples(cells[0], data)}; {', '.join(parts)}"
 
 
-def samples(cell: Trial) -> str:
-    """What a cell is trained on."""
-    if cell.data == "cifar10":
-        return f"{cell.train or 50_000:,} images of {cell.size or 32} x {cell.size or 32}"
-    return f"{cell.train:,} texts of {cell.size} letters" if cell.train else "all training texts at hand"
+def samples(cell: Trial, data: Mapping[str, Any]) -> str:
+    """What a cell is trained on; `data` is what a record says of it, where there is one that does."""
+    images = cell.data == "cifar10"
+    size = f"of {cell.size or 32} x {cell.size or 32}" if images else f"of {cell.size or 1024:,} letters"
+    kind, whole = ("images", 50_000) if images else ("training texts", 0)
+    first, last = cell.classes or (0, 0)
+    drawn = OF_CLASSES.get((cell.data, cell.train or whole, cell.classes), 0) if cell.classes else cell.train or whole
+    count = data.get("trained", max(drawn - cell.held_out, 0))
+    words = f"{count:,} {kind} {size}" if count else f"all {kind} at hand {size}"
+    if cell.classes:
+        words = f"{count:,} {kind} {size}" if count else f"{kind} {size}"
+        words += f", those of classes {first} to {last - 1} among {cell.train or whole:,}"
+    if cell.held_out:
+        words += f", {cell.held_out:,} more held out"
+    if data and not images and not cell.train:
+        words += f" ({data['train'] / 120_000:.0%} of AG-NEWS)"
+    return words
+
+
+def _precision(record: Record) -> str:
+    """In what it was trained: TF32 is what a GPU makes of convolutions, a CPU has none."""
+    precision = str(record["config"]["precision"]) if "config" in record else ""
+    if precision == "tf32" and str(record.get("environment", {}).get("device", "cpu")).startswith("cpu"):
+        return "fp32"
+    return {"tf32": "TF32 convolutions", "bf16": "branches in bf16"}.get(precision, precision)
 
 
 def network(cell: Trial) -> str:
     """The network of a cell, in words."""
-    names = {"resnet": "ResNet", "vdcnn": "VDCNN", "vdcnn-original": "VDCNN (original)"}
-    return f"{names[cell.model]}-{cell.depth}{'' if cell.norm else ' without BN'}"
+    names = {"resnet": "ResNet", "vdcnn": "VDCNN", "vdcnn-original": "VDCNN"}
+    original = " (the original one, He's initial values)" if cell.model == "vdcnn-original" else ""
+    return f"{names[cell.model]}-{cell.depth}{original}{'' if cell.norm else ' without BN'}"

@@ -151,6 +151,7 @@ def at_start(
                     "size": trial.size,
                     "batch_size": trial.batch_size,
                 },
+                "data": dict(source.data),
                 "result": {"gradients": norms, "feature_steps": feature_steps(network, source)},
                 "seconds": time.perf_counter() - started,
                 "environment": environment(device),

@@ -72,6 +72,7 @@ def run(
             {
                 "study": "bounds",
                 "config": {"preset": preset, "depth": depth, "h": h, "seed": seed, "size": trial.size or 32},
+                "data": dict(source.data),
                 "result": result,
                 "seconds": time.perf_counter() - started,
                 "environment": environment(device),

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reproductions.data.batches import load
+from reproductions.data.batches import identify, load
 from reproductions.errors import DataError
 from reproductions.records import FILE, Record, append_record, environment, read_records
 from reproductions.training.loop import SideBySide, Training, settings
@@ -43,6 +43,25 @@ class Place:
         return self.folder / "networks" / f"{key}.pt"
 
 
+def check_data(place: Place, trials: Iterable[Trial]) -> None:
+    """See that the records in the folder were trained on the data that these trials would be.
+
+    Raises:
+        DataError: they were trained on others.
+    """
+    if not (place.folder / FILE).exists():
+        return
+    known = {r["data"]["name"]: r["data"] for r in read_records(place.folder) if "data" in r}
+    for name in sorted({trial.data for trial in trials} & known.keys()):
+        here, there = identify(name, place.data_root, place.download), known[name]
+        if here["sha256"] != there["sha256"]:
+            raise DataError(
+                f"{place.folder / FILE} holds trials on another {name}, of {there['train']:,} training samples (sha256 "
+                f"{there['sha256']}); {place.data_root} holds one of {here['train']:,} ({here['sha256']}). Results "
+                "of both can't be compared: name another folder by --out, or those data by --data-root."
+            )
+
+
 def run(place: Place, trials: Sequence[Trial], show: Show = lambda label, share, work: None) -> list[Record]:
     """Train what has no record yet, and return the records of all trials, in their order.
 
@@ -50,8 +69,9 @@ def run(place: Place, trials: Sequence[Trial], show: Show = lambda label, share,
     next one goes on there, and ends with the same results.
 
     Raises:
-        DataError: a data file is missing or damaged.
+        DataError: a data file is missing or damaged, or the folder holds trials on other data.
     """
+    check_data(place, trials)
     for group in groups(place, trials):
         for record in train(place, group, keys_to_keep(trials), show):
             settle(place, record)
@@ -176,6 +196,7 @@ def _record(place: Place, training: Training, keep: frozenset[str]) -> Record:
         "study": "trials",
         "key": trial.key,
         "config": trial.config(),
+        "data": dict(training.source.data),
         "result": training.result(),
         "seconds": training.seconds,
         "environment": environment(place.device),

@@ -41,6 +41,7 @@ def run(
         raise DataError(
             f"no Ray cluster at {address!r}: {str(error).rstrip('.')}. Start one with: ray start --head"
         ) from error
+    grid.check_data(place, trials)
     place = replace(place, folder=place.folder.resolve(), data_root=place.data_root.resolve())
     gpus = 1 if place.device.type == "cuda" else 0
     train = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=RETRIES)(grid.train)
