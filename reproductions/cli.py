@@ -414,6 +414,6 @@ def main() -> None:
     """Run the command line; what a user can mend is one line and exit code 1."""
     try:
         app()
-    except (DataError, EulernetError) as error:
+    except (DataError, EulernetError, OSError) as error:  # of the last: a full disk, a file that may not be read
         errors.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
         raise SystemExit(1) from None

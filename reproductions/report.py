@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 from reproductions.evidence.claims import NOT_RUN, REFUTED, SUPPORTED, UNDECIDED, Results, Row
 from reproductions.evidence.statistics import holm
 from reproductions.evidence.style import STYLE, save
-from reproductions.records import FILE, read_records
+from reproductions.records import FILE, WHOLE, read_records
 from reproductions.studies import GRIDS, STUDIES
 
 HEAD = """# What came of the paper's claims
@@ -35,8 +35,8 @@ paper's.
 What the paper does not say and was chosen here: the generator of the mosaics (tiles replaced by their mean) and all
 noise levels, the points of the grid of h, the layers called deep (the last convolution and the middle one), what a
 small h is (up to 0.1) and what "often" (more than a fifth), and all of the TWO-MOON network. Convolutions without BN
-have a bias; those of shortcuts have none. VDCNN has the linear maps of the paper's authors and PyTorch's initial values;
-the original one, which has He's, is named so.
+have a bias; those of shortcuts have none. VDCNN has the linear maps of the paper's authors and PyTorch's initial
+values; the original one, which has He's, is named so.
 
 The data at hand: of the 60,000 images of CIFAR-10 92 are decoded from JPEG copies and so not exact; of the 120,000
 training texts of AG-NEWS there are 77,253 (64 %), and 371 of the 7,600 test texts stand almost the same in them: the
@@ -62,7 +62,7 @@ SCALES = {  # the nearest to the paper first
 
 def draw(folder: Path) -> list[Path]:
     """Draw the figures of the studies whose records lie in `folder`, beside them; returns their paths."""
-    results = Results(read_records(folder), folder)
+    results = Results(read_records(folder, WHOLE), folder)
     with plt.rc_context(STYLE):
         return [
             save(figure, folder / f"{name}.png")
@@ -81,7 +81,7 @@ def write(results: Path) -> Path:
 
 def text(folder: Path) -> str:
     """What REPORT.md says of the records in the folders below."""
-    results = Results(record for path in sorted(folder.rglob(FILE)) for record in read_records(path.parent))
+    results = Results(record for path in sorted(folder.rglob(FILE)) for record in read_records(path.parent, WHOLE))
     parts = [HEAD, FIRST, table(primary(results), corrected=True)]
     missing = ["## Not run\n"]
     seen: set[object] = set()

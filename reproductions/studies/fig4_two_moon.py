@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from reproductions.data.two_moons import two_moons
+from reproductions.errors import DataError
 from reproductions.evidence.claims import AT_CHANCE, NOT_RUN, Results, Row, judge, judge_failures
 from reproductions.evidence.statistics import Estimate
 from reproductions.evidence.style import BLUE, GREEN, GREY, ORANGE, VERMILLION
@@ -187,7 +188,14 @@ def save_networks(folder: Path, networks: dict[str, Any]) -> Path:
 def load_networks(folder: Path) -> dict[str, tuple[ResidualMLP, dict[str, Any]]]:
     """The pictured networks by the name of their arm, each with its configuration."""
     networks = {}
-    for name, saved in torch.load(folder / NETWORKS, weights_only=True).items():
+    try:
+        stored = torch.load(folder / NETWORKS, weights_only=True)
+    except Exception as error:  # a damaged file raises almost anything
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        raise DataError(
+            f"{folder / NETWORKS} is damaged ({reason}); make it anew with two-moon --out {folder}"
+        ) from error
+    for name, saved in stored.items():
         config = saved["config"]
         protocol = Protocol(**{field: config[field] for field in asdict(Protocol())})
         network = build(Arm(h=config["h"]), protocol)

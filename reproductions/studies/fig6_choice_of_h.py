@@ -143,7 +143,7 @@ def _beside(results: Results, preset: str, model: str, depth: int, chosen: float
     rows.append(compare_spreads(results, claim, steady, "test_accuracy"))
     for rule in CHOICES[model]:
         pair = [(cell(preset, model, depth, chosen), cell(preset, model, depth, rule))]
-        landed = results.column(pair[0][1], "h")
+        landed = [h for h in results.column(pair[0][1], "h") if np.isfinite(h)]
         shown = f"{rule} ({np.median(landed):.3g})" if landed else rule
         claim = f"{start}h = {shown} tests less than a point worse than that (beyond the paper)"
         rows.append(compare(results, claim, pair, "test_accuracy", margin=POINT))
@@ -224,7 +224,7 @@ def _figure(results: Results, preset: str) -> Figure | None:
         if uncounted:
             axes.scatter(uncounted, [0.03] * len(uncounted), color=GREY, marker="$?$", label="failures not counted")
         for rule in CHOICES[model]:
-            landed = results.column(cell(preset, model, n, rule), "h")
+            landed = [h for h in results.column(cell(preset, model, n, rule), "h") if np.isfinite(h)]
             if landed:
                 x = float(np.interp(np.log(np.median(landed)), np.log(grid), range(len(grid))))
                 axes.axvline(x, color=GREY, linewidth=0.8, linestyle=":")
