@@ -13,7 +13,6 @@ import pytest
 import torch
 
 import eulernet
-from helpers import small_data
 from reproductions import cli, records
 from reproductions.errors import DataError
 from reproductions.evidence.claims import Results
@@ -22,8 +21,10 @@ from reproductions.records import FILE, WHOLE, append_record, check_folder, read
 from reproductions.studies import fig6_choice_of_h
 from reproductions.training import grid, ray_cluster
 from reproductions.trial import Trial
+from tests.helpers import small_data
 
 CPU = torch.device("cpu")
+COUNT = 40  # images a file
 TINY = Trial(depth=8, size=8, batch_size=32, train=72, test=24, epochs=3, milestones=())
 START = """
 import sys, torch
@@ -45,13 +46,13 @@ sys.stdin.readline()
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    small_data.expect(monkeypatch)
+    small_data.expect(monkeypatch, COUNT)
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     (tmp_path / "data").mkdir()
-    return small_data.write(tmp_path / "data")
+    return small_data.write(tmp_path / "data", COUNT)
 
 
 @contextmanager

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from helpers import small_data
 from reproductions import records
 from reproductions.data import batches, identity
 from reproductions.errors import DataError
@@ -19,21 +18,23 @@ from reproductions.presets import EULER, PLAIN
 from reproductions.studies import fig6_choice_of_h, finetuning
 from reproductions.training import grid
 from reproductions.trial import Trial
+from tests.helpers import small_data
 
 CPU = torch.device("cpu")
+COUNT = 40  # images a file
 TINY = Trial(depth=8, size=8, batch_size=32, train=72, test=24, epochs=1, milestones=(), held_out=8, seed=0)
 NEWS = Trial(data="ag-news", model="vdcnn", depth=9, size=64, batch_size=40, epochs=1, milestones=())
 
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    small_data.expect(monkeypatch)
+    small_data.expect(monkeypatch, COUNT)
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     (tmp_path / "data").mkdir()
-    return small_data.write(tmp_path / "data")
+    return small_data.write(tmp_path / "data", COUNT)
 
 
 # ---- what a record says

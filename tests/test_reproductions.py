@@ -236,7 +236,10 @@ def test_two_moon_command_writes_what_figures_draws_again(tmp_path: Path) -> Non
         assert len(record["result"]["train_loss_curve"]) == 8
     assert "Failed trainings of 2" in printed and "paired by seed" in printed
 
-    pictures = {name: (tmp_path / "study" / name).read_bytes() for name in ("features.png", "learning_rates.png")}
+    pictures = {
+        name: (tmp_path / "study" / name).read_bytes()
+        for name in ("features.png", "learning_rates.png", "at_a_glance.png")
+    }
     for name in pictures:
         (tmp_path / "study" / name).unlink()
     run_cli("figures", "--results", tmp_path)
@@ -328,7 +331,7 @@ class Python2Pickler(pickle._Pickler):
 
     def save_string(self, value: bytes | str) -> None:
         raw = value if isinstance(value, bytes) else value.encode("latin1")
-        self.write(pickle.BINSTRING + len(raw).to_bytes(4, "little") + raw)
+        self.write(pickle.BINSTRING + len(raw).to_bytes(4, "little") + raw)  # type: ignore[attr-defined]
 
     dispatch[bytes] = dispatch[str] = save_string
 

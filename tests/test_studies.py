@@ -21,8 +21,6 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import eulernet
-from helpers import small_data
-from helpers.small_data import COUNT
 from reproductions import cli, report, trial
 from reproductions.cli import RESULTS, app
 from reproductions.data import ag_news as texts
@@ -50,8 +48,10 @@ from reproductions.training import network as made
 from reproductions.training.loop import SideBySide, Training
 from reproductions.training.network import build
 from reproductions.trial import Trial
+from tests.helpers import small_data
 
 CPU = torch.device("cpu")
+COUNT = 40  # images a file
 TINY = Trial(depth=8, size=8, batch_size=32, train=72, test=24, epochs=2, milestones=(0.5,), learning_rate=0.05)
 
 
@@ -62,12 +62,12 @@ def test_examples_in_docstrings_run(module: ModuleType) -> None:
 
 @pytest.fixture(autouse=True)
 def _forget(monkeypatch: pytest.MonkeyPatch) -> None:
-    small_data.expect(monkeypatch)
+    small_data.expect(monkeypatch, COUNT)
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_data.write(tmp_path_factory.mktemp("data"))
+    return small_data.write(tmp_path_factory.mktemp("data"), COUNT)
 
 
 def source_of(one: Trial, root: Path) -> sources.Source:
