@@ -228,8 +228,8 @@ def _grid(
     from reproductions.report import draw
     from reproductions.training import grid
 
-    known_preset(preset)
     study = GRIDS[name]
+    known_preset(preset, getattr(study, "ALSO", ()))
     trials = chosen(study.trials(preset, seeds or SEEDS[preset]), only)
     place = grid.Place(check_folder(out, "trials"), data_root, device_of(device), at_once, download)
     left = {trial.data for group in grid.groups(place, trials) for trial in group}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import typer
 
@@ -30,10 +32,10 @@ def _shown(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def known_preset(preset: str) -> None:
-    """Refuse what is no preset."""
-    if preset not in PRESETS:
-        raise typer.BadParameter(f"{preset!r} is none of {', '.join(PRESETS)}", param_hint="--preset")
+def known_preset(preset: str, also: Sequence[str] = ()) -> None:
+    """Refuse what is no preset, and none that a study has besides."""
+    if preset not in (*PRESETS, *also):
+        raise typer.BadParameter(f"{preset!r} is none of {', '.join((*PRESETS, *also))}", param_hint="--preset")
 
 
 def device_of(name: str) -> torch.device:

@@ -11,6 +11,7 @@ import matplotlib.pyplot as plt
 from reproductions.evidence.claims import NOT_RUN, REFUTED, SUPPORTED, UNDECIDED, Results, Row
 from reproductions.evidence.statistics import holm
 from reproductions.evidence.style import STYLE, save
+from reproductions.presets import PRESETS
 from reproductions.records import FILE, WHOLE, read_records
 from reproductions.studies import GRIDS, STUDIES
 
@@ -55,7 +56,9 @@ further down are not corrected: of those without any effect one in twenty is dec
 """
 SCALES = {  # the nearest to the paper first
     "paper": "The paper's protocol",
+    "gpu": "On a GPU at hand for 15 minutes: all images, 20 epochs, branches in bf16",
     "small": "Reduced to 20 minutes on a GPU",
+    "desk": "On CPU cores, for hours: 10,000 images of 8 x 8 pixels, 15 epochs; 8,000 texts of 128 letters, 4 epochs",
     "cpu": "Reduced to a CPU: 5,000 images of 16 x 16 pixels, 4,000 texts of 256 letters, two epochs",
 }
 
@@ -103,7 +106,7 @@ def text(folder: Path) -> str:
 def _presets(results: Results, name: str) -> list[str]:
     """The presets to ask a study for: of one that is no grid that of its records."""
     if name in GRIDS:
-        return list(SCALES)
+        return [preset for preset in SCALES if preset in (*PRESETS, *getattr(GRIDS[name], "ALSO", ()))]
     run = {record["config"].get("preset", "paper") for record in results.of(name)}
     return [preset for preset in SCALES if preset in run] or ["paper"]
 
@@ -118,8 +121,8 @@ def _missing(title: str, preset: str, rows: list[Row]) -> str:
 def primary(results: Results) -> list[Row]:
     """The rows of the first table, each of the setting nearest to the paper's, with p and verdict corrected by Holm."""
     rows: dict[str, Row] = {}
-    for study in STUDIES.values():
-        for preset in SCALES if hasattr(study, "claims") else ():
+    for name, study in STUDIES.items():
+        for preset in _presets(results, name) if hasattr(study, "claims") else ():
             for row in study.claims(results, preset):
                 if row.primary and (row.primary not in rows or rows[row.primary].verdict == NOT_RUN):
                     rows[row.primary] = row

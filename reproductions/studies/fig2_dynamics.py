@@ -17,16 +17,17 @@ from reproductions.data.batches import load
 from reproductions.evidence.claims import NOT_RUN, SEEDS, Results, Row, compare, describe, judge, network
 from reproductions.evidence.statistics import Estimate
 from reproductions.evidence.style import BLUE, BOTH, LOOKS, VERMILLION, finish
-from reproductions.presets import AUTO, EULER, IMAGES, PLAIN, PRESETS, RATE, START, TEXTS, Part
+from reproductions.presets import AUTO, BRIEF, EULER, IMAGES, PLAIN, PRESETS, RATE, START, TEXTS, Part
 from reproductions.records import Record, environment
 from reproductions.training.loop import feature_steps
 from reproductions.training.network import build, layers
 from reproductions.trial import Trial
 
 TITLE = "Fig. 2: weights and gradients"
-RESNETS = {"smoke": (20,), "cpu": (56, 110), "small": (110,), "paper": (110, 218)}
-VDCNNS: dict[str, tuple[int, ...]] = {"smoke": (9,), "cpu": (), "small": (17,), "paper": (17, 49)}
-EARLY = {"smoke": (), "cpu": (), "small": (), "paper": (20, 56, 110, 218)}  # the first thousand iterations alone
+ALSO = tuple(BRIEF)
+RESNETS = {"smoke": (20,), "cpu": (56, 110), "small": (110,), "paper": (110, 218), "gpu": (110,), "desk": (20, 110)}
+VDCNNS: dict[str, tuple[int, ...]] = {"smoke": (9,), "small": (17,), "paper": (17, 49)}
+EARLY: dict[str, tuple[int, ...]] = {"paper": (20, 56, 110, 218)}  # the first thousand iterations alone
 # The claims of the paper that the report begins with, each asked of the deepest ResNet that is trained in full.
 PRIMARY = {
     "log/layer 2/mean_weight": "Fig. 2: with h = 0.1 the weights of layer 2 are smaller",
@@ -54,20 +55,29 @@ def cells(preset: str, arm: Part) -> dict[str, list[Trial]]:
     """What is compared of an arm, by the picture that shows it."""
     return {
         "dynamics": [cell(preset, depth, arm) for depth in RESNETS[preset]],
-        "dynamics-early": [early(preset, depth, arm) for depth in EARLY[preset]],
-        "dynamics-texts": [news(preset, depth, norm, arm) for depth, norm in product(VDCNNS[preset], (True, False))],
+        "dynamics-early": [early(preset, depth, arm) for depth in EARLY.get(preset, ())],
+        "dynamics-texts": [
+            news(preset, depth, norm, arm) for depth, norm in product(VDCNNS.get(preset, ()), (True, False))
+        ],
     }
+
+
+def _texts(preset: str) -> list[tuple[int, bool]]:
+    """Depths of networks on texts, each with and without BN."""
+    return list(product(VDCNNS.get(preset, ()), (True, False)))
 
 
 def trials(preset: str, seeds: int) -> list[Trial]:
     """The grid: the first thousand iterations, with all controls; and trainings in full, those of the depth study."""
     grid = [
         Trial(**{**vars(early(preset, depth, arm)), "seed": seed})
-        for depth, arm, seed in product(EARLY[preset], (PLAIN, EULER, AUTO, START, RATE), range(seeds))
+        for depth, arm, seed in product(EARLY.get(preset, ()), (PLAIN, EULER, AUTO, START, RATE), range(seeds))
     ]
     for seed, depth, arm in product(range(seeds), RESNETS[preset], (PLAIN, EULER)):
         grid.append(Trial(**{**vars(cell(preset, depth, arm)), "seed": seed}))
-    for seed, depth, arm, norm in product(range(seeds), VDCNNS[preset], (PLAIN, {"h": 0.3}, EULER), (True, False)):
+    for seed, depth, arm, norm in product(
+        range(seeds), VDCNNS.get(preset, ()), (PLAIN, {"h": 0.3}, EULER), (True, False)
+    ):
         grid.append(Trial(**{**vars(news(preset, depth, norm, arm)), "seed": seed}))
     return grid
 
@@ -183,7 +193,7 @@ def start_claims(results: Results) -> list[Row]:
 def figures(results: Results) -> Iterator[tuple[str, Figure]]:
     if records := results.of("dynamics-init"):
         yield "start", _start(records)
-    for preset in PRESETS:
+    for preset in (*PRESETS, *ALSO):
         for name, some in cells(preset, EULER).items():
             figure = _dynamics(results, some)
             if figure is not None:

@@ -27,15 +27,18 @@ from reproductions.evidence.claims import (
 )
 from reproductions.evidence.statistics import Estimate
 from reproductions.evidence.style import LOOKS, by_preset, finish, points, ticks
-from reproductions.presets import AUTO, EULER, IMAGES, PLAIN, RATE, START, TEXTS, Part
+from reproductions.presets import AUTO, BRIEF, EULER, IMAGES, PLAIN, RATE, START, TEXTS, Part
 from reproductions.trial import Trial
 
 TITLE = "Fig. 3: depth"
+ALSO = tuple(BRIEF)
 RESNETS = {"smoke": (20,), "cpu": (20, 56, 110), "small": (20, 56, 110), "paper": (20, 56, 110, 218)}
-VDCNNS = {"smoke": (9,), "cpu": (9, 17), "small": (9, 29), "paper": (9, 17, 29, 49)}
-DECISIVE = {"smoke": (20,), "cpu": (56,), "small": (110,), "paper": (110, 218)}
+RESNETS |= {"gpu": (110,), "desk": (20, 56, 110, 218)}
+VDCNNS: dict[str, tuple[int, ...]] = {"smoke": (9,), "cpu": (9, 17), "small": (9, 29), "paper": (9, 17, 29, 49)}
+VDCNNS |= {"gpu": (), "desk": (9, 17)}
+DECISIVE = {"smoke": (20,), "cpu": (56,), "small": (110,), "paper": (110, 218), "gpu": (110,), "desk": (110,)}
 # The other remedies for h = 1 at a decisive depth: an empty branch at the start, warm-up, weight decay.
-REMEDIES = {"smoke": (), "cpu": (), "small": (), "paper": ({"initial": 0.0}, {"warmup": 400}, {"weight_decay": 1e-4})}
+REMEDIES = {"paper": ({"initial": 0.0}, {"warmup": 400}, {"weight_decay": 1e-4})}
 
 DATA = {"resnet": "CIFAR-10", "vdcnn": "AG-NEWS"}
 BF16: Part = {"precision": "bf16"}
@@ -47,9 +50,9 @@ def trials(preset: str, seeds: int) -> list[Trial]:
     for seed, depth in product(range(seeds), RESNETS[preset]):
         arms = [PLAIN, EULER, AUTO]
         if depth in DECISIVE[preset]:
-            arms += [START, RATE, *REMEDIES[preset]]
+            arms += [START, RATE, *REMEDIES.get(preset, ())]
         grid += [Trial(**{**IMAGES[preset], **arm, "depth": depth, "seed": seed, "log": True}) for arm in arms]
-    arms = [PLAIN, EULER] if preset in ("smoke", "cpu") else [PLAIN, EULER, AUTO]
+    arms = [PLAIN, EULER] if preset in ("smoke", "cpu", "desk") else [PLAIN, EULER, AUTO]
     for seed, depth, arm in product(range(seeds), VDCNNS[preset], arms):
         grid.append(Trial(**{**TEXTS[preset], **arm, "depth": depth, "seed": seed, "log": True}))
     cells = [one for _, pair, _ in beyond(preset) for one in pair]
@@ -87,6 +90,8 @@ def cell(preset: str, model: str, depth: int, arm: Part) -> Trial:
 def claims(results: Results, preset: str) -> list[Row]:
     rows = []
     for model, depths in (("resnet", RESNETS[preset]), ("vdcnn", VDCNNS[preset])):
+        if not depths:
+            continue
         pairs = {depth: (cell(preset, model, depth, PLAIN), cell(preset, model, depth, EULER)) for depth in depths}
         for depth, pair in pairs.items():
             claim = f"{model} {depth}: h = 0.1 tests better than h = 1"
@@ -142,7 +147,7 @@ def _no_slower(results: Results, claim: str, plain: Trial, euler: Trial) -> Row:
 
 
 def figures(results: Results) -> Iterator[tuple[str, Figure]]:
-    return by_preset("depth", results, _figure)
+    return by_preset("depth", results, _figure, ALSO)
 
 
 def _figure(results: Results, preset: str) -> Figure | None:
