@@ -12,6 +12,7 @@ from typing import Any, Literal
 from torch import nn
 
 from eulernet._checks import check_model, positive
+from eulernet._commit import commit
 from eulernet._errors import EulernetError
 from eulernet._find.absorb import absorbing, check_scalable, refusal, scale_parameters
 from eulernet._find.search import search
@@ -70,8 +71,8 @@ def fold(model: Model, *, where_possible: bool = False, example_inputs: Any = No
             )
         left = {f.step.name for f in result.found if f.step.index in refused}
     check_scalable(model, scales)
-    scale_parameters(scales)
-    remove_steps(model, {(id(module), slot) for module, slot, step in slots(model) if step.name not in left})
+    folded = {(id(module), slot) for module, slot, step in slots(model) if step.name not in left}
+    commit([*scale_parameters(scales), *remove_steps(model, folded)])
     return model
 
 

@@ -10,9 +10,11 @@ from typing import Any
 
 from torch import nn
 
+from eulernet._commit import Change
 from eulernet._errors import EulernetError
 from eulernet._patch.rewrite import rewrite
-from eulernet._run.patched import FACTORS, FUNCTION, STEPS, Patched, Plan, restore_class
+from eulernet._run.factor import LearnedFactor
+from eulernet._run.patched import FUNCTION, Become, Patched, Plan, original, original_class
 from eulernet._source import Span, Target, digest, free_function, rebuild
 
 # Weak, so that a class that was made in a function goes when its last patched model does.
@@ -123,21 +125,25 @@ def restore(original: type[nn.Module], plan: Plan, *args: Any) -> Any:
     return cls.__new__(cls, *args)
 
 
-def remove_steps(model: nn.Module, folded: set[tuple[int, int]]) -> None:
-    """Take steps, each a module's id and a number there, out of a patched model; the others stay as they are."""
+def remove_steps(model: nn.Module, folded: set[tuple[int, int]]) -> list[Change]:
+    """The changes that take steps, each a module's id and a number there, out of a patched model."""
+    changes: list[Change] = []
+    left: set[nn.Module] = set()  # modules that stay patched
     for module in reversed(list(model.modules())):
         if isinstance(module, Patched):
             kept = [slot for slot in range(len(module._euler)) if (id(module), slot) not in folded]
-            around = not module._euler and any(isinstance(m, Patched) for m in module.modules() if m is not module)
+            around = not module._euler and any(m in left for m in module.modules())
+            if kept or around:
+                left.add(module)
             if not kept and not around:
-                restore_class(module)
+                changes.append(original(module))
             elif len(kept) < len(module._euler):
                 plan = tuple(
-                    (t, kept.index(slot), left, sub) for t, slot, left, sub in module._euler_plan if slot in kept
+                    (t, kept.index(slot), left_, sub) for t, slot, left_, sub in module._euler_plan if slot in kept
                 )
-                for slot, factor in enumerate(module._euler):
-                    if slot not in kept:
-                        factor.remove_from(module)
-                module.__dict__[FACTORS] = [module._euler[slot] for slot in kept]
-                module.__dict__[STEPS] = [module._euler_steps[slot] for slot in kept]
-                module.__class__ = patched_class(module._euler_original, plan)  # type: ignore[assignment]
+                cls = patched_class(original_class(module), plan)
+                factors, steps = [module._euler[slot] for slot in kept], [module._euler_steps[slot] for slot in kept]
+                names = [factor.name for factor in factors if isinstance(factor, LearnedFactor)]
+                parameters = {name: p for name in names if (p := module._parameters.get(name)) is not None}
+                changes.append(Become(module, cls, factors, steps, parameters))
+    return changes

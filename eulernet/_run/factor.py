@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
+from eulernet._commit import Change, Set, Write
 from eulernet._errors import EulernetError
 
 
@@ -27,7 +29,8 @@ class StepFactor:
         """Put the tensor where the parameters are, in float64: a tensor without dimensions widens no other's dtype."""
         device = torch.device("cpu") if like is None or like.device.type == "meta" else like.device
         dtype = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
-        with torch.inference_mode(False):  # else the tensor could not be written into later
+        # Else the tensor could not be written into later, or had no value.
+        with torch.inference_mode(False), _disable_current_modes():
             self.tensor = torch.tensor(self.value, device=device, dtype=dtype)
 
     def to_device_of(self, fn: Callable[[Tensor], Tensor]) -> None:
@@ -36,9 +39,9 @@ class StepFactor:
         if like.device != self.tensor.device:
             self.move(like)
 
-    def set(self, value: float) -> None:
-        self.value = value
-        self.tensor.fill_(value)
+    def set(self, value: float) -> list[Change]:
+        """The changes that give it another value."""
+        return [Write(self.tensor, lambda tensor: tensor.fill_(value)), Set(self, {"value": value})]
 
     def current(self, module: Any) -> float | Tensor:
         """What the additions of a forward use: the tensor where a graph is compiled, else the number."""
@@ -47,9 +50,6 @@ class StepFactor:
 
     def bound_to(self, module: Any) -> StepFactor:
         return self
-
-    def remove_from(self, module: Any) -> None:
-        """Nothing of it is in the module itself."""
 
     def __str__(self) -> str:
         return f"{self.value:.4g}"
@@ -74,10 +74,6 @@ class LearnedFactor:
     def bound_to(self, module: Any) -> LearnedFactor:
         return LearnedFactor(self.name, module)
 
-    def remove_from(self, module: Any) -> None:
-        """Take the parameter out of the module."""
-        delattr(module, self.name)
-
     def to_device_of(self, fn: Callable[[Tensor], Tensor]) -> None:
         """The module has moved the parameter with all others."""
 
@@ -95,9 +91,9 @@ class LearnedFactor:
             )
         return float(torch.tensor(whole.item(), dtype=torch.float64).exp())  # infinite, not an error, where it diverged
 
-    def set(self, value: float) -> None:
-        with torch.no_grad():
-            self.parameter.fill_(math.log(value))
+    def set(self, value: float) -> list[Change]:
+        """The changes that give it another value."""
+        return [Write(self.parameter, lambda parameter: parameter.fill_(math.log(value)))]
 
     def __str__(self) -> str:
         plain = type(self.parameter) is nn.Parameter and self.parameter.device.type != "meta"
