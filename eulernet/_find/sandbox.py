@@ -32,6 +32,8 @@ class Sandbox:
 
     def __init__(self, model: nn.Module, fake: bool, hooks: bool = False) -> None:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else None
+        if self.mode and any(isinstance(v, torch.ScriptObject) for m in all_modules(model) for v in vars(m).values()):
+            self.mode.cache_enabled = False  # it compares arguments, which packed weights refuse
         memo: dict[int, Any] = {}
         with FakeCopyMode(self.mode) if self.mode else contextlib.nullcontext():
             self.copy: nn.Module = copy.deepcopy(model, memo)

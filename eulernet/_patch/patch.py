@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 
 from torch import nn
 
-from eulernet._checks import check_model, check_module, is_sharded
+from eulernet._checks import brief, check_model, check_module, is_sharded
 from eulernet._commit import commit
 from eulernet._errors import EulernetError, EulernetWarning
 from eulernet._find.absorb import absorbing, check_scalable, refusal, scale_parameters
@@ -121,8 +121,10 @@ def patch(
         ['log_h_0', 'log_h_1']
     """
     check_model(model, "patch")
-    if preserve not in (True, False, "where_possible"):
-        raise EulernetError(f'preserve={preserve!r} must be True, False or "where_possible"')
+    if not (isinstance(preserve, bool) or (isinstance(preserve, str) and preserve == "where_possible")):
+        raise EulernetError(
+            f'preserve must be True, False or "where_possible", not {brief(preserve)}; for example preserve=True'
+        )
     sharing = checked(trainable)
     with search(model, example_inputs) as result:
         by_index = {f.step.index: f for f in result.found}

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import _disable_current_modes
 
 from eulernet._commit import Change, Set, Write
@@ -82,8 +83,19 @@ class LearnedFactor:
         parameter: nn.Parameter = getattr(self.module, self.name)
         return parameter
 
+    def _check_readable(self) -> None:
+        """FSDP's flat parameters have no storage of their own, and a parametrization computes anew what is read."""
+        parameter = getattr(self.module, self.name)
+        if type(parameter) is not nn.Parameter and isinstance(parameter, Tensor) and _is_freed(parameter):
+            raise EulernetError(
+                f"the step factor is learned, and FSDP keeps its parameter {self.name} in a flat one, where it cannot "
+                "be read. Patch and wrap with use_orig_params=True, or look at it inside "
+                "FullyShardedDataParallel.summon_full_params(model): eulernet.steps(model)"
+            )
+
     @property
     def value(self) -> float:
+        self._check_readable()
         whole = getattr(self.parameter, "full_tensor", lambda: self.parameter)()  # FSDP2 keeps a part of it
         if whole.device.type == "meta":
             raise EulernetError(
@@ -93,11 +105,22 @@ class LearnedFactor:
 
     def set(self, value: float) -> list[Change]:
         """The changes that give it another value."""
+        self._check_readable()
+        if parametrize.is_parametrized(self.module, self.name):
+            raise EulernetError(
+                f"{self.name} of {type(self.module).__name__} is parametrized: what it is given is not what it gives. "
+                "Take that off, set h, and put it on again: "
+                f'torch.nn.utils.parametrize.remove_parametrizations(module, "{self.name}")'
+            )
         return [Write(self.parameter, lambda parameter: parameter.fill_(math.log(value)))]
 
     def __str__(self) -> str:
         plain = type(self.parameter) is nn.Parameter and self.parameter.device.type != "meta"
         return f"{self.value:.4g}" if plain else f"exp({self.name})"  # others cannot be read, or not by one process
+
+
+def _is_freed(tensor: Tensor) -> bool:
+    return tensor.device.type != "meta" and tensor.numel() > 0 and tensor.untyped_storage().size() == 0
 
 
 def scaled_add(left: Any, right: Any, h: float | Tensor, skip_is_left: bool, alpha: float) -> Any:

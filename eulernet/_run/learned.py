@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from eulernet._checks import brief
 from eulernet._errors import EulernetError
 from eulernet._run.factor import LearnedFactor
 from eulernet._run.patched import FACTORS
@@ -39,8 +40,8 @@ def checked(trainable: Any) -> str | None:
         return "step"
     if not (isinstance(trainable, str) and trainable in _SHARING):
         raise EulernetError(
-            f'trainable={trainable!r}: write trainable=True or "step" for one h a step, "stage" or "model" for one '
-            "that steps share, or False"
+            f'trainable={brief(trainable)}: write trainable=True or "step" for one h a step, "stage" or "model" for '
+            "one that steps share, or False"
         )
     return trainable
 

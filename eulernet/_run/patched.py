@@ -114,6 +114,16 @@ class Patched:
             rest[0] = {name: value for name, value in rest[0].items() if name not in OBSERVED}
         return (type(self)._euler_restore, (self._euler_original, self._euler_plan, *args[1:]), *rest)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[misc]
+        held = [self.__dict__.get(name) for name in (FACTORS, STEPS)]
+        number = len({slot for _, slot, *_ in self._euler_plan})
+        if not all(isinstance(values, list) and len(values) == number for values in held):
+            raise EulernetError(
+                f"the pickle of {type(self).__name__} has a plan for {number} steps, and not as many step factors. "
+                "Build the model anew, load its state_dict, and patch it with h=Steps.from_json(...)"
+            )
+
     def __prepare_scriptable__(self) -> Any:
         raise EulernetError(
             f"torch.jit.script compiles the source of {type(self).__name__}, which does not hold its step factors. Use "
@@ -138,6 +148,12 @@ class Become:
     parameters: Mapping[str, nn.Parameter] = field(default_factory=dict)  # those of `factors`, by their names
 
     def before(self) -> Callable[[], None]:
+        for name in learned_names(self.module):
+            if parametrize.is_parametrized(self.module, name):
+                raise EulernetError(
+                    f"{name} of {type(self.module).__name__} is parametrized, and would go without its parametrization. "
+                    f'Take that off first: torch.nn.utils.parametrize.remove_parametrizations(module, "{name}")'
+                )
         held, cls = self.module.__dict__, type(self.module)
         entries, parameters = dict(held), dict(self.module._parameters)
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
-from eulernet._checks import whole_number
+from eulernet._checks import brief, whole_number
 from eulernet._commit import Set, commit
 from eulernet._errors import EulernetError, EulernetWarning
 from eulernet._patch.cautions import rounded_away
@@ -127,9 +127,15 @@ class HScheduler:
                 nothing is changed.
         """
         self._check_current()
+        advice = "load what another one gave: schedule.load_state_dict(other.state_dict())"
+        if not isinstance(state_dict, Mapping):
+            raise EulernetError(f"this is no state of an HScheduler, but {brief(state_dict)}; {advice}")
         missing = sorted(set(self.state_dict()) - set(state_dict))
         if missing:
-            raise EulernetError(f"this is no state of an HScheduler: it has no {', '.join(missing)}")
+            raise EulernetError(f"this is no state of an HScheduler: it has no {', '.join(missing)}; {advice}")
+        names = state_dict["steps"]
+        if not (isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)):
+            raise EulernetError(f"this is no state of an HScheduler: its steps are {brief(names)}; {advice}")
         if list(state_dict["steps"]) != self._names():
             theirs, ours = set(state_dict["steps"]), set(self._names())
             differing = sorted(theirs ^ ours) or ["their order"]
@@ -192,4 +198,6 @@ def _kind(value: Any) -> Kind:
     for kind in kinds:
         if isinstance(value, str) and value == kind:
             return kind
-    raise EulernetError(f"HScheduler: kind must be one of {', '.join(map(repr, kinds))}, not {value!r}")
+    raise EulernetError(
+        f'HScheduler: kind must be one of {", ".join(map(repr, kinds))}, not {brief(value)}; for example kind="cosine"'
+    )
