@@ -95,6 +95,12 @@ def check_model(model: nn.Module, caller: str) -> None:
                 f"{path or ROOT} is a scripted or traced module ({type(module).__name__}), whose code is compiled. "
                 "Patch the Python model it was made from, then use torch.jit.trace or torch.export."
             )
+        if _is_offloaded(module):
+            raise EulernetError(
+                f"{path or ROOT} is offloaded by accelerate, which brings its weights from elsewhere for each "
+                f"call. Load {name} without offloading (no device_map), call eulernet.patch(model, h=0.1), then "
+                "accelerate.cpu_offload(model), disk_offload or dispatch_model"
+            )
         if is_sharded(module):
             raise EulernetError(
                 f"{path or ROOT} is sharded by FSDP. Patch before sharding: eulernet.{caller}(model), then "
@@ -108,6 +114,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
     while any(cls.__name__ in wrappers for cls in type(model).__mro__):
         model = getattr(model, "_orig_mod", None) or model.module  # type: ignore[assignment]
     return model
+
+
+def _is_offloaded(module: nn.Module) -> bool:
+    hook = getattr(module, "_hf_hook", None)
+    return any(getattr(one, "offload", False) is True for one in (hook, *getattr(hook, "hooks", ())))
 
 
 def is_sharded(module: nn.Module) -> bool:

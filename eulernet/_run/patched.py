@@ -151,7 +151,7 @@ class Become:
         for name in learned_names(self.module):
             if parametrize.is_parametrized(self.module, name):
                 raise EulernetError(
-                    f"{name} of {type(self.module).__name__} is parametrized, and would go without its parametrization. "
+                    f"{name} of {type(self.module).__name__} is parametrized, and would go without that. "
                     f'Take that off first: torch.nn.utils.parametrize.remove_parametrizations(module, "{name}")'
                 )
         held, cls = self.module.__dict__, type(self.module)
