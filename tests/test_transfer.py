@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import eulernet
 from eulernet import EulernetWarning, schedules
-from helpers.refusals import refused
+from tests.helpers.refusals import refused
 
 TOKENS = torch.arange(24).view(2, 12) % 50
 

@@ -38,14 +38,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from reproductions.evidence.claims import NOT_RUN, REFUTED, SUPPORTED, UNDECIDED, Results, Row
-from reproductions.evidence.statistics import mean_interval
+from reproductions.evidence.statistics import Estimate
 from reproductions.evidence.style import BLUE, GREEN, GREY, ORANGE, VERMILLION
 from reproductions.training.depth_cells import BASE, Cell
 
 TITLE = "Beyond the paper: the learning rate of a shallow network in a deep one"
-ABOUT = """Rows say loss deep minus at base in nats, regret in nats, shift in octaves: means over seeds, 95 % intervals. All
-was fixed before it was run (`studies/depth_transfer.py`). *adamw* has initial weights of width^-0.5 and 150 iterations.
-"""
 DEEP = {"smoke": 8, "desk": 64}
 DEPTHS = (2, 4, 8, 16, 32, 64)
 SMALL_REGRET, SMALL_SHIFT = 0.01, 0.5  # nats, octaves
@@ -263,7 +260,8 @@ def _number(
     found = three_numbers(results, arm, depth, setting)
     if found is None or not found[name]:
         return Row(claim, _run(arm, depth, setting, 0), "", NOT_RUN)
-    mean, low, high = mean_interval(found[name])
+    one = Estimate.of(found[name])
+    mean, low, high = one.mean, one.low, one.high
     outcome = f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
     if name == "shift":
         outcome += " octaves"
@@ -293,11 +291,11 @@ def _against(results: Results, claim: str, other: str, depth: int = DEEP["desk"]
     seeds = sorted(ends[0].keys() & ends[1].keys())
     if not seeds:
         return Row(claim, _run(f"{other} -> 4/D", depth, setting, 0), "", NOT_RUN)
-    mean, low, high = mean_interval([ends[1][seed] - ends[0][seed] for seed in seeds])
+    one = Estimate.of([ends[1][seed] - ends[0][seed] for seed in seeds])
     levels = " -> ".join(f"{np.mean([end[seed] for seed in seeds]):.3f}" for end in ends)
-    word = SUPPORTED if high < 0 else REFUTED if low > 0 else UNDECIDED
+    word = SUPPORTED if one.high < 0 else REFUTED if one.low > 0 else UNDECIDED
     run = _run(f"{other} -> 4/D", depth, setting, len(seeds))
-    return Row(claim, run, f"{levels}; {mean:+.3f} ({low:+.3f} to {high:+.3f})", word)
+    return Row(claim, run, f"{levels}; {one.mean:+.3f} ({one.low:+.3f} to {one.high:+.3f})", word)
 
 
 # ---- the pictures
