@@ -339,7 +339,7 @@ def _rates(axes: Axes, results: Results, arm: str) -> None:
     shades = plt.get_cmap("viridis_r")(np.linspace(0.15, 1.0, len(DEPTHS)))
     for depth, color in zip(DEPTHS, shades, strict=True):
         found = {r: list(v.values()) for r, v in losses(results, arm, depth, "adamw").items()}
-        if len(found) > 1:
+        if len(found) > 2:
             axes.plot(list(found), [np.mean(v) for v in found.values()], ".-", color=color, label=str(depth))
             for rate, values in found.items():
                 axes.scatter([rate] * len(values), values, s=7, color=color, alpha=0.4, linewidths=0)
