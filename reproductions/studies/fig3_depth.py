@@ -26,7 +26,7 @@ from reproductions.evidence.claims import (
     judge,
 )
 from reproductions.evidence.statistics import Estimate
-from reproductions.evidence.style import LOOKS, by_preset, finish, points, ticks
+from reproductions.evidence.style import LOOKS, by_preset, chance, finish, points, ran, ticks
 from reproductions.presets import AUTO, BRIEF, EULER, IMAGES, PLAIN, RATE, START, TEXTS, Part
 from reproductions.trial import Trial
 
@@ -151,20 +151,27 @@ def figures(results: Results) -> Iterator[tuple[str, Figure]]:
 
 
 def _figure(results: Results, preset: str) -> Figure | None:
-    data = [("resnet", "CIFAR-10", RESNETS[preset]), ("vdcnn", "AG-NEWS", VDCNNS[preset])]
-    quantities = (("test_accuracy", "test accuracy"), ("train_loss", "train loss"))
-    data = [d for d in data if results.has(cell(preset, d[0], n, EULER) for n in d[2])]
+    data = []
+    for model, depths in (("resnet", RESNETS[preset]), ("vdcnn", VDCNNS[preset])):
+        run = tuple(n for n in depths if results.has(cell(preset, model, n, arm) for arm, _ in LOOKS.values()))
+        if run:
+            data.append((model, DATA[model], run))
+    quantities = (("test_accuracy", "test accuracy"), ("train_loss", "train loss (nats)"))
     if not data:
         return None
     figure, grid = plt.subplots(len(data), 2, figsize=(9.6, 3.6 * len(data)), squeeze=False)
     panels = list(grid.flat)
+    shown: list[Trial] = []
     for index, axes in enumerate(panels):
         model, title, depths = data[index // 2]
         name, words = quantities[index % 2]
-        for number, (label, (arm, look)) in enumerate(LOOKS.items()):
+        for label, (arm, look) in LOOKS.items():
             cells = {float(x): cell(preset, model, n, arm) for x, n in enumerate(depths)}
-            points(axes, results, cells, name, label, look, shift=0.06 * (number - 2))
+            points(axes, results, cells, name, label, look)
+            shown += cells.values()
+        chance(axes, cell(preset, model, depths[0], PLAIN), name)
         ticks(axes, depths)
-        axes.set_title(f"{title}: {words}, last epoch", loc="left")
-        axes.set_xlabel("depth")
-    return finish(figure, panels)
+        axes.set_title(f"{title}, last epoch", loc="left")
+        axes.set(xlabel="depth (layers)", ylabel=words)
+    runs = (ran(results, [one for one in dict.fromkeys(shown) if one.model == model]) for model, _, _ in data)
+    return finish(figure, panels, "; ".join(runs))
