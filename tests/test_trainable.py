@@ -37,7 +37,6 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:the stream from the model:eulernet.EulernetWarning",  # test_traps.py asserts that long steps are named
 )
 
-DIM = DIM
 X = torch.linspace(-1, 1, 2 * DIM).view(2, DIM)
 
 

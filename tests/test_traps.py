@@ -24,11 +24,9 @@ from tests.traps.base import DIM, Block, linear
 from tests.traps.calls import BranchBegunByTheCaller, Dense, FreeFunction
 from tests.traps.classes import Registered, RegisteredChild, RegistryGenericAbstract
 from tests.traps.places import TwoOnALine
-from tests.traps.steps import (  # A model with a long step is patched in these tests as any other; test_what_patch_warns_of asserts the warning.
-    ParallelStatements,
-    TwoTowers,
-)
+from tests.traps.steps import ParallelStatements, TwoTowers
 
+# A model with a long step is patched here as any other; test_what_patch_warns_of asserts the warning.
 pytestmark = pytest.mark.filterwarnings("ignore:the stream from the model:eulernet.EulernetWarning")
 
 
