@@ -96,7 +96,7 @@ def test_two_seeds_decide_nothing() -> None:
         plain, small = ([value + seed / 1000 for seed in range(seeds)] for value in (0.3, 0.5))
         results = Results([*accuracies(ONE, plain), *accuracies(OTHER, small)])
         row = compare(results, "claim", [(ONE, OTHER)], "test_accuracy")
-        assert row.verdict == word and "0.3 -> 0.5" in row.outcome
+        assert row.verdict == word and "+0.200 (+0.200 to +0.200)" in row.outcome
         assert compare_unpaired(results, "claim", ONE, OTHER, "test_accuracy").verdict == word
 
 
