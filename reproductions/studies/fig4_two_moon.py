@@ -191,9 +191,8 @@ def load_networks(folder: Path) -> dict[str, tuple[ResidualMLP, dict[str, Any]]]
     try:
         stored = torch.load(folder / NETWORKS, weights_only=True)
     except Exception as error:  # a damaged file raises almost anything
-        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         raise DataError(
-            f"{folder / NETWORKS} is damaged ({reason}); make it anew with two-moon --out {folder}"
+            f"{folder / NETWORKS} is damaged ({type(error).__name__}); make it anew with two-moon --out {folder}"
         ) from error
     for name, saved in stored.items():
         config = saved["config"]
