@@ -18,13 +18,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import eulernet
 import pytest
 import torch
 from torch import nn
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+import eulernet
 from helpers.blocks import Block, Closed, Frozen, chain
 
 X = torch.linspace(-1, 1, 16).view(2, 8)
