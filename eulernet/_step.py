@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-import math
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from copy import copy
@@ -324,7 +324,10 @@ def _entry(cls: type[T], data: Any, where: str) -> T:
             raise ValueError(f"{where}: {name} is {value!r:.60}")
         if isinstance(value, list):
             entries[name] = tuple(value)
-    return cls(**entries)
+    try:
+        return cls(**entries)
+    except TypeError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -339,7 +342,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint is int:
         return type(value) is int and 0 <= value < 2**63
     if hint is float:
-        return type(value) in (int, float) and 0 < value < math.inf
+        return type(value) in (int, float) and 0 < value <= sys.float_info.max
     return isinstance(value, hint)
 
 

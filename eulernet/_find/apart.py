@@ -159,6 +159,19 @@ class Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
             default.set_state(before)
 
 
+class OneDtype(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Products of tensors of two dtypes fail, as they do with values; fake tensors would let them pass."""
+
+    _PRODUCTS = frozenset("aten::mm aten::addmm aten::bmm aten::baddbmm aten::mv aten::addmv aten::convolution".split())
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.name in self._PRODUCTS:
+            dtypes = {arg.dtype for arg in args if isinstance(arg, Tensor)}
+            if len(dtypes) > 1:
+                raise TypeError(f"{func._schema.name} of {' and '.join(sorted(map(str, dtypes)))}")
+        return func(*args, **(kwargs or {}))
+
+
 def _default_generator(device: torch.device) -> Any:
     if device.type == "cuda":
         return torch.cuda.default_generators[device.index or 0]

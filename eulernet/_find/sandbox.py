@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
 
-from eulernet._find.apart import Draws, alone, own_numbers, quiet, without_global_hooks
+from eulernet._find.apart import Draws, OneDtype, alone, own_numbers, quiet, without_global_hooks
 from eulernet._find.trace import DispatchTracer, Trace, Tracer, all_modules, tensors_in
 
 _CACHE = functools._lru_cache_wrapper
@@ -61,6 +61,7 @@ class Sandbox:
                 stack.enter_context(torch.set_grad_enabled(training))
                 if self.mode is not None:
                     stack.enter_context(self.mode)
+                    stack.enter_context(OneDtype())
                 else:
                     stack.enter_context(Draws())  # a layer that is dropped at random is dropped in each run
                 stack.enter_context(own_numbers())
