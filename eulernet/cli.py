@@ -28,6 +28,7 @@ from torch import Tensor, nn
 import eulernet
 from eulernet import EulernetError, Step, Steps
 from eulernet._find.inputs import guess_inputs
+from eulernet._plot import new_figure
 
 app = typer.Typer(
     name="eulernet",
@@ -75,13 +76,23 @@ def inspect_(
     ] = None,
     show_all: Annotated[bool, typer.Option("--all", help="One line a step, nothing grouped or shortened.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the steps as JSON, for programs.")] = False,
+    picture: Annotated[
+        Path | None,
+        typer.Option(
+            "--picture", metavar="FILE", help="Draw them as well, into a file .svg, .png or .pdf; by matplotlib."
+        ),
+    ] = None,
 ) -> None:
     """Show the residual steps of a model. Weights are random; nothing is downloaded."""
     try:
         # What a model's own code prints or warns of is no part of the answer; what eulernet says is in the steps.
         with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
             warnings.simplefilter("ignore")
+            if picture is not None:
+                new_figure(1, 1, picture)  # says what is wrong with it before anything is built
             built, steps = _inspect(model, inputs or [], _factor(h))
+            if picture is not None:
+                steps.plot(picture, title=model if h is None else f"{model}, h = {h}")
     except EulernetError as error:
         Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
         raise typer.Exit(1) from None
@@ -89,6 +100,8 @@ def inspect_(
         print(steps.to_json())
     else:
         _print(Console(), model, built, steps, show_all)
+        if picture is not None:
+            print(f"\nDrawn: {picture}")
 
 
 def _factor(text: str | None) -> float | Literal["auto"] | None:
