@@ -19,6 +19,7 @@ NAMES = {
     "eulernet._run.factor StepFactor",
     "eulernet._source Span",
     "eulernet._source Target",
+    "eulernet._step Outside",
     "eulernet._step Place",
     "eulernet._step Step",
     "eulernet._step Steps",

@@ -17,9 +17,7 @@ from reproductions.trial import Trial
 from tests.helpers.small_data import small_data, small_files  # noqa: F401  fixtures
 
 CPU = torch.device("cpu")
-SMALL = Trial(
-    depth=14, size=8, train=1280, test=100, batch_size=64, epochs=2, milestones=(), log=True, precision="fp32"
-)
+SMALL = Trial(depth=8, size=8, train=640, test=100, batch_size=32, epochs=2, milestones=(), log=True, precision="fp32")
 NEWS = Trial(
     data="ag-news", model="vdcnn", depth=9, size=64, batch_size=16, epochs=2, milestones=(), log=True, precision="fp32"
 )

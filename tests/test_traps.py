@@ -26,6 +26,9 @@ from tests.traps.classes import Registered, RegisteredChild, RegistryGenericAbst
 from tests.traps.places import TwoOnALine
 from tests.traps.steps import ParallelStatements, TwoTowers
 
+# A model with a long step is patched here as any other; test_what_patch_warns_of asserts the warning.
+pytestmark = pytest.mark.filterwarnings("ignore:the stream from the model:eulernet.EulernetWarning")
+
 
 def patched(model: Trap, inputs: tuple[Any, ...], h: float | Sequence[float]) -> Trap:
     """A patched copy; a sequence of factors is in the order of ``expected``, however the steps are numbered."""
@@ -487,3 +490,19 @@ def test_the_traceback_shows_the_models_own_line() -> None:
         model(*inputs)
     shown = "".join(traceback.format_exception(caught.value))
     assert "out += self.b(y)" in shown and inspect.getfile(ParallelStatements) in shown
+
+
+@pytest.mark.filterwarnings("default::eulernet.EulernetWarning")
+@every_trap
+def test_what_patch_warns_of(cls: type[Trap]) -> None:
+    """A stream from input to output that keeps a sum at h = 1 is named, and nothing else is where all is scaled."""
+    model, inputs = build(cls)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        eulernet.patch(model, 0.5, example_inputs=inputs)
+    said = "".join(str(w.message) for w in caught if issubclass(w.category, eulernet.EulernetWarning))
+    assert ("keeps h = 1 at" in said) == bool(cls.long)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", eulernet.EulernetWarning)
+        if not said:
+            eulernet.patch(model, 0.5, example_inputs=inputs)

@@ -15,18 +15,19 @@ from typing import Any, Literal, TypeVar
 
 from torch import nn
 
-from eulernet._checks import check_model, check_module, is_sharded
+from eulernet._checks import brief, check_model, check_module, is_sharded
+from eulernet._commit import commit
 from eulernet._errors import EulernetError, EulernetWarning
 from eulernet._find.absorb import absorbing, check_scalable, refusal, scale_parameters
-from eulernet._find.sandbox import preserve_state
+from eulernet._find.apart import apart
 from eulernet._find.search import FoundStep, Search, search
 from eulernet._patch.cautions import kept_at_one, rounded_away, trained
 from eulernet._patch.select import HLike, Selector, names_given, select, values
 from eulernet._patch.subclass import patched_class
-from eulernet._run.factor import StepFactor
+from eulernet._run.factor import LearnedFactor, StepFactor
 from eulernet._run.hooks import StepInputs, add_step_hook
-from eulernet._run.learned import check_shared, checked, plan_learned
-from eulernet._run.patched import FACTORS, STEPS, Factor, Patched, bound, original_class, restore_class, slots
+from eulernet._run.learned import Slot, check_shared, checked, plan_learned
+from eulernet._run.patched import Become, Factor, Patched, bound, check_names, original, original_class, slots
 from eulernet._source import Unsupported
 from eulernet._step import Step, Steps
 
@@ -120,8 +121,10 @@ def patch(
         ['log_h_0', 'log_h_1']
     """
     check_model(model, "patch")
-    if preserve not in (True, False, "where_possible"):
-        raise EulernetError(f'preserve={preserve!r} must be True, False or "where_possible"')
+    if not (isinstance(preserve, bool) or (isinstance(preserve, str) and preserve == "where_possible")):
+        raise EulernetError(
+            f'preserve must be True, False or "where_possible", not {brief(preserve)}; for example preserve=True'
+        )
     sharing = checked(trainable)
     with search(model, example_inputs) as result:
         by_index = {f.step.index: f for f in result.found}
@@ -149,7 +152,7 @@ def patch(
             raise EulernetError(f"{type(model).__name__} cannot be patched: {reason}; exclude= that step") from reason
         blocks = [(change.module, change.steps, change.hs) for change in changes]
         learned = [] if sharing is None else plan_learned(model, blocks, sharing)
-        _prove(result, changes)
+        apart(lambda: _prove(result, changes))
     check_scalable(model, scales)
     cautions = [
         *kept_at_one([f.step for f in ordered if f.step.index in result.main and f.step.index not in hs]),
@@ -162,13 +165,17 @@ def patch(
         cautions += rounded_away(model, ((c.module, value) for c in changes for value in c.hs))
     if cautions:  # before anything is changed, since whoever calls may have made errors of warnings
         warnings.warn("\n".join(cautions), EulernetWarning, stacklevel=2)
-    scale_parameters(scales)
-    for module in model.modules():
-        restore_class(module)
-    for change in changes:
-        change.apply(change.module)
-    for slot in learned:
-        slot.apply()
+    taken = {change.module for change in changes}
+    commit(
+        [
+            *scale_parameters(scales),
+            *(original(m) for m in model.modules() if isinstance(m, Patched) and m not in taken),
+            *(
+                change.of(change.module, [slot for slot in learned if slot.module is change.module])
+                for change in changes
+            ),
+        ]
+    )
     return model
 
 
@@ -245,15 +252,13 @@ def set_h(model: Model, h: HLike) -> Model:
     planned = _planned(model, h)
     for caution in rounded_away(model, [(module, value) for module, _, value in planned]):
         warnings.warn(caution, EulernetWarning, stacklevel=2)
-    for _, factor, value in planned:
-        factor.set(value)
+    commit([change for _, factor, value in planned for change in factor.set(value)])
     return model
 
 
 def assign(model: nn.Module, h: HLike) -> None:
     """`set_h` without its warnings."""
-    for _, factor, value in _planned(model, h):
-        factor.set(value)
+    commit([change for _, factor, value in _planned(model, h) for change in factor.set(value)])
 
 
 def _planned(model: nn.Module, h: HLike) -> list[tuple[nn.Module, Factor, float]]:
@@ -287,8 +292,7 @@ def unpatch(model: Model) -> Model:
                 "1 call eulernet.set_h(model, 1.0); to be rid of the patch, load the state_dict into a model that is "
                 "not patched."
             )
-    for module in model.modules():
-        restore_class(module)
+    commit([original(module) for module in model.modules() if isinstance(module, Patched)])
     return model
 
 
@@ -314,11 +318,13 @@ class _Change:
     hs: list[float]
     found: list[FoundStep]
 
-    def apply(self, module: nn.Module) -> None:
+    def of(self, module: nn.Module, learned: Sequence[Slot] = ()) -> Become:
+        """The change, of the module or of a copy of it, with these parameters for its h."""
         like = next((p for p in (*module.parameters(), *module.buffers()) if p.is_floating_point()), None)
-        module.__dict__[FACTORS] = [StepFactor(h, like) for h in self.hs]
-        module.__dict__[STEPS] = self.steps
-        module.__class__ = self.cls
+        factors: list[Factor] = [StepFactor(h, like) for h in self.hs]
+        for slot in learned:
+            factors[slot.number] = LearnedFactor(slot.name)
+        return Become(module, self.cls, factors, self.steps, {slot.name: slot.parameter for slot in learned})
 
 
 def _changes(found: Sequence[FoundStep], hs: dict[int, float], model: nn.Module) -> list[_Change]:
@@ -326,6 +332,7 @@ def _changes(found: Sequence[FoundStep], hs: dict[int, float], model: nn.Module)
     for module in {id(f.module): f.module for f in found}.values():
         mine = [f for f in found if f.module is module]
         plan = [(s.location.targets, slot, s.skip_is_left, s.subtracts) for slot, f in enumerate(mine) for s in f.sites]
+        check_names(module, mine[0].step)
         cls = patched_class(original_class(module), tuple(plan))
         changes.append(_Change(module, cls, [f.step for f in mine], [hs[f.step.index] for f in mine], mine))
     layers = {id(c.module) for c in changes if isinstance(c.module, nn.TransformerEncoderLayer)}
@@ -342,14 +349,13 @@ def _prove(search: Search, changes: Sequence[_Change]) -> None:
         counts: Counter[tuple[int, int]] = Counter()
         for change in changes:
             twin = twins[id(change.module)]
-            change.apply(twin)
+            change.of(twin).make()
             add_step_hook(twin, partial(_count, counts, id(change.module)))
         for run in search.runs:
             if run.sandbox is not sandbox:
                 continue
             counts.clear()
-            with preserve_state():
-                sandbox.run(run.args, run.kwargs, training=run.training)
+            sandbox.run(run.args, run.kwargs, training=run.training)
             for change in changes:
                 sites = [(f, s) for f in change.found for s in f.sites]
                 for place, (found, site) in enumerate(sites):

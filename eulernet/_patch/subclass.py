@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import types
 import weakref
 from collections.abc import Callable
@@ -10,10 +11,13 @@ from typing import Any
 
 from torch import nn
 
+from eulernet._checks import brief
+from eulernet._commit import Change
 from eulernet._errors import EulernetError
 from eulernet._patch.rewrite import rewrite
-from eulernet._run.patched import FACTORS, FUNCTION, STEPS, Patched, Plan, restore_class
-from eulernet._source import Span, Target, digest, free_function, rebuild
+from eulernet._run.factor import LearnedFactor
+from eulernet._run.patched import FUNCTION, Become, Patched, Plan, original, original_class
+from eulernet._source import Span, Target, Unsupported, digest, expression_at, free_function, rebuild
 
 # Weak, so that a class that was made in a function goes when its last patched model does.
 _classes: weakref.WeakValueDictionary[tuple[type[nn.Module], Plan], type[nn.Module]] = weakref.WeakValueDictionary()
@@ -42,7 +46,8 @@ def _build(original: type[nn.Module], plan: Plan) -> type[nn.Module]:
         owner = _owner(original, target)
         namespace = methods.setdefault(owner, {})
         value = namespace.get(target.name) or vars(owner)[target.name]
-        change = partial(_rewrite, target=target, edits=edits, functions=functions)
+        packages = frozenset(cls.__module__.partition(".")[0] for cls in original.__mro__)
+        change = partial(_rewrite, target=target, edits=edits, functions=functions, packages=packages)
         namespace[target.name] = rebuild(value, target.path, change)
 
     bases: list[type] = [Patched, original]
@@ -84,7 +89,11 @@ def _subclass(of: type, bases: tuple[type, ...], namespace: dict[str, Any]) -> A
 
 
 def _rewrite(
-    function: types.FunctionType, target: Target, edits: dict[Span, Any], functions: dict[str, types.FunctionType]
+    function: types.FunctionType,
+    target: Target,
+    edits: dict[Span, Any],
+    functions: dict[str, types.FunctionType],
+    packages: frozenset[str],
 ) -> types.FunctionType:
     if digest(function) != target.digest:
         raise EulernetError(
@@ -94,23 +103,28 @@ def _rewrite(
         )
     spans: dict[Span, tuple[str, int]] = {}
     for span, edit in edits.items():
+        expression_at(function, span, (ast.BinOp, ast.AugAssign, ast.Call))
         if isinstance(edit, int):
             spans[span] = ("step", edit)
             continue
         ((callee, inner),) = edit.items()
-        free = free_function(callee.name)
+        free = free_function(callee.name, packages)
         if free is None:
             raise EulernetError(f"{callee.name}, which makes the addition of a patched step, does not exist any more")
         number = len(functions)
         functions[f"{FUNCTION}{number}"] = free  # keeps the number while the inner ones get theirs
-        functions[f"{FUNCTION}{number}"] = _rewrite(free, callee, inner, functions)
+        functions[f"{FUNCTION}{number}"] = _rewrite(free, callee, inner, functions, packages)
         spans[span] = ("call", number)
     return rewrite(function, spans, free=target.owner is None)
 
 
 def _owner(cls: type, target: Target) -> type:
     for owner in cls.__mro__:
-        if (owner.__module__, owner.__qualname__) == target.owner and target.name in vars(owner):
+        if target.owner is None or target.name not in vars(owner):
+            continue
+        # A spawned process imports the script that started it under the second of these names.
+        modules = {owner.__module__.replace("__mp_main__", "__main__"), owner.__module__}
+        if owner.__qualname__ == target.owner[1] and target.owner[0].replace("__mp_main__", "__main__") in modules:
             return owner
     raise EulernetError(
         f"{cls.__module__}.{cls.__qualname__} has no {target.name} of {target.owner}: another version of it"
@@ -119,25 +133,55 @@ def _owner(cls: type, target: Target) -> type:
 
 def restore(original: type[nn.Module], plan: Plan, *args: Any) -> Any:
     """What a pickle of a patched module calls by name, so this function stays where it is."""
-    cls = patched_class(original, plan)
+    if not (isinstance(original, type) and issubclass(original, nn.Module) and _is_plan(plan)):
+        raise EulernetError(
+            f"the pickle holds no plan of a patched module, but ({brief(original)}, {brief(plan)}). Build the model "
+            "anew, load its state_dict, and patch it with h=Steps.from_json(...)"
+        )
+    try:
+        cls = patched_class(original, plan)
+    except Unsupported as reason:
+        raise EulernetError(
+            f"the plan in the pickle does not fit {original.__module__}.{original.__qualname__}: {reason}. Build the "
+            "model anew, load its state_dict, and patch it with h=Steps.from_json(...)"
+        ) from reason
     return cls.__new__(cls, *args)
 
 
-def remove_steps(model: nn.Module, folded: set[tuple[int, int]]) -> None:
-    """Take steps, each a module's id and a number there, out of a patched model; the others stay as they are."""
+def _is_plan(plan: Any) -> bool:
+    """Whether it has the form of a plan, whose slots are 0, 1, ... without a gap."""
+    if not (isinstance(plan, tuple) and all(isinstance(place, tuple) and len(place) == 4 for place in plan)):
+        return False
+    for targets, slot, left, subtracts in plan:
+        pairs = [pair for pair in targets if isinstance(pair, tuple)] if isinstance(targets, tuple) else []
+        flags = [type(flag) for flag in (slot, left, subtracts)]
+        if not pairs or len(pairs) < len(targets) or flags != [int, bool, bool]:
+            return False
+        if not all(len(p) == 2 and isinstance(p[0], Target) and isinstance(p[1], Span) for p in pairs):
+            return False
+    slots = {slot for _, slot, _, _ in plan}
+    return slots == set(range(len(slots)))
+
+
+def remove_steps(model: nn.Module, folded: set[tuple[int, int]]) -> list[Change]:
+    """The changes that take steps, each a module's id and a number there, out of a patched model."""
+    changes: list[Change] = []
+    left: set[nn.Module] = set()  # modules that stay patched
     for module in reversed(list(model.modules())):
         if isinstance(module, Patched):
             kept = [slot for slot in range(len(module._euler)) if (id(module), slot) not in folded]
-            around = not module._euler and any(isinstance(m, Patched) for m in module.modules() if m is not module)
+            around = not module._euler and any(m in left for m in module.modules())
+            if kept or around:
+                left.add(module)
             if not kept and not around:
-                restore_class(module)
+                changes.append(original(module))
             elif len(kept) < len(module._euler):
                 plan = tuple(
-                    (t, kept.index(slot), left, sub) for t, slot, left, sub in module._euler_plan if slot in kept
+                    (t, kept.index(slot), left_, sub) for t, slot, left_, sub in module._euler_plan if slot in kept
                 )
-                for slot, factor in enumerate(module._euler):
-                    if slot not in kept:
-                        factor.remove_from(module)
-                module.__dict__[FACTORS] = [module._euler[slot] for slot in kept]
-                module.__dict__[STEPS] = [module._euler_steps[slot] for slot in kept]
-                module.__class__ = patched_class(module._euler_original, plan)  # type: ignore[assignment]
+                cls = patched_class(original_class(module), plan)
+                factors, steps = [module._euler[slot] for slot in kept], [module._euler_steps[slot] for slot in kept]
+                names = [factor.name for factor in factors if isinstance(factor, LearnedFactor)]
+                parameters = {name: p for name in names if (p := module._parameters.get(name)) is not None}
+                changes.append(Become(module, cls, factors, steps, parameters))
+    return changes
