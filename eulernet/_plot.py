@@ -108,7 +108,7 @@ class Row:
     name: str
     steps: list[Step] = field(default_factory=list)
     text: str = ""
-    after: int = -1
+    after: int | None = None
     lane: int = 0
 
 

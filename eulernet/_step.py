@@ -114,7 +114,7 @@ class LeftOut:
         file, line, function: where it stands.
         reason: why it is no step.
         calls: how often it runs in one forward pass.
-        after: the index of the step that ended last before it first ran, -1 where none had.
+        after: the index of the step that ended last before it first ran; None where none had.
     """
 
     module_name: str
@@ -124,7 +124,7 @@ class LeftOut:
     function: str
     reason: Reason
     calls: int
-    after: int = -1
+    after: int | None = None
 
 
 @dataclass(frozen=True)

@@ -51,13 +51,13 @@ def left_out(seen: Iterable[tuple[Origin, Reason, int]], names: Names, ends: Map
         ends: the nodes at which steps end -> the indices of the steps.
     """
     counts: Counter[tuple[str, str, str, int, str, Reason]] = Counter()
-    first: dict[tuple[str, str, str, int, str, Reason], int] = {}
+    first: dict[tuple[str, str, str, int, str, Reason], int | None] = {}
     for at, why, node in seen:
         key = names[at.module], type(at.module).__name__, at.file, at.line, at.function, why
         counts[key] += 1
         if key not in first:
             last = max((end for end in ends if end < node), default=None)
-            first[key] = -1 if last is None else ends[last]
+            first[key] = None if last is None else ends[last]
     return [LeftOut(*key, calls, first[key]) for key, calls in counts.items()]
 
 
@@ -72,7 +72,8 @@ def unequal_twins(seen: Iterable[tuple[Origin, bool]], names: Names) -> Iterator
         if steps and without:
             yield (
                 f"the addition at {file}:{line} is a step in {len(steps)} of {len(steps) + len(without)} modules of "
-                f"class {cls.__name__}, and none in {', '.join(without[:5])}{' ...' if len(without) > 5 else ''}"
+                f"class {cls.__name__}, and none in {', '.join(without[:5])}{' ...' if len(without) > 5 else ''}; "
+                "left_out and unsupported of eulernet.find_steps(model) say why"
             )
 
 

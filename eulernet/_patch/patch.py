@@ -21,7 +21,7 @@ from eulernet._errors import EulernetError, EulernetWarning
 from eulernet._find.absorb import absorbing, check_scalable, refusal, scale_parameters
 from eulernet._find.apart import apart
 from eulernet._find.search import FoundStep, Search, search
-from eulernet._patch.cautions import kept_at_one, rounded_away, trained
+from eulernet._patch.cautions import kept_at_one, not_supported, rounded_away, trained
 from eulernet._patch.select import HLike, Selector, names_given, select, values
 from eulernet._patch.subclass import patched_class
 from eulernet._run.factor import LearnedFactor, StepFactor
@@ -156,7 +156,7 @@ def patch(
     check_scalable(model, scales)
     cautions = [
         *kept_at_one([f.step for f in ordered if f.step.index in result.main and f.step.index not in hs]),
-        *(f"not scaled, because not supported: {line}" for line in result.steps.unsupported),
+        *not_supported(result.steps.unsupported),
         *result.steps.notes,
     ]
     if not preserve:
