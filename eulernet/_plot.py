@@ -38,13 +38,12 @@ _MOST = 12  # rows of sums that are no steps
 def new_figure(width: float, height: float, path: str | PathLike[str] | None, **options: Any) -> Any:
     """An empty figure, in inches, once it is known that matplotlib is there and can write to `path`."""
     try:
-        from matplotlib.backend_bases import FigureCanvasBase
-        from matplotlib.figure import Figure
+        from matplotlib import backend_bases, figure
     except ModuleNotFoundError as error:
         raise EulernetError("matplotlib, which draws, is not installed; run: pip install matplotlib") from error
     if path is not None:
         target = Path(path)
-        known = FigureCanvasBase.get_supported_filetypes()
+        known = backend_bases.FigureCanvasBase.get_supported_filetypes()
         if target.suffix.removeprefix(".").lower() not in known:
             raise EulernetError(
                 f"{target.name!r} does not end in a format that matplotlib writes ({', '.join(sorted(known))}); "
@@ -52,7 +51,7 @@ def new_figure(width: float, height: float, path: str | PathLike[str] | None, **
             )
         if not target.parent.is_dir():
             raise EulernetError(f"there is no folder {target.parent} for {target.name}; make it first")
-    return Figure(figsize=(width, height), **options)
+    return figure.Figure(figsize=(width, height), **options)
 
 
 # ---- names that repeat
@@ -373,7 +372,7 @@ class _Sheet:
     def draw_row(self, at: int, row: Row) -> None:
         beside = row.looks in ("no step", "not supported")
         self.draw_marker(
-            row.looks, self.mark if beside else self.x(row.lane), self.y(at), gid="sum" if beside else "station"
+            row.looks, self.mark if beside else self.x(row.lane), self.y(at), gid=row.looks if beside else "station"
         )
         cells = [row.name, row.text] if beside else self.table[at + 1]
         for number, (x, text) in enumerate(zip(self.columns, cells, strict=False)):

@@ -35,7 +35,7 @@ def not_supported(lines: Iterable[str]) -> Iterator[str]:
     for place_and_reason, names in groups.items():
         yield f"not scaled, because not supported: {together(names)} ({place_and_reason}"
     if groups:
-        yield "To scale these as well, write them in the model's source as eulernet.functional.euler_step(skip, branch, h)"
+        yield "To scale these as well, write eulernet.functional.euler_step(skip, branch, h) in the model's source"
 
 
 def trained(model: nn.Module) -> Iterator[str]:
