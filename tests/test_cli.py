@@ -358,3 +358,18 @@ def test_h_must_be_a_number_or_auto(run: Run) -> None:
 def test_json_of_an_error_is_no_json(run: Run) -> None:
     with pytest.raises(json.JSONDecodeError):
         json.loads(run("inspect", "timm:resnet5", "--json", fails=1))
+
+
+# ---- the picture
+def test_picture(run: Run, module: Callable[[str], str], tmp_path: Path) -> None:
+    name = module(MY_MODEL)
+    out = run("inspect", f"{name}:build", "--input", "2,4", "--h", "0.1", "--picture", "steps.svg")
+    assert "3 residual steps" in out and out.endswith("Drawn: steps.svg\n")
+    assert (tmp_path / "steps.svg").read_text().startswith("<?xml")
+    as_json = run("inspect", f"{name}:build", "--input", "2,4", "--json", "--picture", "steps.png")
+    assert len(Steps.from_json(as_json)) == 3 and (tmp_path / "steps.png").exists()
+
+
+def test_a_picture_that_cannot_be_written_is_refused_before_the_model_is_built(run: Run) -> None:
+    out = run("inspect", "timm:nothing", "--picture", "steps.doc", fails=1)
+    assert "does not end in a format" in out and "write 'steps.svg'" in out
