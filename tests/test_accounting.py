@@ -59,7 +59,7 @@ def linear_model(function: Callable[..., Tensor]) -> Model:
 
 def image_model(function: Callable[..., Tensor]) -> Model:
     maps = [nn.Conv2d(DIM, DIM, 3, padding=1) for _ in range(3)]
-    return Model(function, *maps[:2], Block(maps[2]))
+    return Model(function, maps[0], maps[1], Block(maps[2]))
 
 
 def groups(depth: int = 3, width: int = 4) -> nn.Module:

@@ -18,8 +18,8 @@ from eulernet._patch.subclass import restore
 from eulernet._source import Span
 from eulernet.cli import _example_inputs
 from eulernet.functional import euler_step, euler_step_bn, euler_step_norm
-from helpers.blocks import Block, Named, NamedByItsClass, chain
-from helpers.refusals import refused
+from tests.helpers.blocks import Block, Named, NamedByItsClass, chain
+from tests.helpers.refusals import refused
 
 X = torch.ones(2, 8)
 
@@ -235,7 +235,7 @@ def edited(change: Callable[[dict[str, Any]], Any]) -> str:
     return json.dumps(data)
 
 
-WRONG_FIELDS = {
+WRONG_FIELDS: dict[str, list[Any]] = {
     "index": [-1, 0.5, "0", True, None, 2**70],
     "name": [[1], None, 3],
     "module_class": [None, 1],
@@ -395,7 +395,7 @@ def test_an_attribute_with_the_name_of_a_learned_h_is_refused(name: str) -> None
 
 @pytest.mark.parametrize(
     "text",
-    ["1,2:float99", "1,2:quint8", "1,2:bits8", "9" * 30, "99999999,99999999,999", "1,2:Tensor", "9" * 5000, "-1,2", "1,"],
+    [*"1,2:float99 1,2:quint8 1,2:bits8 99999999,99999999,999 1,2:Tensor -1,2 1,".split(), "9" * 30, "9" * 5000],
     ids=lambda text: text[:20],
 )  # fmt: skip
 def test_an_input_of_the_command_line_that_cannot_be_made_is_refused(text: str) -> None:

@@ -34,7 +34,11 @@ from tests.helpers.random_networks import (
 )
 
 # A network whose batch norm has run counts as trained; here h is meant to change it.
-pytestmark = pytest.mark.filterwarnings("ignore:Network seems to be trained:eulernet.EulernetWarning")
+# Long steps are left alone here, of which patch warns (test_traps.py).
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Network seems to be trained:eulernet.EulernetWarning",
+    "ignore:the stream from the model:eulernet.EulernetWarning",
+)
 
 NETWORKS = int(os.environ.get("EULERNET_RANDOM_NETWORKS", "200"))
 SEED = int(os.environ.get("EULERNET_RANDOM_SEED", "0"))

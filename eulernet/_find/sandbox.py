@@ -61,7 +61,7 @@ class Sandbox:
                 stack.enter_context(torch.set_grad_enabled(training))
                 if self.mode is not None:
                     stack.enter_context(self.mode)
-                    stack.enter_context(OneDtype())
+                    stack.enter_context(OneDtype())  # type: ignore[no-untyped-call]
                 else:
                     stack.enter_context(Draws())  # a layer that is dropped at random is dropped in each run
                 stack.enter_context(own_numbers())
