@@ -63,7 +63,7 @@ NO_NUMBERS = [
 
 @pytest.mark.parametrize("h", NO_NUMBERS, ids=lambda h: type(h).__name__)
 def test_an_h_that_is_no_number_is_refused(h: Any) -> None:
-    refused(chain(), lambda: 0 if patch(chain(), h=h) else 0, "h")
+    refused(chain(), lambda: bool(patch(chain(), h=h)), "h")
     model = patch(chain())
     refused(model, lambda: eulernet.set_h(model, h), "h")
     refused(model, lambda: eulernet.set_h(model, [0.5, h]), r"h of 1 must be .*; for example h=0\.1")
@@ -264,7 +264,8 @@ def test_each_field_of_a_step_is_checked(field: str, value: Any) -> None:
 
 @pytest.mark.parametrize("field", list(document()["steps"][0]["places"][0]))
 def test_each_field_of_a_place_is_checked(field: str) -> None:
-    for value in (None, -1, [], {}):
+    wrong: list[Any] = [None, -1, [], {}]
+    for value in wrong:
         text = edited(lambda data, value=value: data["steps"][0]["places"][0].update({field: value}))  # type: ignore[misc]
         with pytest.raises(EulernetError, match=r"steps\[0\], places\[0\].*eulernet.Steps.from_json\(text\)$"):
             eulernet.Steps.from_json(text)
