@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import eulernet
-from helpers.blocks import Block, Dropped, chain
+from tests.helpers.blocks import Block, Dropped, chain
 
 X = torch.ones(2, 8)
 LOGGER = logging.getLogger("torch._subclasses.fake_tensor")

@@ -25,7 +25,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 import eulernet
-from helpers.blocks import Block, Closed, Frozen, chain
+from tests.helpers.blocks import Block, Closed, Frozen, chain
 
 X = torch.linspace(-1, 1, 16).view(2, 8)
 ROOT = str(Path(eulernet.__file__).parent)
