@@ -123,6 +123,15 @@ def withs(filename: str) -> frozenset[int]:
     return frozenset(n.lineno for n in ast.walk(tree) if isinstance(n, ast.With))
 
 
+def below_torch(frame: Any) -> bool:
+    """Whether torch has called back from C++, which an error may end. The trace runs in a thread that none reaches."""
+    while frame is not None:
+        if frame.f_code.co_name == "__torch_dispatch__":
+            return True
+        frame = frame.f_back
+    return False
+
+
 def run(operation: Callable[[], Any], at: int = 0, error: type[BaseException] = KeyboardInterrupt) -> list[Any]:
     """The lines that run in eulernet's own files; at the one of that number (from 1) an error is raised."""
     seen: list[Any] = []
@@ -136,7 +145,7 @@ def run(operation: Callable[[], Any], at: int = 0, error: type[BaseException] = 
         def line(frame: Any, event: str, arg: Any) -> Any:
             number = frame.f_lineno
             # The end of a `with` runs its line once more. No signal is handled there, so nothing is raised.
-            if event == "line" and not (number in entered and number in withs(filename)):
+            if event == "line" and not (number in entered and number in withs(filename)) and not below_torch(frame):
                 entered.add(number)
                 seen.append((filename, number))
                 if len(seen) == at:
