@@ -336,7 +336,8 @@ class _Sheet:
         hs = [1.0 if step.h is None else step.h for step in row.steps] if self.with_h else []
         ends = sorted({min(hs), max(hs)}, reverse=hs[0] > hs[-1]) if hs else []
         step = row.steps[0]
-        return row.name, step.module_class, str(step.depth), " to ".join(f"{h:.3g}" for h in ends)
+        name = row.name + (f" ({step.calls} calls)" if step.calls > 1 else "")
+        return name, step.module_class, str(step.depth), " to ".join(f"{h:.3g}" for h in ends)
 
     def y(self, row: float) -> float:
         return self.top + _ROW * (row + 0.5)

@@ -53,11 +53,11 @@ class Model(nn.Module):
         return self.last(self.function(self, *x))
 
 
-def linear_model(function: Callable[..., Tensor]) -> Model:
+def linear_model(function: Callable[..., Tensor]) -> nn.Module:
     return Model(function, nn.Linear(DIM, DIM), nn.Linear(DIM, DIM), Block())
 
 
-def image_model(function: Callable[..., Tensor]) -> Model:
+def image_model(function: Callable[..., Tensor]) -> nn.Module:
     maps = [nn.Conv2d(DIM, DIM, 3, padding=1) for _ in range(3)]
     return Model(function, maps[0], maps[1], Block(maps[2]))
 
@@ -389,6 +389,11 @@ def test_h_stands_at_each_station_and_is_one_where_a_long_step_is_left_alone() -
     shown = texts(steps.with_h([0.5, 0.25, 0.125] * 2))
     assert shown.count("0.5 to 0.125") == 1 and shown.count("1") == 3  # <root>: h and D; the groups: h
     assert "h" in shown and "h" not in texts(steps)
+
+
+def test_a_step_that_runs_several_times_says_how_often() -> None:
+    block = Block()
+    assert "0 (3 calls)" in texts(eulernet.find_steps(nn.Sequential(block, block, block), example_inputs=X))
 
 
 @pytest.mark.parametrize("ending", [".svg", ".png", ".pdf"])

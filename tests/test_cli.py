@@ -239,7 +239,7 @@ def step(index: int, name: str, **changes: object) -> Step:
 def test_steps_of_one_sort_are_one_row() -> None:
     names = ["blocks.0:0", "blocks.0:1", "blocks.1:0", "blocks.1:1", "blocks.3:0", "<root>"]
     groups = cli._groups(step(i, name) for i, name in enumerate(names))
-    assert [together([s.name for s in g]) for g in groups] == ["blocks.{0-1,3}:0", "blocks.{0-1}:1", "<root>"]
+    assert [together(s.name for s in g) for g in groups] == ["blocks.{0-1,3}:0", "blocks.{0-1}:1", "<root>"]
 
 
 @pytest.mark.parametrize("change", [{"h": 0.5}, {"depth": 5}, {"kind": "projection"}, {"module_class": "Other"}])

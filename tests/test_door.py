@@ -236,7 +236,7 @@ def edited(change: Callable[[dict[str, Any]], Any]) -> str:
     return json.dumps(data)
 
 
-WRONG_FIELDS = {
+WRONG_FIELDS: dict[str, list[Any]] = {
     "index": [-1, 0.5, "0", True, None, 2**70],
     "name": [[1], None, 3],
     "module_class": [None, 1],
@@ -265,7 +265,8 @@ def test_each_field_of_a_step_is_checked(field: str, value: Any) -> None:
 
 @pytest.mark.parametrize("field", list(document()["steps"][0]["places"][0]))
 def test_each_field_of_a_place_is_checked(field: str) -> None:
-    for value in (None, -1, [], {}):
+    wrong: list[Any] = [None, -1, [], {}]
+    for value in wrong:
         text = edited(lambda data, value=value: data["steps"][0]["places"][0].update({field: value}))  # type: ignore[misc]
         with pytest.raises(EulernetError, match=r"steps\[0\], places\[0\].*eulernet.Steps.from_json\(text\)$"):
             eulernet.Steps.from_json(text)
