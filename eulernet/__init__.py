@@ -8,7 +8,7 @@ from eulernet._fold import fold, param_groups
 from eulernet._patch.patch import find_steps, is_patched, patch, set_h, steps, unpatch
 from eulernet._patch.select import HLike, Selector
 from eulernet._run import factor as _factor
-from eulernet._step import Place, Step, Steps
+from eulernet._step import LeftOut, Outside, Place, Reason, Step, Steps
 from eulernet._tune.calibrate import calibrate
 from eulernet._tune.depth_check import DepthCheck, depth_check
 from eulernet._tune.diagnose import Diagnosis, diagnose
@@ -30,8 +30,11 @@ __all__ = [
     "EulernetWarning",
     "HLike",
     "HScheduler",
+    "LeftOut",
     "LossFn",
+    "Outside",
     "Place",
+    "Reason",
     "Selector",
     "Step",
     "Steps",

@@ -1,4 +1,4 @@
-"""What `patch` warns of: a trained network, depth that is counted twice, h that half precision rounds away."""
+"""What `patch` warns of: what is left at h = 1, a trained network, depth counted twice, h that is rounded away."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import nn
 
 from eulernet._find.search import Search
 from eulernet._find.starts import counted_twice, empty, relative_starts
+from eulernet._plot import together
 from eulernet._step import Step
 from eulernet.schedules import FALLING, transfer
 
@@ -26,6 +27,18 @@ def kept_at_one(long: Sequence[Step]) -> Iterator[str]:
             "through other steps, so that the factors would multiply. To scale them as well: eulernet.patch(model, h, "
             'include="*")'
         )
+
+
+def not_supported(lines: Iterable[str]) -> Iterator[str]:
+    """The sums that cannot be scaled, those of one place in the source together, and what can be done."""
+    groups: dict[str, list[str]] = {}
+    for line in lines:
+        name, _, place_and_reason = line.partition(" (")
+        groups.setdefault(place_and_reason, []).append(name)
+    for place_and_reason, names in groups.items():
+        yield f"not scaled, because not supported: {together(names)} ({place_and_reason}"
+    if groups:
+        yield "To scale these as well, write eulernet.functional.euler_step(skip, branch, h) in the model's source"
 
 
 def trained(model: nn.Module) -> Iterator[str]:

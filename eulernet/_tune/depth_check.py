@@ -387,7 +387,7 @@ def _result(rows: list[DepthRow], iterations: int) -> DepthCheck:
     else:
         moves, size = ("more", "smaller") if p > 0 else ("less", "larger")
         answer = (
-            f"{changed}: at one rate a deep network moves {moves}, and wants a {size} one, about as D^{-p:.2f}; "
-            "h=eulernet.schedules.transfer(base_depth=...) is to make it flat."
+            f"{changed}: at one rate a deep network moves {moves}, and wants a {size} one, about as D^{-p:.2f}. "
+            f"Beside x_0 it goes as D^{powers['moved']:.2f}."
         )
     return DepthCheck(tuple(rows), powers, abs(p) <= _FLAT, answer)

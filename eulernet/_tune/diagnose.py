@@ -14,6 +14,7 @@ from eulernet._checks import positive, unwrapped
 from eulernet._errors import EulernetError
 from eulernet._find.search import search
 from eulernet._find.starts import counted_twice, relative_starts
+from eulernet._plot import new_figure
 from eulernet._step import as_text
 from eulernet._tune.calibrate import BOUNDS, solve_for_h
 from eulernet._tune.meter import LossFn, MeasuredCall, Noise, StepMeter, growth, most_frequent, stream
@@ -151,16 +152,13 @@ class Diagnosis:
             The `matplotlib.figure.Figure`.
 
         Raises:
-            EulernetError: matplotlib is not installed.
+            EulernetError: matplotlib is not installed, or the file's ending or folder is wrong.
         """
-        try:
-            from matplotlib import ticker
-            from matplotlib.figure import Figure
-        except ModuleNotFoundError as error:
-            raise EulernetError("matplotlib, which draws, is not installed; run: pip install matplotlib") from error
         panels = [("‖∂L/∂x‖", "gradient"), ("‖hF‖ / ‖x‖", "step_size"), ("‖x‖", "skip"), ("W", "gain")]
         panels = [p for p in panels if any(getattr(row, p[1]) is not None for row in self.rows)]
-        figure = Figure(figsize=(8, 1 + 1.7 * len(panels)), layout="constrained")
+        figure = new_figure(8, 1 + 1.7 * len(panels), path, layout="constrained")
+        from matplotlib import ticker
+
         all_axes: Any = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0] if panels else []
         for axes, (title, name) in zip(all_axes, panels, strict=True):
             for number in sorted({row.stream for row in self.rows}):
