@@ -213,6 +213,8 @@ def _collect(model: nn.Module, runs: list[Run], traces: list[Trace], notes: list
                 refused.add(id(step_call.addition))
     account = _account(model, runs[0], traces[0], sums[0], refused, names)
     notes.extend(account.twins)
+    breaks = dict.fromkeys(at for trace in traces for at in trace.breaks)
+    notes.extend(f"{at}: what is made of it is not traced back to the model's input" for at in breaks)
     groups = _group([s for s in sites.values() if any(s.step_calls.values())])
     _pair_modes(groups, runs, traces, names, notes)
     # Long steps last, so that those which `patch` scales by default are numbered without gaps.

@@ -7,7 +7,7 @@ steps run) and holds its own reference: the same forward written by hand with a 
 >>> from tests.traps import TRAPS, UNSUPPORTED  # both lists, whole
 """
 
-from tests.traps import branches, calls, classes, forms, nested, places, positions, steps, sums, unsupported
+from tests.traps import branches, calls, classes, forms, nested, places, positions, shortcuts, steps, sums, unsupported
 from tests.traps.base import TRAPS, UNSUPPORTED, Trap
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "nested",
     "places",
     "positions",
+    "shortcuts",
     "steps",
     "sums",
     "unsupported",
