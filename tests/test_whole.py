@@ -176,6 +176,7 @@ def points(lines: list[Any]) -> list[int]:
     return [*rng.sample(late, min(POINTS, len(late))), *rng.sample(early, min(POINTS // 3, len(early)))]
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of the first line of a thread
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_an_error_at_any_line_leaves_the_model_old_or_new(name: str) -> None:
     model, operation = OPERATIONS[name]()

@@ -59,9 +59,9 @@ def apart(work: Callable[[], T]) -> T:
             thread.join()
         raise
     try:
-        if errors:
-            raise errors[0]
-        return results[0]
+        if results:
+            return results[0]
+        raise errors[0] if errors else MemoryError("the thread of the trace came to no end")
     finally:
         errors.clear()  # an error holds its frames, and these would hold the error
 
