@@ -49,7 +49,7 @@ class Step:
         places: the additions in the source.
         calls: how often it runs in one forward pass.
         stream: the number of its residual stream, the chain from skip to result.
-        depth: D, the number of calls in that stream.
+        depth: D, the number of calls in that stream; 0 in a layer of `eulernet.nn` that `patch` has not seen.
         position: l, the place of its first call in that stream, from 1.
         parent: the name of the long step in whose branch it lies, if any.
         h: the step factor; None where the step is not patched.

@@ -143,6 +143,12 @@ def values(h: Any, steps: Sequence[Step]) -> list[float]:
             f"h={h.__name__} is a class, not a rule: make one of it, as in eulernet.schedules.inverse()"
         )
     if callable(h):
+        unknown = [s.name for s in steps if s.depth == 0]
+        if unknown:
+            raise EulernetError(
+                f"h: a rule needs the depth of {_list(unknown)}, which nobody has traced yet: layers of eulernet.nn. "
+                'Once for the whole model: eulernet.patch(model, h="auto", example_inputs=...)'
+            )
         return [_checked(h(s), s.name) for s in steps]
     value = _checked(h, None)
     return [value] * len(steps)

@@ -55,6 +55,29 @@ class StepFactor:
         return f"{self.value:.4g}"
 
 
+class UnsettledFactor(StepFactor):
+    """The h of a layer of `eulernet.nn` that was given "auto", before the model that holds it is patched: none."""
+
+    def __init__(self) -> None:
+        """It has no number and no tensor."""
+
+    @property
+    def value(self) -> float:  # type: ignore[override]
+        raise EulernetError(
+            'the model holds layers of eulernet.nn with h="auto", which depends on the whole of it and is not settled '
+            'yet; call eulernet.patch(model, h="auto", example_inputs=...) once'
+        )
+
+    def current(self, module: Any) -> float | Tensor:
+        return self.value
+
+    def to_device_of(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """There is nothing to move."""
+
+    def __str__(self) -> str:
+        return "auto"
+
+
 class LearnedFactor:
     """The h of one patched step as a parameter of its module, h = exp(log_h), which is positive whatever is learned.
 

@@ -157,7 +157,10 @@ def bound(model: nn.Module, caller: str) -> list[tuple[Any, Step, Factor]]:
             f"{type(model).__name__} is not patched; call eulernet.patch(model, h=0.1) first "
             "(eulernet.find_steps(model) shows what that would change)"
         )
-    return sorted(held, key=lambda one: one[1].index)
+    held.sort(key=lambda one: one[1].index)
+    if len({step.index for _, step, _ in held}) < len(held):  # parts that were patched apart, layers of eulernet.nn
+        held = [(module, replace(step, index=index), factor) for index, (module, step, factor) in enumerate(held)]
+    return held
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
