@@ -8,12 +8,14 @@ from collections import Counter
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import asdict, dataclass, replace
-from pathlib import PurePath
+from os import PathLike
+from pathlib import Path, PurePath
 from typing import Any, Literal, overload
 
 from eulernet._errors import EulernetError
 
 ROOT = "<root>"
+FILE = "eulernet.json"  # beside the weights of a model
 StepKind = Literal["identity", "projection", "parallel", "long"]
 
 
@@ -255,12 +257,23 @@ class Steps(Sequence[Step]):
         return other
 
     def to_json(self) -> str:
-        """All of it as JSON: a `state_dict` does not hold h, so keep this beside it."""
+        """All of it as JSON, to keep beside the weights: see `save`."""
         rest = {"unsupported": self.unsupported, "unreached": self.unreached, "notes": self.notes}
         sums = {"left_out": [asdict(s) for s in self.left_out], "outside": asdict(self.outside)}
         return json.dumps(
             {"steps": [asdict(s) for s in self], "long": [asdict(s) for s in self.long], **rest, **sums}, indent=1
         )
+
+    def save(self, path: str | PathLike[str]) -> Path:
+        """Write `to_json()` to a file, or beside the weights in a folder, as `eulernet.json`; returns where.
+
+        `eulernet.patch(model, h=Path(FOLDER))` patches a model again from either.
+        """
+        file = Path(path) / FILE if Path(path).is_dir() else Path(path)
+        if not file.parent.is_dir():
+            raise EulernetError(f"path={str(path)!r}: there is no folder {file.parent}")
+        file.write_text(self.to_json())
+        return file
 
     @classmethod
     def from_json(cls, text: str) -> Steps:

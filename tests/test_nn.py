@@ -201,6 +201,7 @@ def test_all_that_looks_at_steps_sees_them() -> None:
         nn.functional.mse_loss(model(data[0]), data[1]).backward()
         log.step()
     assert len(log.records[0]["step_size"]) == 3
+    model = Mixed()
     eulernet.patch(model, 0.5, trainable=True, example_inputs=IMAGE, include=["first", "step"])
     assert [name for name, _ in model.named_parameters() if "log_h" in name] == ["first.log_h", "step.log_h"]
     model = eulernet.patch(Mixed(), 0.5, example_inputs=IMAGE).eval()

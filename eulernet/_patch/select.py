@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from os import PathLike
 from typing import Any, Literal
 
 from torch import nn
@@ -19,7 +20,8 @@ _NUMBERED = re.compile(r"(.*?)(?::([\d*?!\[\]-]*))?", re.DOTALL)  # what stands 
 # Which steps: a pattern on names, a class of modules, a predicate, or several of these; None for what is the default.
 Selector = Pattern | type | Callable[[Step], bool] | Iterable["Selector"] | None
 # What `patch` takes as h.
-HLike = float | Literal["auto"] | Sequence[float] | Mapping[str, float] | Callable[[Step], float] | Steps
+Checkpoint = PathLike[str] | Mapping[str, Any]  # a folder, a file, or a state dict
+HLike = float | Literal["auto"] | Sequence[float] | Mapping[str, float] | Callable[[Step], float] | Steps | Checkpoint
 
 
 def matches(pattern: str, name: str, number: int | None = None) -> bool:

@@ -19,6 +19,8 @@ class StepFactor:
     `.half()` would round it, and it would appear in the `state_dict`.
     """
 
+    scheduled = False  # whether an HScheduler moves it
+
     def __init__(self, value: float, like: Tensor | None = None) -> None:
         self.value = value
         self.move(like)
@@ -48,6 +50,11 @@ class StepFactor:
     def bound_to(self, module: Any) -> StepFactor:
         return self
 
+    @property
+    def saved(self) -> float | str:
+        """What stands for it beside the weights."""
+        return self.value
+
     def remove_from(self, module: Any) -> None:
         """Nothing of it is in the module itself."""
 
@@ -67,6 +74,10 @@ class UnsettledFactor(StepFactor):
             'the model holds layers of eulernet.nn with h="auto", which depends on the whole of it and is not settled '
             'yet; call eulernet.patch(model, h="auto", example_inputs=...) once'
         )
+
+    @property
+    def saved(self) -> str:
+        return str(self)
 
     def current(self, module: Any) -> float | Tensor:
         return self.value
@@ -103,6 +114,11 @@ class LearnedFactor:
 
     def to_device_of(self, fn: Callable[[Tensor], Tensor]) -> None:
         """The module has moved the parameter with all others."""
+
+    @property
+    def saved(self) -> str:
+        """Its value is among the weights."""
+        return self.name
 
     @property
     def parameter(self) -> nn.Parameter:
