@@ -98,6 +98,21 @@ def locate(addition: Addition, skip_is_left: bool) -> tuple[nn.Module, Location]
     )
 
 
+def sole_addition(method: FunctionType, module: Any) -> Location:
+    """The place of a method's one addition, whose skip is the left operand, without a trace.
+
+    `module` has what the method calls around it.
+    """
+    definition, code = definition_of(method)[2], method.__code__
+    (node,) = (n for n in ast.walk(definition) if isinstance(n, ast.BinOp) and isinstance(n.op, ast.Add))
+    span = _with_surroundings(span_of(node, code.co_firstlineno), method, module, skip_is_left=True)
+    owner = (method.__module__, method.__qualname__.rpartition(".")[0])
+    assert node.end_lineno is not None and node.end_col_offset is not None
+    position = (node.lineno, node.end_lineno, node.col_offset, node.end_col_offset)
+    target = Target(owner, method.__name__, (), digest(method))
+    return Location(((target, span),), code.co_filename, position, code.co_qualname)
+
+
 def nowhere(addition: Addition) -> tuple[nn.Module, Location]:
     """What is known of an addition whose source cannot be had."""
     code = addition.frames[0].code

@@ -15,13 +15,14 @@ from typing import Any, Literal, TypeVar
 
 from torch import nn
 
-from eulernet._checks import brief, check_model, check_module, is_sharded
+from eulernet._checks import brief, check_model, check_module, each_of, is_sharded
 from eulernet._commit import commit
 from eulernet._errors import EulernetError, EulernetWarning
 from eulernet._find.absorb import absorbing, check_scalable, refusal, scale_parameters
 from eulernet._find.apart import apart
 from eulernet._find.search import FoundStep, Search, search
 from eulernet._patch.cautions import depth_twice, kept_at_one, not_supported, rounded_away, trained
+from eulernet._patch.saved import read_steps
 from eulernet._patch.select import HLike, Selector, names_given, select, values
 from eulernet._patch.subclass import patched_class
 from eulernet._run.factor import LearnedFactor, StepFactor
@@ -82,6 +83,7 @@ def patch(
             on step names to numbers (the first match wins, the rest get 1); a function of a `Step`, such as the rules
             in `eulernet.schedules`; "auto", which is `inverse_sqrt()` of them, 1 / sqrt(D); or `Steps`, for example
             those that `Steps.from_json` read: without `include` and `exclude` these steps, and no others, get their h.
+            Likewise the steps that a checkpoint of a patched model holds: a folder (`Path`), a file, a state dict.
         example_inputs: as for `find_steps`.
         include, exclude: which steps: a pattern on names (`"layer1"`, `"blocks.*.attn"`), a module class, a function
             `(step) -> bool`, or a list of these. Long steps are scaled only where `include` names them.
@@ -127,6 +129,7 @@ def patch(
             f'preserve must be True, False or "where_possible", not {brief(preserve)}; for example preserve=True'
         )
     sharing = checked(trainable)
+    h = read_steps(h, model)
     with search(model, example_inputs) as result:
         by_index = {f.step.index: f for f in result.found}
         if not by_index:
@@ -238,8 +241,13 @@ def steps(model: nn.Module) -> Steps:
     return Steps([step for _, step, _ in bound(model, "steps")])
 
 
-def set_h(model: Model, h: HLike) -> Model:
+Models = TypeVar("Models", bound=nn.Module | Sequence[nn.Module])
+
+
+def set_h(model: Models, h: HLike) -> Models:
     """Give the steps of a patched model new step factors; `h` as for `patch`. Compiled graphs are not compiled again.
+
+    A copy of a model, such as the average of its weights, has an h of its own: `set_h([model, average], 0.1)`.
 
     Raises:
         EulernetError: the model is not patched, or a value is wrong; then nothing is changed.
@@ -254,10 +262,12 @@ def set_h(model: Model, h: HLike) -> Model:
         >>> [step.h for step in eulernet.steps(eulernet.set_h(layer, {"<root>:0": 0.5, "*": 0.25}))]
         [0.5, 0.25]
     """
-    planned = _planned(model, h)
-    for caution in rounded_away(model, [(module, value) for module, _, value in planned]):
-        warnings.warn(caution, EulernetWarning, stacklevel=2)
-    commit([change for _, factor, value in planned for change in factor.set(value)])
+    models = each_of(model, "set_h")
+    planned = [(one, *plan) for one in models for plan in _planned(one, h)]
+    for one in models:
+        for caution in rounded_away(one, [(module, value) for of, module, _, value in planned if of is one]):
+            warnings.warn(caution, EulernetWarning, stacklevel=2)
+    commit([change for _, _, factor, value in planned for change in factor.set(value)])
     return model
 
 
@@ -270,6 +280,7 @@ def _planned(model: nn.Module, h: HLike) -> list[tuple[nn.Module, Factor, float]
     """For each step of a patched model its module, its factor and the new value, after all checks."""
     held = bound(model, "set_h")
     steps = [step for _, step, _ in held]
+    h = read_steps(h, model)
     names_given(h, steps)
     hs = values(h, steps)
     check_shared([(step, factor, value) for (_, step, factor), value in zip(held, hs, strict=True)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copyreg
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -12,7 +13,7 @@ from torch.nn.utils import parametrize
 
 from eulernet._checks import check_module, unwrapped
 from eulernet._commit import put_back
-from eulernet._errors import EulernetError
+from eulernet._errors import EulernetError, EulernetWarning
 from eulernet._run import fuse
 from eulernet._run.factor import LearnedFactor, StepFactor, scale, scaled_add, scaled_add_
 from eulernet._source import Targets
@@ -29,6 +30,7 @@ FUNCTION = "_euler_function_"  # with a number: a free function that the additio
 OBSERVED = (STEP, STEP_IN_PLACE, SCALE, EPILOGUE, EPILOGUE_IN_PLACE, ADD_NORM, DEFER, DEFER_MUL)
 # The entries of a patched module's __dict__: the factors of its steps, and the steps.
 FACTORS, STEPS = "_euler", "_euler_steps"
+KEY = "eulernet"  # under which the steps stand in the metadata of a state dict
 
 # What makes a patched class: for each place its targets, its step's number in the module, and its form.
 Plan = tuple[tuple[Targets, int, bool, bool], ...]
@@ -100,6 +102,27 @@ class Patched:
         for factor in self._euler:
             factor.to_device_of(fn)
         return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """The steps go with the weights: into the metadata of the state dict, which has the same keys as ever."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
+        metadata = getattr(destination, "_metadata", None)
+        if metadata is not None and self._euler:
+            saved = [[step.number, f.saved] for step, f in zip(self._euler_steps, self._euler, strict=True)]
+            metadata.setdefault(prefix[:-1], {})[KEY] = saved
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any) -> None:
+        before, now = [h for _, h in local_metadata.get(KEY, ())], [factor.saved for factor in self._euler]
+        scheduled = any(getattr(factor, "scheduled", False) for factor in self._euler)  # its state is loaded as well
+        if any(isinstance(h, float) for h in before) and before != now and not scheduled:
+            shown = [", ".join(f"{h:g}" if isinstance(h, float) else str(h) for h in hs) for hs in (before, now)]
+            warnings.warn(
+                f"the weights were saved at h = {shown[0]}, and are loaded into steps with h = {shown[1]}. For the h "
+                "of the weights: eulernet.set_h(model, h=state_dict)",
+                EulernetWarning,
+                stacklevel=2,
+            )
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(protocol)
@@ -231,7 +254,10 @@ def bound(model: nn.Module, caller: str) -> list[tuple[Any, Step, Factor]]:
             f"{type(model).__name__} is not patched; call eulernet.patch(model, h=0.1) first "
             "(eulernet.find_steps(model) shows what that would change)"
         )
-    return sorted(held, key=lambda one: one[1].index)
+    held.sort(key=lambda one: one[1].index)
+    if len({step.index for _, step, _ in held}) < len(held):  # parts that were patched apart, layers of eulernet.nn
+        held = [(module, replace(step, index=index), factor) for index, (module, step, factor) in enumerate(held)]
+    return held
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
