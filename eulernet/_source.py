@@ -44,6 +44,8 @@ class Span:
     edits: tuple[tuple[str, Span], ...] = field(default=(), compare=False)
     add_norm: str | None = field(default=None, compare=False)
     epilogue: bool = field(default=False, compare=False)
+    # The call, in the same function, of the module that makes the branch, where each such module has an h of its own.
+    key: Span | None = None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Pickles from before 0.1.0 have other words for the surroundings."""
@@ -212,6 +214,13 @@ def expression_at(function: FunctionType, span: Span, kinds: tuple[type[ast.AST]
         if isinstance(node, kinds) and stands_at(node, span, first):
             return node
     raise Unsupported(f"line {span.line + first} of {function.__code__.co_filename} holds no addition at that column")
+
+
+def without_variables(definition: ast.FunctionDef) -> list[ast.AST]:
+    """What in a function cannot set a variable of it by `:=`: nested functions, and what a comprehension runs over."""
+    nested = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda
+    found: list[ast.AST] = [n for n in ast.walk(definition) if isinstance(n, nested) and n is not definition]
+    return found + [n.iter for n in ast.walk(definition) if isinstance(n, ast.comprehension)]
 
 
 def stands_at(node: ast.AST, span: Span, first: int) -> bool:

@@ -28,6 +28,7 @@ from eulernet._source import (
     operands_of,
     receiver_of,
     span_of,
+    without_variables,
 )
 
 
@@ -96,6 +97,25 @@ def locate(addition: Addition, skip_is_left: bool) -> tuple[nn.Module, Location]
     raise Unsupported(
         "it is not made by a method of a module, but by another function or a forward set on the instance"
     )
+
+
+def keyed(addition: Addition, location: Location, lasti: int) -> Location | None:
+    """The same place, with the call (at an instruction of the same code) whose callee tells its steps apart.
+
+    None where the callee cannot be kept in a variable from the call to the addition.
+    """
+    ((target, span),) = location.targets
+    holders = (_method(type(f.module), f.code) for f in addition.frames if f.module is not None)
+    function = next(found[3] for found in holders if found)
+    definition = definition_of(function)[2]
+    try:
+        key = _span(Frame(addition.frames[0].code, lasti, None), function)
+        call = expression_at(function, key, (ast.Call,))
+    except (Unsupported, EulernetError):
+        return None
+    if any(call in ast.walk(scope) for scope in without_variables(definition)):
+        return None
+    return replace(location, targets=((target, replace(span, key=key)),))
 
 
 def nowhere(addition: Addition) -> tuple[nn.Module, Location]:

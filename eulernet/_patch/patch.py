@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from eulernet._checks import check_model, check_module, is_sharded
 from eulernet._errors import EulernetError, EulernetWarning
@@ -26,9 +26,21 @@ from eulernet._patch.subclass import patched_class
 from eulernet._run.factor import StepFactor
 from eulernet._run.hooks import StepInputs, add_step_hook
 from eulernet._run.learned import check_shared, checked, plan_learned
-from eulernet._run.patched import FACTORS, STEPS, Factor, Patched, bound, original_class, restore_class, slots
-from eulernet._source import Unsupported
-from eulernet._step import Step, Steps
+from eulernet._run.patched import (
+    FACTORS,
+    KEYS,
+    SLOTS,
+    STEPS,
+    Factor,
+    Patched,
+    bound,
+    original_class,
+    places_of,
+    restore_class,
+    slots,
+)
+from eulernet._source import Targets, Unsupported
+from eulernet._step import Steps
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -144,10 +156,10 @@ def patch(
         hs = dict(zip([s.index for s in chosen], values(h, chosen), strict=True))
         scales = _preserving(model, result, hs, preserve) if preserve else {}
         try:
-            changes = _changes([by_index[s.index] for s in chosen], hs, model)
+            changes = _changes([by_index[s.index] for s in chosen], hs, model, result.found)
         except Unsupported as reason:
             raise EulernetError(f"{type(model).__name__} cannot be patched: {reason}; exclude= that step") from reason
-        blocks = [(change.module, change.steps, change.hs) for change in changes]
+        blocks = [(change.module, [f.step for f in change.found], change.hs) for change in changes]
         learned = [] if sharing is None else plan_learned(model, blocks, sharing)
         _prove(result, changes)
     check_scalable(model, scales)
@@ -159,14 +171,14 @@ def patch(
     if not preserve:
         if not isinstance(h, Steps) and any(value != 1 for value in hs.values()):  # Steps restore what was there
             cautions += trained(model)
-        cautions += rounded_away(model, ((c.module, value) for c in changes for value in c.hs))
+        cautions += rounded_away(model, ((f.module, hs[f.step.index]) for c in changes for f in c.found))
     if cautions:  # before anything is changed, since whoever calls may have made errors of warnings
         warnings.warn("\n".join(cautions), EulernetWarning, stacklevel=2)
     scale_parameters(scales)
     for module in model.modules():
         restore_class(module)
     for change in changes:
-        change.apply(change.module)
+        change.apply()
     for slot in learned:
         slot.apply()
     return model
@@ -199,7 +211,7 @@ def factors_now(model: nn.Module, result: Search) -> dict[int, float]:
     found = {f.step.name: f for f in result.found}
     factors = {}
     for module, slot, step in slots(model):
-        patched = {targets for targets, number, *_ in module._euler_plan if number == slot}
+        patched = {module._euler_plan[place][0] for place in places_of(module, slot)}
         if step.name not in found or patched != {site.location.targets for site in found[step.name].sites}:
             raise EulernetError(
                 f"{step.name} ({type(module).__name__}) is patched, but these example inputs do not lead to the same "
@@ -306,44 +318,72 @@ def is_patched(model: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class _Change:
-    """What happens to one module: its new class, its steps, and their h."""
+    """What happens to one module: its new class, its steps, their h, and who made the branches of which of them."""
 
     module: nn.Module
     cls: type[nn.Module]
-    steps: list[Step]
-    hs: list[float]
     found: list[FoundStep]
+    hs: list[float]
+    places: dict[Targets, int] = field(default_factory=dict)
+    keys: dict[nn.Module, dict[int, int | None]] = field(default_factory=dict)  # place -> step, None: not chosen
 
-    def apply(self, module: nn.Module) -> None:
-        like = next((p for p in (*module.parameters(), *module.buffers()) if p.is_floating_point()), None)
-        module.__dict__[FACTORS] = [StepFactor(h, like) for h in self.hs]
-        module.__dict__[STEPS] = self.steps
+    def apply(self, twins: Mapping[nn.Module, nn.Module] | None = None) -> nn.Module:
+        """Change the module, or its twin in a copy."""
+
+        def twin(module: nn.Module) -> nn.Module:
+            return module if twins is None else twins[module]
+
+        module = twin(self.module)
+        module.__dict__[FACTORS] = [
+            StepFactor(h, _like(twin(f.module))) for f, h in zip(self.found, self.hs, strict=True)
+        ]
+        module.__dict__[STEPS] = [f.step for f in self.found]
+        if self.keys:
+            module.__dict__[KEYS] = [twin(key) for key in self.keys]
+        for key, held in self.keys.items():
+            twin(key).__dict__[SLOTS] = dict(held)
         module.__class__ = self.cls
+        return module
 
 
-def _changes(found: Sequence[FoundStep], hs: dict[int, float], model: nn.Module) -> list[_Change]:
+def _like(module: nn.Module) -> Tensor | None:
+    return next((p for p in (*module.parameters(), *module.buffers()) if p.is_floating_point()), None)
+
+
+def _changes(
+    found: Sequence[FoundStep], hs: dict[int, float], model: nn.Module, everything: Sequence[FoundStep]
+) -> list[_Change]:
     changes = []
-    for module in {id(f.module): f.module for f in found}.values():
-        mine = [f for f in found if f.module is module]
-        plan = [(s.location.targets, slot, s.skip_is_left, s.subtracts) for slot, f in enumerate(mine) for s in f.sites]
-        cls = patched_class(original_class(module), tuple(plan))
-        changes.append(_Change(module, cls, [f.step for f in mine], [hs[f.step.index] for f in mine], mine))
+    for module in {id(f.host): f.host for f in found}.values():
+        mine = [f for f in found if f.host is module]
+        plan: dict[Targets, Any] = {}
+        for slot, f in enumerate(mine):
+            for s in f.sites:
+                own = slot if f.module is module else None
+                plan.setdefault(s.location.targets, (s.location.targets, own, s.skip_is_left, s.subtracts))
+        places = {targets: place for place, targets in enumerate(plan)}
+        slots = {f.step.index: slot for slot, f in enumerate(mine)}
+        keys: dict[nn.Module, dict[int, int | None]] = {}
+        for f in everything:
+            for s in f.sites if f.host is module and f.module is not module else ():
+                if s.location.targets in places:
+                    keys.setdefault(f.module, {})[places[s.location.targets]] = slots.get(f.step.index)
+        cls = patched_class(original_class(module), tuple(plan.values()))
+        changes.append(_Change(module, cls, mine, [hs[f.step.index] for f in mine], places, keys))
     layers = {id(c.module) for c in changes if isinstance(c.module, nn.TransformerEncoderLayer)}
     for encoder in model.modules():
         if isinstance(encoder, nn.TransformerEncoder) and any(id(layer) in layers for layer in encoder.layers):
-            changes.append(_Change(encoder, patched_class(original_class(encoder), ()), [], [], []))
+            changes.append(_Change(encoder, patched_class(original_class(encoder), ()), [], []))
     return changes
 
 
 def _prove(search: Search, changes: Sequence[_Change]) -> None:
     """Run the patched copies: each step must go through `_euler_step` as often as it was found."""
     for sandbox in {id(run.sandbox): run.sandbox for run in search.runs}.values():
-        twins = {id(module): twin for twin, module in sandbox.original.items()}
-        counts: Counter[tuple[int, int]] = Counter()
+        twins = {module: twin for twin, module in sandbox.original.items()}
+        counts: Counter[tuple[int, int, int]] = Counter()
         for change in changes:
-            twin = twins[id(change.module)]
-            change.apply(twin)
-            add_step_hook(twin, partial(_count, counts, id(change.module)))
+            add_step_hook(change.apply(twins), partial(_count, counts, id(change.module)))
         for run in search.runs:
             if run.sandbox is not sandbox:
                 continue
@@ -351,9 +391,9 @@ def _prove(search: Search, changes: Sequence[_Change]) -> None:
             with preserve_state():
                 sandbox.run(run.args, run.kwargs, training=run.training)
             for change in changes:
-                sites = [(f, s) for f in change.found for s in f.sites]
-                for place, (found, site) in enumerate(sites):
-                    passed, expected = counts[id(change.module), place], site.calls[run.training]
+                for slot, found, site in ((i, f, s) for i, f in enumerate(change.found) for s in f.sites):
+                    place, expected = change.places[site.location.targets], site.calls[run.training]
+                    passed = counts[id(change.module), place, slot]
                     if passed != expected:
                         raise EulernetError(
                             f"{found.step.name} ({found.step.module_class}): the addition at "
@@ -363,6 +403,6 @@ def _prove(search: Search, changes: Sequence[_Change]) -> None:
                         )
 
 
-def _count(counts: Counter[tuple[int, int]], module: int, seen: StepInputs, add: Callable[[], Any]) -> Any:
-    counts[module, seen.place] += 1
+def _count(counts: Counter[tuple[int, int, int]], module: int, seen: StepInputs, add: Callable[[], Any]) -> Any:
+    counts[module, seen.place, seen.slot] += 1
     return add()

@@ -12,7 +12,7 @@ from torch import nn
 
 from eulernet._errors import EulernetError
 from eulernet._patch.rewrite import rewrite
-from eulernet._run.patched import FACTORS, FUNCTION, STEPS, Patched, Plan, restore_class
+from eulernet._run.patched import FACTORS, FUNCTION, KEYS, SLOTS, STEPS, Patched, Plan, places_of, restore_class
 from eulernet._source import Span, Target, digest, free_function, rebuild
 
 # Weak, so that a class that was made in a function goes when its last patched model does.
@@ -132,12 +132,24 @@ def remove_steps(model: nn.Module, folded: set[tuple[int, int]]) -> None:
             if not kept and not around:
                 restore_class(module)
             elif len(kept) < len(module._euler):
-                plan = tuple(
-                    (t, kept.index(slot), left, sub) for t, slot, left, sub in module._euler_plan if slot in kept
-                )
-                for slot, factor in enumerate(module._euler):
-                    if slot not in kept:
-                        factor.remove_from(module)
-                module.__dict__[FACTORS] = [module._euler[slot] for slot in kept]
-                module.__dict__[STEPS] = [module._euler_steps[slot] for slot in kept]
-                module.__class__ = patched_class(module._euler_original, plan)  # type: ignore[assignment]
+                _keep_steps(module, kept)
+
+
+def _keep_steps(module: Patched, kept: list[int]) -> None:
+    """Leave these steps of a module, which are numbered anew, as are the places."""
+    number = {slot: i for i, slot in enumerate(kept)}
+    places = sorted({place for slot in kept for place in places_of(module, slot)})
+    plan = tuple((t, number.get(slot), left, sub) for t, slot, left, sub in (module._euler_plan[p] for p in places))  # type: ignore[arg-type]
+    keys = module.__dict__.get(KEYS, ())
+    for key in keys:
+        held = key.__dict__.pop(SLOTS)
+        if held := {places.index(place): number.get(slot) for place, slot in held.items() if place in places}:
+            key.__dict__[SLOTS] = held
+    if keys:
+        module.__dict__[KEYS] = [key for key in keys if SLOTS in key.__dict__]
+    for slot, factor in enumerate(module._euler):
+        if slot not in number:
+            factor.remove_from(module)
+    module.__dict__[FACTORS] = [module._euler[slot] for slot in kept]
+    module.__dict__[STEPS] = [module._euler_steps[slot] for slot in kept]
+    module.__class__ = patched_class(module._euler_original, plan)  # type: ignore[assignment]

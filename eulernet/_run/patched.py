@@ -5,6 +5,7 @@ from __future__ import annotations
 import copyreg
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -25,12 +26,16 @@ DEFER, DEFER_MUL, MATERIALIZE = "_euler_defer", "_euler_defer_mul", "_euler_mate
 FUNCTION = "_euler_function_"  # with a number: a free function that the addition stands in
 # Those that a hook on the steps hides, by entries of the module's __dict__ with their names.
 OBSERVED = (STEP, STEP_IN_PLACE, SCALE, EPILOGUE, EPILOGUE_IN_PLACE, ADD_NORM, DEFER, DEFER_MUL)
-# The entries of a patched module's __dict__: the factors of its steps, and the steps.
-FACTORS, STEPS = "_euler", "_euler_steps"
+# The entries of a patched module's __dict__: the factors of its steps, and the steps. Where one addition in a loop is
+# a step for each module that makes its branch (a key), these modules too; each of them holds which step it is where.
+FACTORS, STEPS, KEYS = "_euler", "_euler_steps", "_euler_keys"
+SLOTS = "_euler_slots"
 
-# What makes a patched class: for each place its targets, its step's number in the module, and its form.
-Plan = tuple[tuple[Targets, int, bool, bool], ...]
+# What makes a patched class: for each place its targets, its step's number in the module (None where each key has one),
+# and its form.
+Plan = tuple[tuple[Targets, int | None, bool, bool], ...]
 Factor = StepFactor | LearnedFactor
+_ONE = StepFactor(1.0)  # of a key that was not chosen
 
 
 class Patched:
@@ -38,7 +43,7 @@ class Patched:
 
     _euler_original: ClassVar[type[nn.Module]]
     _euler_plan: ClassVar[Plan]
-    _euler_places: ClassVar[tuple[tuple[int, bool, int], ...]]  # the step's number, skip is left, sign
+    _euler_places: ClassVar[tuple[tuple[int | None, bool, int], ...]]  # the step's number, skip is left, sign
     _euler_restore: ClassVar[Callable[..., Any]]  # makes the patched class again when a module is unpickled
     _euler: list[Factor]
     _euler_steps: list[Step]
@@ -46,47 +51,69 @@ class Patched:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """A patched class is not announced to the registries of its original's bases."""
 
-    def _euler_step(self, left: Any, right: Any, place: int, alpha: float = 1) -> Any:
+    def _euler_slot(self, place: int, key: Any) -> int | None:
+        """Which step of the module an addition is, None where it was not chosen."""
+        slot = self._euler_places[place][0]
+        if slot is not None:
+            return slot
+        slots = getattr(key.func if isinstance(key, partial) else key, SLOTS, None)
+        if slots is None or place not in slots:
+            what = "no module" if key is None else f"a {type(key).__name__} without an h"
+            raise EulernetError(
+                f"{type(self).__name__}: {what} made the branch of a step that has an h for each module that makes it. "
+                "Patch the model as it is now, with example_inputs that lead here: eulernet.patch(model, "
+                "h=eulernet.steps(model), example_inputs=...)"
+            )
+        return slots[place]  # type: ignore[no-any-return]
+
+    def _euler_factor(self, place: int, key: Any) -> Factor:
+        slot = self._euler_slot(place, key)
+        return _ONE if slot is None else self._euler[slot]
+
+    def _euler_step(self, left: Any, right: Any, place: int, alpha: float = 1, key: Any = None) -> Any:
         slot, skip_is_left, sign = self._euler_places[place]
-        h = self._euler[slot].current(self)
+        h = (self._euler_factor(place, key) if slot is None else self._euler[slot]).current(self)
         if fuse.DeferredBranch in (type(left), type(right)):
             return fuse.step(None, left, right, h, skip_is_left, sign * alpha)
         return scaled_add(left, right, h, skip_is_left, sign * alpha)
 
-    def _euler_step_(self, left: Any, right: Any, place: int, alpha: float = 1) -> Any:
+    def _euler_step_(self, left: Any, right: Any, place: int, alpha: float = 1, key: Any = None) -> Any:
         slot, skip_is_left, sign = self._euler_places[place]
-        h = self._euler[slot].current(self)
+        h = (self._euler_factor(place, key) if slot is None else self._euler[slot]).current(self)
         if fuse.DeferredBranch in (type(left), type(right)):
             return fuse.step(None, left, right, h, skip_is_left, sign * alpha, in_place=True)
         return scaled_add_(left, right, h, skip_is_left, sign * alpha)
 
-    def _euler_epilogue(self, then: Any, left: Any, right: Any, place: int) -> Any:
-        slot, skip_is_left, sign = self._euler_places[place]
-        return fuse.step(then, left, right, self._euler[slot].current(self), skip_is_left, sign)
+    def _euler_epilogue(self, then: Any, left: Any, right: Any, place: int, key: Any = None) -> Any:
+        _, skip_is_left, sign = self._euler_places[place]
+        return fuse.step(then, left, right, self._euler_factor(place, key).current(self), skip_is_left, sign)
 
-    def _euler_epilogue_(self, then: Any, left: Any, right: Any, place: int) -> Any:
-        slot, skip_is_left, sign = self._euler_places[place]
-        return fuse.step(then, left, right, self._euler[slot].current(self), skip_is_left, sign, in_place=True)
+    def _euler_epilogue_(self, then: Any, left: Any, right: Any, place: int, key: Any = None) -> Any:
+        _, skip_is_left, sign = self._euler_places[place]
+        h = self._euler_factor(place, key).current(self)
+        return fuse.step(then, left, right, h, skip_is_left, sign, in_place=True)
 
-    def _euler_add_norm(self, norm: str, left: Any, right: Any, place: int) -> tuple[Any, fuse.PrecomputedNorm | None]:
-        slot, skip_is_left, sign = self._euler_places[place]
-        h = self._euler[slot].current(self)
+    def _euler_add_norm(
+        self, norm: str, left: Any, right: Any, place: int, key: Any = None
+    ) -> tuple[Any, fuse.PrecomputedNorm | None]:
+        _, skip_is_left, sign = self._euler_places[place]
+        h = self._euler_factor(place, key).current(self)
         return fuse.add_norm(getattr(self, norm, None), left, right, h, skip_is_left, sign)
 
     def _euler_take_norm(self, norm: Any, state: Any, known: fuse.PrecomputedNorm | None) -> Any:
         return fuse.take_norm(norm, state, known)
 
-    def _euler_defer(self, module: Any, branch: Any, place: int) -> Any:
-        return fuse.defer(module, branch, self._euler[self._euler_places[place][0]])
+    def _euler_defer(self, module: Any, branch: Any, place: int, key: Any = None) -> Any:
+        return fuse.defer(module, branch, self._euler_factor(place, key))
 
-    def _euler_defer_mul(self, left: Any, right: Any, gamma_first: bool, place: int) -> Any:
-        return fuse.defer_mul(left, right, gamma_first, self._euler[self._euler_places[place][0]])
+    def _euler_defer_mul(self, left: Any, right: Any, gamma_first: bool, place: int, key: Any = None) -> Any:
+        return fuse.defer_mul(left, right, gamma_first, self._euler_factor(place, key))
 
     def _euler_materialize(self, value: Any) -> Any:
         return fuse.materialize(value)
 
-    def _euler_scale(self, branch: Any, place: int) -> Any:
-        return scale(branch, self._euler[self._euler_places[place][0]].current(self))
+    def _euler_scale(self, branch: Any, place: int, key: Any = None) -> Any:
+        return scale(branch, self._euler_factor(place, key).current(self))
 
     def extra_repr(self) -> str:
         shown = ", ".join(str(factor.bound_to(self)) for factor in self._euler)
@@ -129,15 +156,26 @@ def restore_class(module: nn.Module) -> None:
             factor.remove_from(module)
         module.__class__ = module._euler_original  # type: ignore[assignment]
         del module.__dict__[FACTORS], module.__dict__[STEPS]
+        for key in module.__dict__.pop(KEYS, ()):
+            key.__dict__.pop(SLOTS, None)
 
 
 def slots(model: nn.Module) -> Iterator[tuple[Patched, int, Step]]:
     """The steps of a patched model, as they are named now and with their h: each with its module and number there."""
+    names = {id(module): name for name, module in unwrapped(model).named_modules()}
     for name, module in unwrapped(model).named_modules():
         if isinstance(module, Patched):
+            keys = {slot: key for key in module.__dict__.get(KEYS, ()) for slot in key.__dict__[SLOTS].values()}
             for slot, (step, factor) in enumerate(zip(module._euler_steps, module._euler, strict=True)):
-                called = step_name(name, step.number)
-                yield module, slot, replace(step, name=called, module_name=name, h=factor.bound_to(module).value)
+                at = names.get(id(keys[slot]), step.module_name) if slot in keys else name
+                called = step_name(at, step.number)
+                yield module, slot, replace(step, name=called, module_name=at, h=factor.bound_to(module).value)
+
+
+def places_of(module: Patched, slot: int) -> Iterator[int]:
+    """The places of one step of a patched module."""
+    keyed = {place for key in module.__dict__.get(KEYS, ()) for place, s in key.__dict__[SLOTS].items() if s == slot}
+    return (p for p, (number, *_) in enumerate(module._euler_places) if number == slot or p in keyed)
 
 
 def by_module(model: nn.Module) -> dict[Patched, list[Step]]:
