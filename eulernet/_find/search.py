@@ -18,6 +18,7 @@ from eulernet._find.classify import Sums, classify
 from eulernet._find.graph import StepCall
 from eulernet._find.inputs import as_arguments, guess_inputs
 from eulernet._find.locate import Location, locate, nowhere
+from eulernet._find.prove import with_other_callees
 from eulernet._find.sandbox import Sandbox, no_fakes_left, preserve_state
 from eulernet._find.sites import Group, TracedSite, grouped, pair_modes, step_calls_of
 from eulernet._find.trace import Addition, Trace, all_modules
@@ -198,6 +199,15 @@ def _collect(model: nn.Module, runs: list[Run], traces: list[Trace], notes: list
                 at = origin_of(step_call.addition, trace, run.sandbox.original, model)
                 unsupported[f"{names[at.module]} ({at.file}:{at.line}): {reason}"] = None
                 refused.add(id(step_call.addition))
+    for site in with_other_callees([s for s in sites.values() if any(s.step_calls.values())], runs):
+        for step_call in (*site.step_calls[False], *site.step_calls[True]):
+            refused.add(id(step_call.addition))
+        site.step_calls = {False: [], True: []}
+        location = site.location
+        unsupported[
+            f"{names[site.host]} ({location.file}:{location.line}): it is made by {location.function}, which something "
+            "in between calls that is not written in Python"
+        ] = None
     account = _account(model, runs[0], traces[0], sums[0], refused, names)
     notes.extend(account.twins)
     traced = {run.training: (trace, run.sandbox.original) for run, trace in zip(runs, traces, strict=True)}

@@ -104,7 +104,8 @@ def patch(
             whose names are equal up to their last number, such as all of `layer1` in a ResNet or all `blocks` of a ViT;
             "model": one for all. Each is h = exp(log_h), so positive, and log_h a parameter of the block, of shape (1,)
             (FSDP2 takes no scalars) and of the block's dtype: `layer1.0.log_h`, or `blocks.0.log_h_0` and
-            `blocks.0.log_h_1` where a block has several steps. Blocks that share an h hold the same parameter, as tied
+            `blocks.0.log_h_1` where a block has several steps; where one line of a loop adds for all layers, of the
+            module with the loop: `log_h_layers_0`. Blocks that share an h hold the same parameter, as tied
             weights do (and as with these, FSDP2 refuses to shard them apart, and Hugging Face's `save_pretrained` to
             write them). log_h must have no weight decay, which would pull h to 1. In float16 and bfloat16 it is rounded
             like any parameter. The branch is kept for the gradient of h, and copied where it is the left operand of an

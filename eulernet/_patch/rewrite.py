@@ -16,6 +16,7 @@ from typing import Any
 from eulernet._find.surroundings import epilogue
 from eulernet._run.patched import (
     ADD_NORM,
+    CALL_VIA,
     DEFER,
     DEFER_MUL,
     EPILOGUE,
@@ -44,6 +45,8 @@ _RECEIVER = "_euler_self"  # the first parameter that a free function gets
 
 def rewrite(function: FunctionType, edits: dict[Span, tuple[str, int]], free: bool) -> FunctionType:
     """The function with each addition ("step", place) made a step, each call ("call", k) led to a rewritten function.
+
+    ("via", k) is a call whose callee is asked for when it is called.
 
     A `free` function gets the module as a first parameter of its own.
     """
@@ -136,6 +139,11 @@ class _Editor(ast.NodeTransformer):
         if edit is None:
             return self._surrounding(node) if isinstance(node, ast.Call | ast.BinOp | ast.Name) else node
         _, (kind, index) = edit
+        if kind == "via":
+            assert isinstance(node, ast.Call)
+            call = ast.Call(self._attribute(CALL_VIA), [node.func, ast.Constant(index)], [])
+            node.func = ast.copy_location(call, node.func)
+            return node
         if kind == "call":
             assert isinstance(node, ast.Call)
             node.func = ast.copy_location(self._attribute(f"{FUNCTION}{index}"), node.func)

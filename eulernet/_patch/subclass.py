@@ -8,12 +8,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from eulernet._errors import EulernetError
 from eulernet._patch.rewrite import rewrite
 from eulernet._run.patched import FACTORS, FUNCTION, KEYS, SLOTS, STEPS, Patched, Plan, places_of, restore_class
-from eulernet._source import Span, Target, digest, free_function, rebuild
+from eulernet._source import VIA, Span, Target, digest, free_function, rebuild
 
 # Weak, so that a class that was made in a function goes when its last patched model does.
 _classes: weakref.WeakValueDictionary[tuple[type[nn.Module], Plan], type[nn.Module]] = weakref.WeakValueDictionary()
@@ -37,12 +38,13 @@ def _build(original: type[nn.Module], plan: Plan) -> type[nn.Module]:
         level.setdefault(target, {})[span] = place
 
     functions: dict[str, types.FunctionType] = {}
+    vias: list[Callable[[Any], Any]] = []
     methods: dict[type, dict[str, Any]] = {}
     for target, edits in tree.items():
         owner = _owner(original, target)
         namespace = methods.setdefault(owner, {})
         value = namespace.get(target.name) or vars(owner)[target.name]
-        change = partial(_rewrite, target=target, edits=edits, functions=functions)
+        change = partial(_rewrite, target=target, edits=edits, functions=functions, vias=vias)
         namespace[target.name] = rebuild(value, target.path, change)
 
     bases: list[type] = [Patched, original]
@@ -55,6 +57,7 @@ def _build(original: type[nn.Module], plan: Plan) -> type[nn.Module]:
         **functions,
         "_euler_original": original,
         "_euler_plan": plan,
+        "_euler_vias": tuple(vias),
         "_euler_restore": staticmethod(restore),
         "_euler_places": tuple((slot, left, -1 if subtracts else 1) for _, slot, left, subtracts in plan),
     }
@@ -84,7 +87,11 @@ def _subclass(of: type, bases: tuple[type, ...], namespace: dict[str, Any]) -> A
 
 
 def _rewrite(
-    function: types.FunctionType, target: Target, edits: dict[Span, Any], functions: dict[str, types.FunctionType]
+    function: types.FunctionType,
+    target: Target,
+    edits: dict[Span, Any],
+    functions: dict[str, types.FunctionType],
+    vias: list[Callable[[Any], Any]],
 ) -> types.FunctionType:
     if digest(function) != target.digest:
         raise EulernetError(
@@ -92,20 +99,54 @@ def _rewrite(
             "changed. Install the version of the library with which the model was patched, or build the model anew, "
             "load its state_dict, and patch it with h=Steps.from_json(...)."
         )
+    return rewrite(function, _spans(edits, functions, vias), free=target.owner is None)
+
+
+def _spans(
+    edits: dict[Span, Any], functions: dict[str, types.FunctionType], vias: list[Callable[[Any], Any]]
+) -> dict[Span, tuple[str, int]]:
+    """What becomes of each expression of a function; the functions that it calls are rewritten on the way."""
     spans: dict[Span, tuple[str, int]] = {}
     for span, edit in edits.items():
         if isinstance(edit, int):
             spans[span] = ("step", edit)
             continue
         ((callee, inner),) = edit.items()
+        if callee.name.startswith(VIA):
+            spans[span] = ("via", len(vias))
+            vias.append(lambda function: function)  # keeps the number
+            vias[spans[span][1]] = _via(callee, _spans(inner, functions, vias))
+            continue
         free = free_function(callee.name)
         if free is None:
             raise EulernetError(f"{callee.name}, which makes the addition of a patched step, does not exist any more")
         number = len(functions)
         functions[f"{FUNCTION}{number}"] = free  # keeps the number while the inner ones get theirs
-        functions[f"{FUNCTION}{number}"] = _rewrite(free, callee, inner, functions)
+        functions[f"{FUNCTION}{number}"] = _rewrite(free, callee, inner, functions, vias)
         spans[span] = ("call", number)
-    return rewrite(function, spans, free=target.owner is None)
+    return spans
+
+
+def _via(target: Target, spans: dict[Span, tuple[str, int]]) -> Callable[[Any], Any]:
+    """What gives each function at a call, all of one source, with its addition rewritten."""
+    made: dict[int, types.FunctionType] = {}  # by the function's id, as long as it lives: a compiler looks it up here
+
+    def rewritten(function: Any) -> Any:
+        return made[id(function)] if id(function) in made else make(function)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def make(function: Any) -> types.FunctionType:
+        if function is None or digest(function) != target.digest:
+            called = getattr(function, "__qualname__", "something that is no function in Python")
+            raise EulernetError(
+                f"{called} is called where {target.name.removeprefix(VIA)} was when the model was patched; patch it "
+                "again: eulernet.patch(model, h=eulernet.steps(model), example_inputs=...)"
+            )
+        made[id(function)] = rewrite(function, spans, free=True)
+        weakref.finalize(function, made.pop, id(function), None).atexit = False
+        return made[id(function)]
+
+    return rewritten
 
 
 def _owner(cls: type, target: Target) -> type:

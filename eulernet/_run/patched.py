@@ -14,7 +14,7 @@ from eulernet._checks import check_module, unwrapped
 from eulernet._errors import EulernetError
 from eulernet._run import fuse
 from eulernet._run.factor import LearnedFactor, StepFactor, scale, scaled_add, scaled_add_
-from eulernet._source import Targets
+from eulernet._source import Targets, behind
 from eulernet._step import Step, step_name
 
 # ---- the protocol: what rewritten source calls on the module that it belongs to
@@ -24,6 +24,7 @@ EPILOGUE, EPILOGUE_IN_PLACE = "_euler_epilogue", "_euler_epilogue_"
 ADD_NORM, TAKE_NORM = "_euler_add_norm", "_euler_take_norm"
 DEFER, DEFER_MUL, MATERIALIZE = "_euler_defer", "_euler_defer_mul", "_euler_materialize"
 FUNCTION = "_euler_function_"  # with a number: a free function that the addition stands in
+CALL_VIA = "_euler_via"  # with a callee and a number: a function that no name leads to
 # Those that a hook on the steps hides, by entries of the module's __dict__ with their names.
 OBSERVED = (STEP, STEP_IN_PLACE, SCALE, EPILOGUE, EPILOGUE_IN_PLACE, ADD_NORM, DEFER, DEFER_MUL)
 # The entries of a patched module's __dict__: the factors of its steps, and the steps. Where one addition in a loop is
@@ -44,6 +45,7 @@ class Patched:
     _euler_original: ClassVar[type[nn.Module]]
     _euler_plan: ClassVar[Plan]
     _euler_places: ClassVar[tuple[tuple[int | None, bool, int], ...]]  # the step's number, skip is left, sign
+    _euler_vias: ClassVar[tuple[Callable[[Any], Any], ...]]  # each gives a function with its addition rewritten
     _euler_restore: ClassVar[Callable[..., Any]]  # makes the patched class again when a module is unpickled
     _euler: list[Factor]
     _euler_steps: list[Step]
@@ -108,6 +110,11 @@ class Patched:
 
     def _euler_defer_mul(self, left: Any, right: Any, gamma_first: bool, place: int, key: Any = None) -> Any:
         return fuse.defer_mul(left, right, gamma_first, self._euler_factor(place, key))
+
+    def _euler_via(self, callee: Any, number: int) -> Any:
+        """What is called here, whatever expression led to it, with its addition made a step."""
+        function, before, keywords = behind(callee)
+        return partial(self._euler_vias[number](function), self, *before, **keywords)
 
     def _euler_materialize(self, value: Any) -> Any:
         return fuse.materialize(value)

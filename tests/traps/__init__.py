@@ -7,7 +7,7 @@ steps run) and holds its own reference: the same forward written by hand with a 
 >>> from traps import TRAPS, UNSUPPORTED  # both lists, whole
 """
 
-from traps import branches, calls, classes, forms, loops, nested, places, positions, steps, sums, unsupported
+from traps import branches, callees, calls, classes, forms, loops, nested, places, positions, steps, sums, unsupported
 from traps.base import TRAPS, UNSUPPORTED, Trap
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "UNSUPPORTED",
     "Trap",
     "branches",
+    "callees",
     "calls",
     "classes",
     "forms",

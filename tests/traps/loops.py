@@ -25,6 +25,7 @@ class PreNorm(nn.Module):
 class TransformerLoop(Trap):
     """Pairs of layers without a class of their own (vit-pytorch)."""
 
+    keyed = True
     expected = each(*(f"layers.{i}.{j}" for i in range(3) for j in range(2)))
 
     def __init__(self) -> None:
@@ -50,6 +51,7 @@ class TransformerLoop(Trap):
 class LoopOverNumbers(Trap):
     """The layer is fetched by its number, its branch kept in a variable, and dropped in training."""
 
+    keyed = True
     expected = each(*(f"blocks.{i}" for i in range(3)))
 
     def __init__(self) -> None:
@@ -74,6 +76,7 @@ class LoopOverNumbers(Trap):
 class LoopOfTwoConvolutions(Trap):
     """HiFi-GAN: two lists run through together; the second of each pair makes the branch."""
 
+    keyed = True
     expected = each("second.0", "second.1")
     shape = (2, DIM, 6)
 
@@ -99,6 +102,7 @@ class LoopOfTwoConvolutions(Trap):
 class LoopWithAnOtherHalf(Trap):
     """The same layer is called in both halves of an `if`, of which a run takes one."""
 
+    keyed = True
     expected = each("layers.0", "layers.1")
 
     def __init__(self) -> None:
@@ -124,6 +128,7 @@ class LoopWithAnOtherHalf(Trap):
 class LoopOverTheSame(Trap):
     """ALBERT in groups: a layer that runs three times is one step, two of them are two."""
 
+    keyed = True
     expected = (Expected("groups.0", calls=3, depth=6), Expected("groups.1", calls=3, depth=6))
 
     def __init__(self) -> None:
@@ -145,6 +150,7 @@ class LoopOverTheSame(Trap):
 class LoopTwice(Trap):
     """The same layers in two loops of one forward: two steps each."""
 
+    keyed = True
     expected = tuple(Expected(f"f.{i}:{j}", depth=4) for j in range(2) for i in range(2))
 
     def __init__(self) -> None:
@@ -192,6 +198,7 @@ class LoopWithoutModules(Trap):
 class LoopInAComprehension(Trap):
     """What a comprehension runs over cannot set a variable, what it computes can."""
 
+    keyed = True
     expected = each("heads.0", "heads.1", depth=1)
 
     def __init__(self) -> None:
