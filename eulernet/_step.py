@@ -200,6 +200,9 @@ class Steps(Sequence[Step]):
     def __hash__(self) -> int:
         return hash(self._steps)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ = {"left_out": (), "outside": Outside(), **state}  # which a pickle of old does not hold
+
     def __repr__(self) -> str:
         return f"<Steps: {len(self)} steps>"
 

@@ -78,7 +78,7 @@ def euler_step(
         number, scale = _factors(h, layer_scale, dtype, skip.device)
     plain = activation is None and scale is None and mask is None  # one kernel of ATen's
     if kernels.chosen(skip, branch, worth=not plain):
-        result = _kernels("_step").step(skip, branch, number, scale, mask, activation, dtype, out)
+        result: Tensor | None = _kernels("_step").step(skip, branch, number, scale, mask, activation, dtype, out)
         if result is not None:
             return result
     if plain:
@@ -121,8 +121,8 @@ def euler_step_norm(
 
     Example:
         >>> import torch
-        >>> euler_step_norm(torch.tensor([1.0, 1.0]), torch.tensor([-4.0, 0.0]), h=0.5, eps=0.0)
-        (tensor([-1.,  1.]), tensor([-1.,  1.]))
+        >>> euler_step_norm(torch.tensor([1.0, 1.0]), torch.tensor([-4.0, 0.0]), h=0.5)
+        (tensor([-1.,  1.]), tensor([-1.0000,  1.0000]))
     """
     if kind not in ("layer_norm", "rms_norm"):
         raise EulernetError(f"kind={kind!r} is not known; use 'layer_norm' or 'rms_norm'")
@@ -132,7 +132,9 @@ def euler_step_norm(
     dtype = _promoted(skip, branch, layer_scale, mask, h if isinstance(h, Tensor) else None)
     number, scale = _factors(h, layer_scale, dtype, skip.device)
     if kernels.chosen(skip, branch):
-        result = _kernels("_norm").step_norm(skip, branch, number, scale, mask, weight, bias, eps, kind, dtype)
+        result: tuple[Tensor, Tensor] | None = _kernels("_norm").step_norm(
+            skip, branch, number, scale, mask, weight, bias, eps, kind, dtype
+        )
         if result is not None:
             return result
     state = _add(skip, branch, number, scale, mask).to(dtype)
@@ -172,14 +174,16 @@ def euler_step_bn(
     Example:
         >>> import torch
         >>> x = torch.tensor([[3.0], [5.0]])
-        >>> euler_step_bn(x, x, 0.5, torch.tensor([4.0]), torch.tensor([1.0]), eps=0.0)
+        >>> euler_step_bn(x, x, 0.5, torch.tensor([4.0]), torch.tensor([1.0]))
         tensor([[2.5000],
                 [5.5000]])
     """
     if activation is not None and activation not in _ACTIVATIONS:
         raise EulernetError(f"activation={activation!r} is not known; use None, {', '.join(map(repr, _ACTIVATIONS))}")
     if not training and kernels.chosen(skip, branch):
-        result = _kernels("_bn").step_bn(skip, branch, h, running_mean, running_var, weight, bias, eps, activation)
+        result: Tensor | None = _kernels("_bn").step_bn(
+            skip, branch, h, running_mean, running_var, weight, bias, eps, activation
+        )
         if result is not None:
             return result
     normed = F.batch_norm(branch, running_mean, running_var, weight, bias, training, momentum, eps)

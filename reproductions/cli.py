@@ -26,6 +26,7 @@ from eulernet import EulernetError
 from reproductions.errors import DataError
 from reproductions.evidence.claims import Row
 from reproductions.records import FILE, Record, check_folder, read_records, write_records
+from reproductions.studies import GRIDS
 from reproductions.trial import Trial
 
 app = typer.Typer(
@@ -203,11 +204,9 @@ def _grid_command(name: str, about: str) -> None:
     app.command(name, help=about)(command)
 
 
-_grid_command("depth", "Fig. 3: accuracy over depth, h = 1 against h = 0.1, and what h is made of.")
-_grid_command("noise", "Fig. 5: training on noisy inputs, tested on clean ones; noisy labels and noisy tests as well.")
-_grid_command("select", "Fig. 6: accuracy and failed trainings over h, and where rules for h land.")
-_grid_command("robust", "Learning rates, optimisers, no BN; warm-up, clipping and weight decay beside h.")
-_grid_command("finetune", "A trained network, patched without changing its function, trained further on noisy images.")
+for _name, _study in GRIDS.items():
+    if _name != "dynamics":  # its command has an option of its own
+        _grid_command(_name, (_study.__doc__ or "").splitlines()[0])
 
 
 def _grid(
@@ -227,7 +226,6 @@ def _grid(
     from reproductions.evidence.claims import Results
     from reproductions.presets import SEEDS
     from reproductions.report import draw
-    from reproductions.studies import GRIDS
     from reproductions.training import grid
 
     _known(preset)

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers import interpreter
-from helpers.coverage import Covered, page
+from tests.helpers import interpreter
+from tests.helpers.coverage import Covered, page
 
 torch.set_num_threads(1)
 if not torch.cuda.is_available():

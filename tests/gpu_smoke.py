@@ -17,7 +17,8 @@ from eulernet.kernels import _launch
 
 warnings.simplefilter("always")
 D = "cuda"
-START, FAILED = time.time(), []
+START = time.time()
+FAILED: list[str] = []
 LIMIT = 55
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ACT = {None: lambda x: x, "relu": F.relu, "silu": F.silu, "gelu": F.gelu}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import eulernet
 from eulernet import EulernetError, EulernetWarning
-from helpers.networks import LinearStep, ResNet, Tokens, linear, mlp
+from tests.helpers.networks import LinearStep, ResNet, Tokens, linear, mlp
 
 X = torch.linspace(-1, 1, 12, dtype=torch.float64).view(3, 4)
 

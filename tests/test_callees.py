@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
 import eulernet
-from helpers.trapped import build
-from traps.base import DIM, Trap, linear
-from traps.callees import (
+from tests.helpers.trapped import build
+from tests.traps.base import DIM, Trap, linear
+from tests.traps.callees import (
     BoundMethodInAnAttribute,
     ClosureInAnAttribute,
     DecoratedFunction,

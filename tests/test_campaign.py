@@ -19,7 +19,7 @@ from reproductions.records import read_records
 from reproductions.training.loop import SideBySide, Training
 from reproductions.training.stack import Stacked, together
 from reproductions.trial import Trial
-from test_stack import _small_files, root  # noqa: F401  the small data sets
+from tests.helpers.small_data import small_data, small_files  # noqa: F401  the small data sets
 
 CPU = torch.device("cpu")
 
@@ -29,7 +29,7 @@ def of(out: Path, data: Path, seconds: float = 600.0, **more: Any) -> Campaign:
 
 
 def test_the_command_works_through_all_cells_and_runs_nothing_twice(
-    root: Path,  # noqa: F811
+    root: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -53,7 +53,7 @@ def test_the_command_works_through_all_cells_and_runs_nothing_twice(
 
 
 def test_a_way_that_fails_is_noted_and_the_next_one_does_it(
-    root: Path,  # noqa: F811
+    root: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -70,7 +70,7 @@ def test_a_way_that_fails_is_noted_and_the_next_one_does_it(
 
 
 def test_a_way_that_fails_in_the_middle_is_followed_by_another(
-    root: Path,  # noqa: F811
+    root: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -102,7 +102,7 @@ class Graph:
 @pytest.mark.parametrize("works", [True, False])
 def test_where_graphs_can_be_captured_they_are_and_where_not_kernels_are_launched(
     works: bool,
-    root: Path,  # noqa: F811
+    root: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -130,7 +130,7 @@ def test_where_graphs_can_be_captured_they_are_and_where_not_kernels_are_launche
     assert bool(graphs) == works and all(graph.replayed for graph in graphs)
 
 
-def test_without_time_nothing_is_begun_and_the_first_cell_stops(root: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_without_time_nothing_is_begun_and_the_first_cell_stops(root: Path, tmp_path: Path) -> None:
     one = of(tmp_path, root, seconds=1.0)
     time.sleep(1.0)
     trials = cells("smoke", 2, "fp32")[0][1]
@@ -191,7 +191,7 @@ def test_cells_have_five_seeds_and_the_epochs_chosen() -> None:
 
 
 def test_the_desk_trains_in_order_of_worth_and_stops_in_time(
-    root: Path,  # noqa: F811
+    root: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

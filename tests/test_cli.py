@@ -160,7 +160,8 @@ def test_json_with_h_patches(run: Run) -> None:
 
 
 def test_h_is_shown(run: Run) -> None:
-    titles, *rows = (line.split() for line in run("inspect", "timm:resnet18", "--h", "0.25").splitlines()[2:])
+    _, table, _ = run("inspect", "timm:resnet18", "--h", "0.25").split("\n\n")
+    titles, *rows = (line.split() for line in table.splitlines())
     assert [row[titles.index("h")] for row in rows] == ["0.25"] * len(rows)
 
 

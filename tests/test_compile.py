@@ -14,12 +14,14 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import eulernet
 from eulernet.functional import euler_step
-from helpers.trapped import build
-from traps import TRAPS, Trap
+from tests.helpers.trapped import build
+from tests.traps import TRAPS, Trap
 
 # Where Dynamo breaks the graph, patched or not: at += into the attribute of a SimpleNamespace, and in training where
 # random numbers decide which layers run. Both by class, with the modes.
 BREAKING = {"InPlaceAttribute": (False, True), "LayersDroppedAtRandom": (True,)}
+# And where the Dynamo of torch 2.8 to 2.11 still does: at hooks that change what comes in or out.
+BREAKING_EARLIER = {"WorksInHooks"} if torch.__version__ < "2.14" else set()
 
 # Where Dynamo looks at the attributes of a tensor, torch warns of .grad; as an error that would stop the compilation.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
@@ -62,7 +64,7 @@ class Bottleneck(nn.Module):
         return self.relu(out)
 
 
-def vector_net() -> tuple[nn.Module, Tensor]:
+def vector_net() -> tuple[nn.Sequential, Tensor]:
     return nn.Sequential(*(Block() for _ in range(12))), torch.randn(2, 5, 8)
 
 
@@ -109,8 +111,8 @@ def fullgraph_fails(model: nn.Module, inputs: tuple[Any, ...]) -> bool:
 def test_no_more_graph_breaks_than_the_original(cls: type[Trap], training: bool) -> None:
     model, inputs = build(cls, training=training)
     patched = eulernet.patch(copy.deepcopy(model), 0.3, example_inputs=inputs)
-    breaks = training in BREAKING.get(cls.__name__, ())
-    assert fullgraph_fails(model, inputs) is breaks
+    breaks = fullgraph_fails(model, inputs)
+    assert breaks is (training in BREAKING.get(cls.__name__, ())) or cls.__name__ in BREAKING_EARLIER
     if breaks:
         counts = [torch._dynamo.explain(net)(*inputs).graph_break_count for net in (model, patched)]
         assert counts[1] <= counts[0]

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import eulernet
-from traps.base import DIM, Block
-from traps.calls import BranchBegunByTheCaller, FreeFunction
-from traps.classes import Decorated, Extended, ZeroArgumentSuper
-from traps.forms import Plus
-from traps.steps import GlobalSkip
+from tests.traps.base import DIM, Block
+from tests.traps.calls import BranchBegunByTheCaller, FreeFunction
+from tests.traps.classes import Decorated, Extended, ZeroArgumentSuper
+from tests.traps.forms import Plus
+from tests.traps.steps import GlobalSkip
 
 ROOT = str(Path(eulernet.__file__).parents[1])
 
@@ -479,6 +479,7 @@ def test_fx_gives_the_patched_function(model: Net, x: Tensor) -> None:
     torch.testing.assert_close(pickle.loads(pickle.dumps(traced))(x), model(x))
 
 
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable")  # torch 2.11, of what it reads itself
 @pytest.mark.parametrize("strict", [False, True])
 def test_export_gives_the_patched_function(model: Net, x: Tensor, strict: bool) -> None:
     program = torch.export.export(model, (x,), strict=strict)
@@ -509,6 +510,7 @@ def fused_calls(model: nn.Module, x: Tensor) -> int:
     return sum(event.count for event in profile.key_averages() if "transformer_encoder_layer_fwd" in event.key)
 
 
+@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events")  # torch 2.11, once a process
 @pytest.mark.parametrize("stack", [False, True], ids=["layer", "encoder"])
 def test_the_fused_inference_path_is_off_while_patched(stack: bool) -> None:
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)

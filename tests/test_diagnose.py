@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import eulernet
 from eulernet import EulernetError
-from helpers.networks import LinearStep, ResNet, Tokens, linear, mlp
+from tests.helpers.networks import LinearStep, ResNet, Tokens, linear, mlp
 
 GAIN = 5e-3  # a power iteration is a bit below the singular value where the next one is close to it
 X = torch.linspace(-1, 1, 12, dtype=torch.float64).view(3, 4)
@@ -122,8 +122,13 @@ def test_a_residual_network_with_projections_in_place() -> None:
     inputs: list[Tensor] = []
     skips: list[Tensor] = []
     branches: list[Tensor] = []
+
+    def keep_input(block: nn.Module, args: tuple[Tensor]) -> None:
+        args[0].retain_grad()
+        inputs.append(args[0])
+
     for block in reference.blocks:
-        block.register_forward_pre_hook(lambda block, args: (args[0].retain_grad(), inputs.append(args[0]))[0])
+        block.register_forward_pre_hook(keep_input)
         block.shortcut.register_forward_hook(lambda module, args, out: skips.append(out.detach().clone()))
         block.bn2.register_forward_hook(lambda module, args, out: branches.append(out.detach().clone()))
     nn.functional.cross_entropy(reference(x), y).backward()

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import eulernet
-from traps.base import Block
+from tests.traps.base import Block
 
 # Of torch's own code: a deprecated backend's name, a hook on an input that needs no gradient.
 pytestmark = [

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import eulernet
 from eulernet import EulernetError, EulernetWarning
-from helpers.refusals import refused, snapshot
+from tests.helpers.refusals import refused, snapshot
 
 ROOT = str(Path(eulernet.__file__).parents[1])
 
@@ -507,7 +507,7 @@ def test_example_inputs_that_are_not_on_meta_with_the_model() -> None:
 # ------------------------------------------------------------------------------------------------------------- wrappers
 
 
-class OwnParallel(nn.DataParallel):
+class OwnParallel(nn.DataParallel[nn.Module]):
     """A wrapper with additions of its own, as those of training frameworks."""
 
 

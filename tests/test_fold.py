@@ -18,10 +18,10 @@ from torch.utils._pytree import tree_leaves
 import eulernet
 from eulernet import EulernetError, EulernetWarning, Step
 from eulernet._find.absorb import _HOMOGENEOUS
-from helpers.refusals import refused
-from helpers.trapped import build
-from traps import TRAPS, Trap
-from traps.forms import NarrowingInPlaceAddition, WideningAddition
+from tests.helpers.refusals import refused
+from tests.helpers.trapped import build
+from tests.traps import TRAPS, Trap
+from tests.traps.forms import NarrowingInPlaceAddition, WideningAddition
 
 SHAPE = (3, 4, 8, 8)
 X = torch.linspace(-2, 2, 3 * 4 * 8 * 8, dtype=torch.float64).sin().view(SHAPE) * 1.7
@@ -587,7 +587,7 @@ class Nested(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.inner = nn.Sequential(conv(), Residual(conv()))
+        self.inner = nn.Sequential(conv(), Residual(conv()), Residual(conv()))
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.inner(x)
@@ -595,18 +595,19 @@ class Nested(nn.Module):
 
 def test_a_step_in_the_branch_of_another() -> None:
     model = Nested().double()
-    weights = [model.inner[0].weight.clone(), model.inner[1].f.weight.clone()]
+    weights = [model.inner[0].weight.clone(), model.inner[1].f.weight.clone(), model.inner[2].f.weight.clone()]
     eulernet.patch(model, {"<root>": 0.5, "*": 0.25}, example_inputs=X, include=["<root>", "inner"])
-    assert len(eulernet.steps(model)) == 2
+    assert len(eulernet.steps(model)) == 3
     expected = in_both_modes(model, X)
     with pytest.raises(
-        EulernetError, match=r"<root> \(Nested\): conv2d \(in inner\.0\) is also read by conv2d \(in inner\.1\.f\)"
+        EulernetError, match=r"<root> \(Nested\): add \(in inner\.1\) is also read by conv2d \(in inner\.2\.f\)"
     ):
         eulernet.fold(model, example_inputs=X)
     eulernet.fold(model, where_possible=True, example_inputs=X)
     assert_equal_to_rounding(in_both_modes(model, X), expected)
     assert torch.equal(model.inner[0].weight, weights[0])
-    torch.testing.assert_close(model.inner[1].f.weight, 0.25 * weights[1], rtol=1e-15, atol=0)
+    for block, weight in zip(model.inner[1:], weights[1:], strict=True):
+        torch.testing.assert_close(block.f.weight, 0.25 * weight, rtol=1e-15, atol=0)
 
 
 @pytest.mark.filterwarnings("ignore::eulernet.EulernetWarning", "ignore:None of the inputs have requires_grad=True")

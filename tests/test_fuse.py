@@ -16,8 +16,8 @@ from torch import Tensor, nn
 import eulernet
 from eulernet import kernels
 from eulernet._run import fuse
-from helpers.checks import assert_identical, run, train
-from helpers.reference import tensors
+from tests.helpers.checks import assert_identical, run, train
+from tests.helpers.reference import tensors
 
 pytest.importorskip("triton")
 from eulernet.kernels._launch import Launch

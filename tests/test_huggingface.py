@@ -5,9 +5,9 @@ from collections.abc import Callable
 import pytest
 
 import eulernet
-from helpers.checks import check
-from helpers.coverage import Covered
-from helpers.zoo import hugging_face_model, hugging_face_types
+from tests.helpers.checks import check
+from tests.helpers.coverage import Covered
+from tests.helpers.zoo import hugging_face_model, hugging_face_types
 
 transformers = pytest.importorskip("transformers")
 
@@ -99,6 +99,7 @@ def test_hugging_face(kind: str, record_property: Callable[[str, object], None])
     record_property("coverage", tuple(covered))  # xdist sends builtin types only
 
 
+@pytest.mark.sweep
 def test_at_least_270_types_are_verified() -> None:
     left_out = {*WITHOUT_STEPS, *" ".join(NOT_BUILT.values()).split()}
     assert left_out <= set(hugging_face_types())

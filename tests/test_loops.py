@@ -16,9 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 import eulernet
 import eulernet.kernels
-from helpers.trapped import assert_identical, build
-from traps.base import DIM
-from traps.loops import LoopWithAnOtherHalf, PreNorm, TransformerLoop
+from tests.helpers.trapped import assert_identical, build
+from tests.traps.base import DIM
+from tests.traps.loops import LoopWithAnOtherHalf, PreNorm, TransformerLoop
 
 NAMES = [f"layers.{i}.{j}" for i in range(3) for j in range(2)]
 FACTORS = [0.3 + 0.1 * i for i in range(6)]

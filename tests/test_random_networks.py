@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import eulernet
-from helpers.random_networks import (
+from tests.helpers.random_networks import (
     FEATURES,
     KnownStep,
     RandomNetwork,

@@ -29,7 +29,7 @@ from reproductions.data.cifar10 import load_cifar10
 from reproductions.data.two_moons import two_moons
 from reproductions.errors import DataError
 from reproductions.evidence import statistics
-from reproductions.evidence.statistics import mean_interval, t_quantile
+from reproductions.evidence.statistics import mean_interval
 from reproductions.records import read_records, write_records
 from reproductions.studies import fig1_euler as euler
 from reproductions.studies import fig4_two_moon as two_moon
@@ -236,7 +236,10 @@ def test_two_moon_command_writes_what_figures_draws_again(tmp_path: Path) -> Non
         assert len(record["result"]["train_loss_curve"]) == 8
     assert "Failed trainings of 2" in printed and "paired by seed" in printed
 
-    pictures = {name: (tmp_path / "study" / name).read_bytes() for name in ("features.png", "learning_rates.png")}
+    pictures = {
+        name: (tmp_path / "study" / name).read_bytes()
+        for name in ("features.png", "learning_rates.png", "at_a_glance.png")
+    }
     for name in pictures:
         (tmp_path / "study" / name).unlink()
     run_cli("figures", "--results", tmp_path)
@@ -286,7 +289,11 @@ def test_records_are_lines_of_strict_json_and_keep_the_configuration_exact(tmp_p
     ("freedom", "quantile"), [(1, 12.7062), (2, 4.30265), (9, 2.26216), (30, 2.04227), (1000, 1.96234)]
 )
 def test_t_quantiles_are_those_of_the_tables(freedom: int, quantile: float) -> None:
-    assert t_quantile(freedom) == pytest.approx(quantile, rel=1e-5)
+    values = np.random.default_rng(0).normal(size=freedom + 1)
+    mean, low, high = mean_interval(values.tolist())
+    error = values.std(ddof=1) / math.sqrt(len(values))
+    assert (high - mean) / error == pytest.approx(quantile, rel=1e-5)
+    assert (mean - low) / error == pytest.approx(quantile, rel=1e-5)
 
 
 def test_interval_covers_the_mean_as_often_as_it_says() -> None:
@@ -325,7 +332,7 @@ class Python2Pickler(pickle._Pickler):
 
     def save_string(self, value: bytes | str) -> None:
         raw = value if isinstance(value, bytes) else value.encode("latin1")
-        self.write(pickle.BINSTRING + len(raw).to_bytes(4, "little") + raw)
+        self.write(pickle.BINSTRING + len(raw).to_bytes(4, "little") + raw)  # type: ignore[attr-defined]
 
     dispatch[bytes] = dispatch[str] = save_string
 

@@ -16,8 +16,8 @@ from torch._dynamo.testing import CompileCounter
 
 import eulernet
 from eulernet import EulernetError, HScheduler, Step, schedules
-from helpers.refusals import refused
-from traps.base import Block
+from tests.helpers.refusals import refused
+from tests.traps.base import Block
 
 DIM = 8
 X = torch.linspace(-1, 1, 2 * DIM).view(2, DIM)
@@ -204,7 +204,7 @@ def test_a_module_that_is_called_several_times_has_one_value_in_all_its_runs() -
     model = Repeated()
     for row in eulernet.suggest_h(model, example_inputs=X).bounds:
         steps = eulernet.steps(eulernet.patch(model, row.rule, example_inputs=X))
-        assert sorted(row.h) == sorted(step.h for step in steps for _ in range(step.calls))
+        assert sorted(row.h) == sorted(step.h for step in steps for _ in range(step.calls) if step.h)
         assert row.depth == len(row.h) == 5
 
 

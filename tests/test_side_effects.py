@@ -16,12 +16,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 
 import eulernet
-from helpers.trapped import build, every_trap
-from traps import Trap
-from traps.base import DIM, Block
-from traps.branches import EncoderPostNorm
-from traps.classes import make_class
-from traps.steps import Stage
+from tests.helpers.trapped import build, every_trap
+from tests.traps import Trap
+from tests.traps.base import DIM, Block
+from tests.traps.branches import EncoderPostNorm
+from tests.traps.classes import make_class
+from tests.traps.steps import Stage
 
 TABLES: dict[int, Tensor] = {}
 HISTORY: list[tuple[int, ...]] = []
@@ -125,7 +125,7 @@ def assert_same_values(model: nn.Module, before: list[tuple[str, int, int, Tenso
 
 
 def random_states() -> tuple[Any, ...]:
-    kind, keys, *rest = np.random.get_state()
+    kind, keys, *rest = np.random.get_state(legacy=True)
     return torch.get_rng_state().tolist(), random.getstate(), kind, keys.tolist(), rest
 
 

@@ -1,29 +1,23 @@
 """K trainings as one network by groups are K trainings."""
 
-import csv
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from reproductions.data import ag_news as texts
 from reproductions.data import batches as sources
-from reproductions.data import cifar10 as data
 from reproductions.data.batches import Source
 from reproductions.training.loop import SideBySide, Training
 from reproductions.training.network import build
 from reproductions.training.stack import Blocks, Stacked, stack, together
 from reproductions.trial import Trial
+from tests.helpers.small_data import small_data, small_files  # noqa: F401  fixtures
 
-CPU, COUNT = torch.device("cpu"), 320
-SMALL = Trial(
-    depth=14, size=8, train=1280, test=100, batch_size=64, epochs=2, milestones=(), log=True, precision="fp32"
-)
+CPU = torch.device("cpu")
+SMALL = Trial(depth=8, size=8, train=640, test=100, batch_size=32, epochs=2, milestones=(), log=True, precision="fp32")
 NEWS = Trial(
     data="ag-news", model="vdcnn", depth=9, size=64, batch_size=16, epochs=2, milestones=(), log=True, precision="fp32"
 )
@@ -35,40 +29,6 @@ MIXED = [
     replace(SMALL, rate=0.01, warmup=10),
     replace(SMALL, h=0.3, seed=5, optimizer="adam", learning_rate=1e-3),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _small_files(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Small files, and none of another test's data."""
-    monkeypatch.setattr(data, "IMAGES_PER_FILE", COUNT)
-    monkeypatch.setattr(texts, "TEST_ROWS", 24)
-    cached = (sources._load, sources._cifar10, sources._ag_news)
-    for function in cached:
-        function.cache_clear()
-    yield
-    for function in cached:
-        function.cache_clear()
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with both data sets, small."""
-    root = tmp_path_factory.mktemp("data")
-    rng = np.random.default_rng(0)
-    (root / "cifar-10-batches-bin").mkdir()
-    for name in [f"data_batch_{number}.bin" for number in range(1, 6)] + ["test_batch.bin"]:
-        labels = np.arange(COUNT) % 10
-        pixels = rng.integers(0, 128, (COUNT, 3072)) + 12 * labels[:, None]
-        records = np.concatenate([labels[:, None], pixels], axis=1).astype(np.uint8)
-        (root / "cifar-10-batches-bin" / name).write_bytes(records.tobytes())
-    (root / "ag_news").mkdir()
-    for name, rows in (("train", 80), ("test", 24)):
-        with (root / "ag_news" / f"{name}.csv").open("w", newline="") as file:
-            writer = csv.writer(file, quoting=csv.QUOTE_ALL)
-            for row in range(rows):
-                words = rng.choice(["market", "goal", "chip", "war", "bank", "team"], 12)
-                writer.writerow([row % 4 + 1, f"{name} {row}", " ".join(words)])
-    return root
 
 
 class Widened(Source):

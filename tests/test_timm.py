@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 import eulernet
-from helpers.checks import check
-from helpers.coverage import Covered
-from helpers.zoo import TIMM, TIMM_SHRUNK, quiet, timm_model
+from tests.helpers.checks import check
+from tests.helpers.coverage import Covered
+from tests.helpers.zoo import TIMM, TIMM_SHRUNK, quiet, timm_model
 
 timm = pytest.importorskip("timm")
 

@@ -5,9 +5,9 @@ from collections.abc import Callable
 import pytest
 
 import eulernet
-from helpers.checks import check
-from helpers.coverage import Covered
-from helpers.zoo import build_torchvision, quiet, torchvision_model, torchvision_names
+from tests.helpers.checks import check
+from tests.helpers.coverage import Covered
+from tests.helpers.zoo import build_torchvision, quiet, torchvision_model, torchvision_names
 
 torchvision = pytest.importorskip("torchvision")
 

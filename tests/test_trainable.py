@@ -24,17 +24,19 @@ from torch.utils.checkpoint import checkpoint
 import eulernet
 from eulernet import EulernetError, Step
 from eulernet._run.learned import stage, step_parameters
-from helpers.refusals import refused
-from helpers.trapped import assert_identical, both_modes, build, every_trap, run
-from traps import TRAPS, Trap
-from traps.base import DIM, Block, Form
-from traps.forms import InPlaceMinus, NarrowingInPlaceAddition, Plus
-from traps.steps import TwoTowers
+from tests.helpers.refusals import refused
+from tests.helpers.trapped import assert_identical, both_modes, build, every_trap, run
+from tests.traps import TRAPS, Trap
+from tests.traps.base import DIM, Block, Form
+from tests.traps.forms import InPlaceMinus, NarrowingInPlaceAddition, Plus
+from tests.traps.steps import TwoTowers
 
 # Where Dynamo looks at the attributes of a tensor, torch warns of .grad; as an error that would stop the compilation.
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor:UserWarning",
+    "ignore:the stream from the model:eulernet.EulernetWarning",  # test_traps.py asserts that long steps are named
+)
 
-DIM = DIM
 X = torch.linspace(-1, 1, 2 * DIM).view(2, DIM)
 
 

@@ -18,13 +18,16 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import eulernet
-from helpers.trapped import assert_identical, both_modes, build, every_trap, run
-from traps import TRAPS, UNSUPPORTED, Trap, calls
-from traps.base import DIM, Block, linear
-from traps.calls import BranchBegunByTheCaller, Dense, FreeFunction
-from traps.classes import Registered, RegisteredChild, RegistryGenericAbstract
-from traps.places import TwoOnALine
-from traps.steps import ParallelStatements, TwoTowers
+from tests.helpers.trapped import assert_identical, both_modes, build, every_trap, run
+from tests.traps import TRAPS, UNSUPPORTED, Trap, calls
+from tests.traps.base import DIM, Block, linear
+from tests.traps.calls import BranchBegunByTheCaller, Dense, FreeFunction
+from tests.traps.classes import Registered, RegisteredChild, RegistryGenericAbstract
+from tests.traps.places import TwoOnALine
+from tests.traps.steps import ParallelStatements, TwoTowers
+
+# A model with a long step is patched here as any other; test_what_patch_warns_of asserts the warning.
+pytestmark = pytest.mark.filterwarnings("ignore:the stream from the model:eulernet.EulernetWarning")
 
 
 def patched(model: Trap, inputs: tuple[Any, ...], h: float | Sequence[float]) -> Trap:
@@ -37,7 +40,7 @@ def patched(model: Trap, inputs: tuple[Any, ...], h: float | Sequence[float]) ->
 
 
 @every_trap
-def test_what_is_found(cls: type[Trap]) -> None:
+def test_the_expected_steps_are_found(cls: type[Trap]) -> None:
     model, inputs = build(cls)
     found = eulernet.find_steps(model, example_inputs=inputs)
     seen = [(step.name, step.kind, step.calls, step.depth, len(step.places)) for step in found]
@@ -69,7 +72,7 @@ def test_a_factor_for_each_step_gives_the_reference(cls: type[Trap], training: b
 
 @both_modes
 @every_trap
-def test_one_is_bit_identical(cls: type[Trap], training: bool) -> None:
+def test_h_of_one_is_bit_identical(cls: type[Trap], training: bool) -> None:
     model, inputs = build(cls, training=training)
     one = patched(model, inputs, 1.0)
     other = copy.deepcopy(model)
@@ -79,7 +82,7 @@ def test_one_is_bit_identical(cls: type[Trap], training: bool) -> None:
 
 
 @every_trap
-def test_one_is_bit_identical_without_grad(cls: type[Trap]) -> None:
+def test_h_of_one_is_bit_identical_without_grad(cls: type[Trap]) -> None:
     model, inputs = build(cls)
     one = patched(model, inputs, 1.0)
     for context in (torch.no_grad(), torch.inference_mode()):
@@ -93,7 +96,7 @@ def test_one_is_bit_identical_without_grad(cls: type[Trap]) -> None:
 
 @pytest.mark.parametrize("cls", [cls for cls in TRAPS if len(cls.shape) == 4], ids=lambda cls: cls.__name__)
 @both_modes
-def test_one_is_bit_identical_in_channels_last(cls: type[Trap], training: bool) -> None:
+def test_h_of_one_is_bit_identical_in_channels_last(cls: type[Trap], training: bool) -> None:
     model, inputs = build(cls, training=training)
     model = model.to(memory_format=torch.channels_last)
     inputs = tuple(x.contiguous(memory_format=torch.channels_last) for x in inputs)
@@ -104,7 +107,7 @@ def test_one_is_bit_identical_in_channels_last(cls: type[Trap], training: bool) 
 
 @both_modes
 @pytest.mark.parametrize("cls", [cls for cls in TRAPS if cls.autocast], ids=lambda cls: cls.__name__)
-def test_one_is_bit_identical_under_autocast(cls: type[Trap], training: bool) -> None:
+def test_h_of_one_is_bit_identical_under_autocast(cls: type[Trap], training: bool) -> None:
     model, inputs = build(cls, training=training)
     one = patched(model, inputs, 1.0)
     with torch.autocast("cpu", torch.bfloat16):
@@ -469,7 +472,7 @@ class Block(nn.Module):
     ],
     ids=["plain", "crlf", "tabs", "bom", "latin-1", "future", "form-feed", "triple-quotes"],
 )
-def test_source_files_of_all_kinds(encode: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_source_files_of_all_kinds_are_patched(encode: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = f"source_{tmp_path.name}"
     (tmp_path / f"{name}.py").write_bytes(encode(SOURCE))
     monkeypatch.syspath_prepend(tmp_path)
@@ -487,3 +490,19 @@ def test_the_traceback_shows_the_models_own_line() -> None:
         model(*inputs)
     shown = "".join(traceback.format_exception(caught.value))
     assert "out += self.b(y)" in shown and inspect.getfile(ParallelStatements) in shown
+
+
+@pytest.mark.filterwarnings("default::eulernet.EulernetWarning")
+@every_trap
+def test_what_patch_warns_of(cls: type[Trap]) -> None:
+    """A stream from input to output that keeps a sum at h = 1 is named, and nothing else is where all is scaled."""
+    model, inputs = build(cls)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        eulernet.patch(model, 0.5, example_inputs=inputs)
+    said = "".join(str(w.message) for w in caught if issubclass(w.category, eulernet.EulernetWarning))
+    assert ("keeps h = 1 at" in said) == bool(cls.long)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", eulernet.EulernetWarning)
+        if not said:
+            eulernet.patch(model, 0.5, example_inputs=inputs)

@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 import eulernet
 from eulernet import EulernetError
-from helpers.checks import snapshot
-from helpers.networks import ResNet, Tokens, linear, mlp
+from tests.helpers.checks import snapshot
+from tests.helpers.networks import ResNet, Tokens, linear, mlp
 
 X = torch.linspace(-1, 1, 12, dtype=torch.float64).view(3, 4)
 
@@ -97,7 +97,8 @@ def test_without_gradients_they_are_left_out() -> None:
 def test_every_k_th_iteration() -> None:
     model = eulernet.patch(mlp(3), h=0.1, example_inputs=torch.zeros(2, 8))
     x = torch.randn(4, 8)
-    all_of_them, some = [], []
+    all_of_them: list[Any] = []
+    some: list[Any] = []
     for every, into in ((1, all_of_them), (3, some)):
         twin = copy.deepcopy(model)
         with eulernet.watch(twin, every=every) as log:
@@ -278,6 +279,8 @@ def test_it_can_be_unpatched_meanwhile() -> None:
     assert snapshot(model) == before
 
 
+# As in test_compile.py: where Dynamo looks at the attributes of a tensor, torch 2.11 warns of .grad.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 @pytest.mark.parametrize("how", ["wrapper", "inner", "in place"])
 def test_a_compiled_model(how: str) -> None:
     """Weights and gradients are recorded, and that steps cannot be seen is said."""

@@ -68,7 +68,7 @@ def _is_other_half(graph: Graph, step: StepCall, result: int, skip: int, branch:
     """Whether a sum in a step's branch goes on beside it, and adds a map of the step's state to what is none of it."""
     goes_on = graph.readers.get(result, set()) - step.within - {step.addition.result}
     alike = all(graph.nodes[n].shape == graph.nodes[step.skip].shape for n in (result, skip, branch))
-    foreign = skip not in step.within and skip != step.state and not graph.constant[skip]
+    foreign = skip not in step.within and skip != step.state and not graph.constant[skip] and graph.is_state(skip)
     if not (goes_on and alike and foreign and branch in step.within):
         return False
     ancestors = graph.ancestors(branch, step.state, step.state)

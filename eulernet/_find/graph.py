@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from eulernet._find.trace import ADDITIONS, CONTRACTIONS, Addition, Trace
+from eulernet._find.trace import ADDITIONS, CONTRACTIONS, SLICES, Addition, Trace
 from eulernet._step import Reason
 
 VIEWS = frozenset(
@@ -127,6 +127,12 @@ class Graph:
                 return
             node = inputs[0]
             yield node
+
+    def is_state(self, node: int) -> bool:
+        """Whether a node is handed on, no result of a map: given, a part or a join of what was, or a sum."""
+        last = list(self.same(node, 0))[-1]
+        op = self.nodes[last].op
+        return last in self.sums or op in SLICES or op in _JOINS or not self.nodes[last].inputs
 
     def uses(self, node: int) -> set[int]:
         """What is made of a node, its views, casts and multiples, and its sums with constants: the first other ones."""

@@ -116,8 +116,8 @@ def step(
             return None
         into = None if out is None else out is branch
         stepped: Any = _Step.apply(skip, branch, scale, mask, h, plan, into)
-        result = stepped[0] if plan.smooth else stepped
-        return result
+        state: Tensor = stepped[0] if plan.smooth else stepped
+        return state
     except Unavailable:
         return None
 

@@ -1,4 +1,4 @@
-"""Means and their intervals."""
+"""Means, differences and shares with their intervals."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+from scipy import stats
+
+LEVEL = 0.95
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
@@ -19,16 +22,21 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
     mean = float(np.mean(values))
     if len(values) < 2:
         return mean, -math.inf, math.inf
-    half = t_quantile(len(values) - 1) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    half = float(stats.t.ppf((1 + LEVEL) / 2, len(values) - 1)) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
     return mean, mean - half, mean + half
 
 
-def t_quantile(freedom: int, level: float = 0.95) -> float:
-    """The t that a Student variable of `freedom` degrees stays within, on both sides, with probability `level`.
+def difference_interval(first: Sequence[float], second: Sequence[float]) -> tuple[float, float, float]:
+    """Second minus first, of independent samples: the difference of means and the ends of Welch's 95 % interval.
 
-    The distribution function is integrated over the angle arctan(t / sqrt(freedom)), in which it is smooth and bounded.
+    Example:
+        >>> mean, low, high = difference_interval([1.0, 2.0, 3.0], [4.0, 5.0, 7.0])
+        >>> round(mean, 3), round(low, 3), round(high, 3)
+        (3.333, 0.212, 6.454)
     """
-    angle = np.linspace(0.0, math.pi / 2, 100_001)
-    density = np.cos(angle) ** (freedom - 1)
-    mass = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
-    return math.tan(float(np.interp(level, mass / mass[-1], angle))) * math.sqrt(freedom)
+    mean = float(np.mean(second) - np.mean(first))
+    if min(len(first), len(second)) < 2 or (np.std(first) == 0 and np.std(second) == 0):
+        spread = 0.0 if min(len(first), len(second)) >= 2 else math.inf
+        return mean, mean - spread, mean + spread
+    interval = stats.ttest_ind(second, first, equal_var=False).confidence_interval(LEVEL)
+    return mean, float(interval.low), float(interval.high)

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from reproductions.data.batches import load
-from reproductions.evidence.claims import NOT_RUN, SEEDS, Results, Row, compare, network, verdict
+from reproductions.evidence.claims import NOT_RUN, SEEDS, Results, Row, compare, describe, network, verdict
 from reproductions.evidence.statistics import mean_interval
 from reproductions.evidence.style import BLUE, BOTH, LOOKS, VERMILLION, finish
 from reproductions.presets import AUTO, EULER, IMAGES, PLAIN, PRESETS, RATE, START, TEXTS, Part
@@ -75,15 +75,44 @@ def claims(results: Results, preset: str) -> list[Row]:
         for claim, name in (
             (f"the averaged weight norm of layer 2 is smaller{paper}", "log/layer 2/mean_weight"),
             ("the gradients of layer 2 do not explode (largest norm)", "log/layer 2/largest_gradient"),
+            (f"late gradients in deep layers are smaller (layer {deepest})", f"log/layer {deepest}/late_gradient"),
             (
-                "late gradients of the deepest convolution are less bumpy (coefficient of variation)",
+                f"late gradients in deep layers are smaller (layer {deepest // 2})",
+                f"log/layer {deepest // 2}/late_gradient",
+            ),
+            (
+                f"late gradients in deep layers are less bumpy (layer {deepest}, coefficient of variation)",
                 f"log/layer {deepest}/late_variation",
             ),
             ("features move less from block to block", "feature_steps"),
         ):
             claim = f"{model} {depth}: with h = 0.1 {claim}"
             rows.append(compare(results, claim, [pair], name, higher=False, form="{:+.3g}"))
+        claim = (
+            f"{model} {depth}: with h = 1 the weights of layer 2 reach a plateau in the first tenth of the iterations"
+        )
+        rows.append(_plateau(results, claim, pair[0]))
     return rows
+
+
+def _plateau(results: Results, claim: str, one: Trial) -> Row:
+    """Whether the norm has gone more than half of its way after a tenth of the iterations."""
+    shares = []
+    for _, key in _keys(one):
+        log = results.records.get(key, {}).get("result", {}).get("log", {})
+        weights = log.get("layer 2", {}).get("weight", [])
+        if len(weights) > 1 and None not in weights:
+            early = np.interp(log["iterations"][-1] / 10, log["iterations"], weights)
+            shares.append(float((early - weights[0]) / (weights[-1] - weights[0])))
+    if not shares:
+        return Row(claim, describe([one], 0), "", NOT_RUN)
+    mean, low, high = mean_interval(shares)
+    return Row(
+        claim,
+        describe([one], len(shares)),
+        f"{mean:.2f} ({low:.2f} to {high:.2f}) of the way",
+        verdict(low - 0.5, high - 0.5),
+    )
 
 
 # ---- the start alone

@@ -13,12 +13,14 @@ from matplotlib.figure import Figure
 
 from reproductions.evidence.claims import (
     NOT_RUN,
+    POINT,
     REFUTED,
     SUPPORTED,
     UNDECIDED,
     Results,
     Row,
     compare,
+    compare_spreads,
     describe,
     failures,
 )
@@ -106,8 +108,18 @@ def claims(results: Results, preset: str) -> list[Row]:
             pair = [(cell(preset, model, depth, 1.0), cell(preset, model, depth, chosen))]
             claim = f"{model} {depth}: the h chosen on held-out samples ({chosen:g}) tests better than h = 1"
             rows.append(compare(results, claim, pair, "test_accuracy"))
-            low = [(cell(preset, model, depth, 0.001), cell(preset, model, depth, chosen))]
-            rows.append(compare(results, f"{model} {depth}: h = 0.001 tests worse than that", low, "test_accuracy"))
+            for small in (0.001, 0.01):
+                low = [(cell(preset, model, depth, small), cell(preset, model, depth, chosen))]
+                claim = f"{model} {depth}: h = {small:g} tests worse than that"
+                rows.append(compare(results, claim, low, "test_accuracy"))
+            if depth == 20:
+                large = [(cell(preset, model, depth, chosen), cell(preset, model, depth, 2.0))]
+                claim = f"{model} {depth}: h = 2 is tolerated: it tests less than a point worse than that"
+                rows.append(compare(results, claim, large, "test_accuracy", margin=POINT))
+            numbers = [h for h in grid_of(preset, model) if not isinstance(h, str)]
+            steady = [(cell(preset, model, depth, 1.0), cell(preset, model, depth, h)) for h in numbers if h <= 0.1]
+            claim = f"{model} {depth}: at small h (up to 0.1) accuracy varies less over seeds than at h = 1"
+            rows.append(compare_spreads(results, claim, steady, "test_accuracy"))
             for rule in CHOICES[model]:
                 pair = [(cell(preset, model, depth, chosen), cell(preset, model, depth, rule))]
                 landed = results.column(pair[0][1], "h")
@@ -129,7 +141,23 @@ def claims(results: Results, preset: str) -> list[Row]:
         word = word if seeds == FAILURE_SEEDS else UNDECIDED
         run = describe([short(preset, model, depth, 1.0)], seeds)
         rows.append(Row(f"{claim} (more than a fifth)", run, f"{outcome}; {failed:.0%} at the large ones", word))
+    for model in dict.fromkeys(model for model, _ in NETWORKS[preset]):
+        depths = sorted(depth for other, depth in NETWORKS[preset] if other == model)
+        if len(depths) > 1:
+            rows.append(_smaller_with_depth(results, preset, model, depths))
     return rows
+
+
+def _smaller_with_depth(results: Results, preset: str, model: str, depths: list[int]) -> Row:
+    """Whether the best h falls with depth; medians choose it once a depth, so that nothing says how sure that is."""
+    claim = f"{model}: a deeper network wants a smaller h"
+    run = describe([cell(preset, model, depth, 1.0) for depth in depths], 0)
+    chosen = {depth: best(results, preset, model, depth) for depth in depths}
+    if any(h is None for h in chosen.values()):
+        return Row(claim, run, "", NOT_RUN)
+    outcome = "best h on held-out samples " + ", ".join(f"{h:g} at {depth}" for depth, h in chosen.items())
+    falls = (chosen[depths[0]] or 0.0) > (chosen[depths[-1]] or 0.0)
+    return Row(claim, run, outcome, UNDECIDED if falls else REFUTED)
 
 
 def _place(results: Results, preset: str, model: str, depth: int, chosen: float | None) -> Row:

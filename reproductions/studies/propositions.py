@@ -29,7 +29,7 @@ from torch import Tensor, nn
 import eulernet
 from reproductions.data.batches import load
 from reproductions.evidence.claims import NOT_RUN, REFUTED, SUPPORTED, Results, Row, verdict
-from reproductions.evidence.statistics import mean_interval
+from reproductions.evidence.statistics import difference_interval, mean_interval
 from reproductions.evidence.style import BLUE, GREEN, ORANGE, VERMILLION
 from reproductions.models import CifarResNet, ConvBlock
 from reproductions.presets import IMAGES
@@ -217,6 +217,11 @@ def claims(results: Results, preset: str) -> list[Row]:
             holds(not all(inside)),
         )
     )
+    for quantity, what in (("growth", "The gradient grows more"), ("noise", "Noise is amplified more")):
+        if len(depths) > 1:
+            ends = [[r["result"][quantity] for r in own if _is(r, depth, 1.0)] for depth in (depths[0], depths[-1])]
+            claim = f"{what} over depth {depths[-1]} than over depth {depths[0]}, with h = 1"
+            rows.append(_more(claim, f"the first stage; {len(ends[0])} seeds", *ends))
     for quantity, what in (("growth", "The gradient grows less"), ("noise", "Noise is amplified less")):
         for depth in depths:
             pair = [{r["config"]["seed"]: r["result"][quantity] for r in own if _is(r, depth, h)} for h in (1.0, 0.1)]
@@ -232,6 +237,13 @@ def claims(results: Results, preset: str) -> list[Row]:
                 )
             )
     return rows
+
+
+def _more(claim: str, run: str, few: Sequence[float], many: Sequence[float]) -> Row:
+    """Whether the second is more: different networks, so that seeds do not pair them."""
+    mean, low, high = difference_interval(few, many)
+    outcome = f"{np.median(few):.3g} -> {np.median(many):.3g}; {mean:+.3g} ({low:+.3g} to {high:+.3g})"
+    return Row(claim, run, outcome, verdict(low, high))
 
 
 def _is(record: Record, depth: int, h: float) -> bool:

@@ -76,6 +76,10 @@ def claims(results: Results, preset: str) -> list[Row]:
         best = [(at_best_rate(results, preset, PLAIN, *changes), at_best_rate(results, preset, EULER, *changes))]
         claim = f"Each h at its best learning rate, {kind}, h = 0.1 tests better"
         rows.append(compare(results, claim, best, "test_accuracy"))
+    claim = "With h = 1 accuracy falls without BN"
+    rows.append(
+        compare(results, claim, [(cell(preset, PLAIN), cell(preset, PLAIN, NO_NORM))], "test_accuracy", higher=False)
+    )
     for name, change in OPTIMIZERS.items():
         pair = [(cell(preset, PLAIN, change), cell(preset, EULER, change))]
         rows.append(compare(results, f"Under {name}, h = 0.1 tests better", pair, "test_accuracy"))

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
-import timm
 import torch
 from torch import Tensor, nn
 
@@ -36,6 +35,8 @@ def build(config: Config) -> nn.Module:
 
     timm's ResNets start with the last gamma of each branch at zero, where no h would show: here they start at one.
     """
+    import timm  # only here: it takes seconds, and no other study wants it
+
     torch.manual_seed(config.seed)
     resnet = timm.models.is_model_in_modules(config.model, ["resnet"])
     model = timm.create_model(config.model, num_classes=CLASSES, **({"zero_init_last": False} if resnet else {}))

@@ -144,6 +144,8 @@ def train(
             "train_loss": losses(train_x, train_y),
             "validation_accuracy": _accuracy(vmap(forward)(parameters, validation[0]), validation[1]),
             "test_accuracy": _accuracy(vmap(forward)(parameters, test[0]), test[1]),
+            "feature_step": _feature_step(network, parameters, test[0]),
+            "weight": _weight(parameters),
             **_amplification(network, parameters, test[0], protocol.probe_noise, generators, of_trial),
         }
     every = max(1, protocol.epochs // 10)
@@ -170,6 +172,28 @@ def _stack(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 def _accuracy(logits: Tensor, labels: Tensor) -> Tensor:
     return (logits.argmax(dim=-1) == labels).double().mean(dim=-1)
+
+
+def _feature_step(network: ResidualMLP, parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+    """`||x_{n+1} - x_n|| / ||x_n||`, the mean over blocks and points."""
+
+    def moved(values: dict[str, Tensor], x: Tensor) -> Tensor:
+        ratios = []
+        for number, block in enumerate(network.blocks):
+            start = f"blocks.{number}."
+            own = {name.removeprefix(start): value for name, value in values.items() if name.startswith(start)}
+            after: Tensor = functional_call(block, own, (x,))
+            ratios.append(((after - x).norm(dim=-1) / x.norm(dim=-1)).mean())
+            x = after
+        return torch.stack(ratios).mean()
+
+    return vmap(moved)(parameters, x)
+
+
+def _weight(parameters: dict[str, Tensor]) -> Tensor:
+    """The norm of the weights of all blocks together."""
+    weights = [value for name, value in parameters.items() if name.startswith("blocks.") and name.endswith("weight")]
+    return torch.stack([weight.flatten(1).square().sum(dim=1) for weight in weights]).sum(dim=0).sqrt()
 
 
 def _amplification(

@@ -14,8 +14,8 @@ from torch.utils._pytree import keystr, tree_map, tree_map_with_path
 import eulernet
 from eulernet import Step, Steps
 from eulernet._find.inputs import Arguments
-from helpers.reference import reference, tensors
-from helpers.zoo import Specimen, quiet
+from tests.helpers.reference import reference, tensors
+from tests.helpers.zoo import Specimen, quiet
 
 # A model that computes some of it in float32 whatever it is given cannot run in float64. In float32 the rounding of the
 # scaled branch (6e-8) may grow over the layers.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from traps import TRAPS, Trap
+from tests.traps import TRAPS, Trap
 
 every_trap = pytest.mark.parametrize("cls", TRAPS, ids=lambda cls: cls.__name__)
 both_modes = pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])

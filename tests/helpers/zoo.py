@@ -350,6 +350,15 @@ _LISTS: list[tuple[str, Callable[[list[int], Scale], list[int]]]] = [
 ]
 
 
+def _declared(kind: type) -> dict[str, Any]:
+    """The entries of a configuration with their first values: of a dataclass, in transformers 5.0 of `__init__`."""
+    if dataclasses.is_dataclass(kind):
+        fields = [field for field in dataclasses.fields(kind) if field.init]
+        return {field.name: None if field.default is dataclasses.MISSING else field.default for field in fields}
+    arguments = [p for p in inspect.signature(kind).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    return {p.name: None if p.default is p.empty else p.default for p in arguments}
+
+
 def shrink(config: Any, scale: Scale) -> Any:
     """A small configuration of the same type: its entries changed by what their names say, nested ones as well.
 
@@ -357,10 +366,7 @@ def shrink(config: Any, scale: Scale) -> Any:
     """
     kind = type(config)
     default = vars(kind())
-    declared = {
-        f.name: None if f.default is dataclasses.MISSING else f.default for f in dataclasses.fields(kind) if f.init
-    }
-    changed = {}
+    declared, changed = _declared(kind), {}
     for name, first in declared.items():
         value = vars(config).get(name)
         if hasattr(value, "model_type"):

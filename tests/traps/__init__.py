@@ -4,11 +4,24 @@ They live here and not in the test files because pytest rewrites the asserts of 
 function there is no longer what runs. Each trap says what is to be found in it (``expected``, in the order in which the
 steps run) and holds its own reference: the same forward written by hand with a step factor for each expected step.
 
->>> from traps import TRAPS, UNSUPPORTED  # both lists, whole
+>>> from tests.traps import TRAPS, UNSUPPORTED  # both lists, whole
 """
 
-from traps import branches, callees, calls, classes, forms, loops, nested, places, positions, steps, sums, unsupported
-from traps.base import TRAPS, UNSUPPORTED, Trap
+from tests.traps import (
+    branches,
+    callees,
+    calls,
+    classes,
+    forms,
+    loops,
+    nested,
+    places,
+    positions,
+    steps,
+    sums,
+    unsupported,
+)
+from tests.traps.base import TRAPS, UNSUPPORTED, Trap
 
 __all__ = [
     "TRAPS",

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from traps.base import DIM, Expected, Form, Trap, each, mlp, trap, two
+from tests.traps.base import DIM, Expected, Form, Trap, each, mlp, trap, two
 
 
 @trap

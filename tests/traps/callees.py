@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from traps.base import Expected, Form, Trap, each, linear, mlp, trap
+from tests.traps.base import Expected, Form, Trap, each, linear, mlp, trap
 
 
 class Processor:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from traps.base import DIM, Block, Expected, Form, Trap, each, linear, mlp, trap, two
+from tests.traps.base import DIM, Block, Expected, Form, Trap, each, linear, mlp, trap, two
 
 
 def dropout_add(x: Tensor, residual: Tensor, p: float, training: bool) -> Tensor:

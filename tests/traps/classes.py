@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from traps.base import DIM, Block, Expected, Form, T, Trap, each, linear, mlp, trap
+from tests.traps.base import DIM, Block, Expected, Form, T, Trap, each, linear, mlp, trap
 
 
 @trap

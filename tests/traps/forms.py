@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.ao.nn.quantized import FloatFunctional
 
-from traps.base import PROJECTION, Expected, Form, trap
+from tests.traps.base import PROJECTION, Expected, Form, trap
 
 
 @trap

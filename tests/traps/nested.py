@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from traps.base import DIM, PROJECTION, Block, Expected, Trap, WithABlock, conv, each, linear, mlp, trap, two
+from tests.traps.base import DIM, PROJECTION, Block, Expected, Trap, WithABlock, conv, each, linear, mlp, trap, two
 
 
 class HandNorm(nn.Module):

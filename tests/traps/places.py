@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
 
-from traps.base import DIM, Expected, Form, Trap, each, mlp, trap, two
+from tests.traps.base import DIM, Expected, Form, Trap, each, mlp, trap, two
 
 
 class Pair(Trap):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from traps.base import DIM, Expected, Trap, WithABlock, each, linear, mlp, trap
+from tests.traps.base import DIM, Expected, Trap, WithABlock, each, linear, mlp, trap
 
 
 @trap

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from traps.base import DIM, PROJECTION, Block, Expected, Trap, body, conv, each, linear, mlp, trap, two
+from tests.traps.base import DIM, PROJECTION, Block, Expected, Trap, body, conv, each, linear, mlp, trap, two
 
 
 class Parallel(Trap):

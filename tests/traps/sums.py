@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from traps.base import DIM, Expected, Trap, WithABlock, body, conv, each, linear, mlp, trap, two
+from tests.traps.base import DIM, Expected, Trap, WithABlock, body, conv, each, linear, mlp, trap, two
 
 
 @trap
@@ -67,9 +67,9 @@ class NothingMixes(WithABlock):
 
 @trap
 class BroadcastContext(WithABlock):
-    """A pooled context that is added to every pixel is not of the state's shape."""
+    """A pooled context that is added to every pixel: the branch is broadcast to the state's shape."""
 
-    expected = (Expected("block"),)
+    expected = (Expected(depth=2), Expected("block", depth=2))
 
     def __init__(self) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class BroadcastContext(WithABlock):
         return self.block(x + self.context(x.mean(1, keepdim=True)))
 
     def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
-        return self.block.reference(x + self.context(x.mean(1, keepdim=True)), h[0])
+        return self.block.reference(x + h[0] * self.context(x.mean(1, keepdim=True)), h[1])
 
 
 @trap

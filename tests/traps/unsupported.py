@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from traps.base import DIM, Form, unsupported
+from tests.traps.base import DIM, Form, unsupported
 
 
 @unsupported
