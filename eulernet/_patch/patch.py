@@ -24,7 +24,7 @@ from eulernet._patch.cautions import kept_at_one, rounded_away, trained
 from eulernet._patch.select import HLike, Selector, names_given, select, values
 from eulernet._patch.subclass import patched_class
 from eulernet._run.factor import StepFactor
-from eulernet._run.hooks import StepInputs, add_step_hook
+from eulernet._run.hooks import StepInputs, add_step_hook, remove_step_hooks
 from eulernet._run.learned import check_shared, checked, plan_learned
 from eulernet._run.patched import (
     FACTORS,
@@ -40,7 +40,7 @@ from eulernet._run.patched import (
     slots,
 )
 from eulernet._source import Targets, Unsupported
-from eulernet._step import Steps
+from eulernet._step import ROOT, Step, Steps
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -115,8 +115,8 @@ def patch(
         The same model.
 
     Raises:
-        EulernetError: no step was found, a value or pattern is wrong, a source cannot be rewritten, or the function
-            cannot be preserved. The model is then as it was.
+        EulernetError: no step was found, a value or pattern is wrong, the source of a step that `include` names (or of
+            all) cannot be rewritten, or the function cannot be preserved. The model is then as it was.
 
     Warns:
         EulernetWarning: something was seen that is not scaled; the model seems to be trained, and its function is not
@@ -148,25 +148,29 @@ def patch(
             )
         ordered = [by_index[i] for i in sorted(by_index)]
         chosen = select([f.step for f in ordered], [f.module for f in ordered], include, exclude, h)
-        for step in chosen:
-            if (error := by_index[step.index].error) is not None:
-                raise EulernetError(
-                    f"{step.name} ({step.module_class}): {error} Or leave it out: "
-                    f"eulernet.patch(model, ..., exclude={step.name!r})"
-                )
         hs = dict(zip([s.index for s in chosen], values(h, chosen), strict=True))
-        scales = _preserving(model, result, hs, preserve) if preserve else {}
-        try:
-            changes = _changes([by_index[s.index] for s in chosen], hs, model, result.found)
-        except Unsupported as reason:
-            raise EulernetError(f"{type(model).__name__} cannot be patched: {reason}; exclude= that step") from reason
-        blocks = [(change.module, [f.step for f in change.found], change.hs) for change in changes]
-        learned = [] if sharing is None else plan_learned(model, blocks, sharing)
-        _prove(result, changes)
+        refused = {i: str(error) for i in hs if (error := by_index[i].error) is not None}
+        wrong = dict(refused)
+        while True:  # what cannot be scaled is left out, until the rest is proven
+            _leave_out([by_index[i].step for i in wrong], refused, hs, include)
+            scales = _preserving(model, result, hs, preserve) if preserve else {}
+            try:
+                changes = _changes([by_index[i] for i in hs], hs, model, result.found)
+            except Unsupported as reason:
+                raise EulernetError(
+                    f"{type(model).__name__} cannot be patched: {reason}; exclude= that step"
+                ) from reason
+            blocks = [(change.module, [f.step for f in change.found], change.hs) for change in changes]
+            learned = [] if sharing is None else plan_learned(model, blocks, sharing)
+            wrong = _prove(result, changes)
+            if not wrong:
+                break
+            refused |= wrong
     check_scalable(model, scales)
     cautions = [
         *kept_at_one([f.step for f in ordered if f.step.index in result.main and f.step.index not in hs]),
         *(f"not scaled, because not supported: {line}" for line in result.steps.unsupported),
+        *(f"not scaled: {(s := by_index[i].step).name} ({s.module_class}): {why}" for i, why in refused.items()),
         *result.steps.notes,
     ]
     if not preserve:
@@ -378,8 +382,22 @@ def _changes(
     return changes
 
 
-def _prove(search: Search, changes: Sequence[_Change]) -> None:
-    """Run the patched copies: each step must go through `_euler_step` as often as it was found."""
+def _leave_out(wrong: Sequence[Step], refused: dict[int, str], hs: dict[int, float], include: Selector) -> None:
+    """Take steps that cannot be scaled out of those that are; an error where `include` names one, or none is left."""
+    given = [include] if isinstance(include, str) else list(include) if isinstance(include, list | tuple | set) else []
+    for step in wrong:
+        if step.name in given or (step.module_name or ROOT) in given or hs.keys() <= refused.keys():
+            raise EulernetError(
+                f"{step.name} ({step.module_class}): {refused[step.index]} Or leave it out: "
+                f"eulernet.patch(model, ..., exclude={step.name!r})"
+            )
+    for step in wrong:
+        del hs[step.index]
+
+
+def _prove(search: Search, changes: Sequence[_Change]) -> dict[int, str]:
+    """Run the patched copies: each step must go through `_euler_step` as often as it was found. Those that do not."""
+    wrong: dict[int, str] = {}
     for sandbox in {id(run.sandbox): run.sandbox for run in search.runs}.values():
         twins = {module: twin for twin, module in sandbox.original.items()}
         counts: Counter[tuple[int, int, int]] = Counter()
@@ -396,12 +414,14 @@ def _prove(search: Search, changes: Sequence[_Change]) -> None:
                     place, expected = change.places[site.location.targets], site.calls[run.training]
                     passed = counts[id(change.module), place, slot]
                     if passed != expected:
-                        raise EulernetError(
-                            f"{found.step.name} ({found.step.module_class}): the addition at "
-                            f"{site.location.file}:{site.location.line} ran {expected} times, but {passed} times as a "
-                            "step once it was rewritten; nothing was changed. Leave it out: eulernet.patch(model, ..., "
-                            f"exclude={found.step.name!r})"
+                        wrong[found.step.index] = (
+                            f"the addition at {site.location.file}:{site.location.line} ran {expected} times, but "
+                            f"{passed} times as a step once it was rewritten."
                         )
+        for change in changes:
+            remove_step_hooks(twins[change.module])
+            restore_class(twins[change.module])
+    return wrong
 
 
 def _count(counts: Counter[tuple[int, int, int]], module: int, seen: StepInputs, add: Callable[[], Any]) -> Any:
