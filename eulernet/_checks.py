@@ -8,32 +8,55 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from eulernet._errors import EulernetError
 from eulernet._step import ROOT
 
 
 def positive(value: Any, what: str, example: str) -> float:
-    """A positive, finite number of Python or NumPy, or an error that says what must be one."""
+    """A positive, finite number of Python, NumPy or torch, or an error that says what must be one."""
     try:
-        number = float(value) if not isinstance(value, (str, bytes, bool)) else math.nan
-    except (TypeError, ValueError, OverflowError, RuntimeError):
+        number = math.nan if _is_no_number(value) else float(value)
+    except Exception:  # what `__float__` of anybody's class raises
         number = math.nan
     if not (math.isfinite(number) and number > 0):
-        raise EulernetError(f"{what} must be a positive, finite number, not {value!r}; for example {example}")
+        raise EulernetError(f"{what} must be a positive, finite number, not {brief(value)}; for example {example}")
     return number
 
 
 def whole_number(value: Any, what: str, example: str, least: int = 0, most: int | None = None) -> int:
     """A whole number of Python or NumPy within bounds, or an error that says what must be one."""
     try:
-        number = least - 1 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
+        number = least - 1 if _is_no_number(value) else operator.index(value)
+    except Exception:
         number = least - 1
     if number < least or (most is not None and number > most):
         bounds = f"at least {least}" if most is None else f"from {least} to {most}"
-        raise EulernetError(f"{what} must be a whole number, {bounds}, not {value!r}; for example {example}")
+        raise EulernetError(f"{what} must be a whole number, {bounds}, not {brief(value)}; for example {example}")
     return number
+
+
+def truth(value: Any, what: str) -> bool:
+    """True or False, or an error that says what must be one."""
+    if not isinstance(value, bool):
+        raise EulernetError(f"{what} must be True or False, not {brief(value)}; for example {what}=True")
+    return value
+
+
+def _is_no_number(value: Any) -> bool:
+    """What `float` would take, and is none: text, bytes and truth values, also those of NumPy and torch."""
+    kind = str(getattr(value, "dtype", "")).removeprefix("torch.")
+    return isinstance(value, str | bytes | bytearray | memoryview | bool) or kind == "bool"
+
+
+def brief(value: Any) -> str:
+    """What a message shows of a value that a caller handed over."""
+    try:
+        text = repr(value)
+    except Exception:
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 80 else f"{text[:76]} ..."
 
 
 def check_module(model: object, caller: str) -> None:
@@ -54,11 +77,29 @@ def check_model(model: nn.Module, caller: str) -> None:
             else f"Look at the model itself: eulernet.{caller}(wrapped.{inner})"
         )
         raise EulernetError(f"{name} wraps the model. {advice}")
+    for path, parameter in model.named_parameters():
+        if type(parameter).__name__ == "DTensor" and not any(is_sharded(module) for module in model.modules()):
+            raise EulernetError(
+                f"{path} is a DTensor: {name} is distributed (tensor parallel) already. eulernet.{caller} takes the "
+                "model before that: eulernet.patch(model, h=0.1), then parallelize_module(model, ...)"
+            )
+        if isinstance(parameter, FakeTensor):
+            raise EulernetError(
+                f"{path} is a fake tensor: {name} was made inside a FakeTensorMode, and holds no weights. Make it on "
+                f"the meta device instead: with torch.device('meta'): model = {name}(...), then "
+                f"eulernet.{caller}(model)"
+            )
     for path, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise EulernetError(
                 f"{path or ROOT} is a scripted or traced module ({type(module).__name__}), whose code is compiled. "
                 "Patch the Python model it was made from, then use torch.jit.trace or torch.export."
+            )
+        if _is_offloaded(module):
+            raise EulernetError(
+                f"{path or ROOT} is offloaded by accelerate, which brings its weights from elsewhere for each "
+                f"call. Load {name} without offloading (no device_map), call eulernet.patch(model, h=0.1), then "
+                "accelerate.cpu_offload(model), disk_offload or dispatch_model"
             )
         if is_sharded(module):
             raise EulernetError(
@@ -73,6 +114,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
     while any(cls.__name__ in wrappers for cls in type(model).__mro__):
         model = getattr(model, "_orig_mod", None) or model.module  # type: ignore[assignment]
     return model
+
+
+def _is_offloaded(module: nn.Module) -> bool:
+    hook = getattr(module, "_hf_hook", None)
+    return any(getattr(one, "offload", False) is True for one in (hook, *getattr(hook, "hooks", ())))
 
 
 def is_sharded(module: nn.Module) -> bool:

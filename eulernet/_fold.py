@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 from torch import nn
 
-from eulernet._checks import check_model, positive
+from eulernet._checks import brief, check_model, positive, truth
+from eulernet._commit import commit
 from eulernet._errors import EulernetError
 from eulernet._find.absorb import absorbing, check_scalable, refusal, scale_parameters
 from eulernet._find.search import search
@@ -55,6 +56,7 @@ def fold(model: Model, *, where_possible: bool = False, example_inputs: Any = No
         (True, False)
     """
     check_model(model, "fold")
+    where_possible = truth(where_possible, "where_possible")
     if not is_patched(model):
         name = type(model).__name__
         raise EulernetError(f"{name} is not patched: there is no h to fold, and it needs no eulernet as it is")
@@ -70,8 +72,8 @@ def fold(model: Model, *, where_possible: bool = False, example_inputs: Any = No
             )
         left = {f.step.name for f in result.found if f.step.index in refused}
     check_scalable(model, scales)
-    scale_parameters(scales)
-    remove_steps(model, {(id(module), slot) for module, slot, step in slots(model) if step.name not in left})
+    folded = {(id(module), slot) for module, slot, step in slots(model) if step.name not in left}
+    commit([*scale_parameters(scales), *remove_steps(model, folded)])
     return model
 
 
@@ -132,9 +134,12 @@ def param_groups(
     """
     check_model(model, "param_groups")
     lr = positive(lr, "lr", "lr=0.1")
-    if optimizer not in _RATES:
-        raise EulernetError(f"optimizer={optimizer!r} must be one of {', '.join(map(repr, _RATES))}")
-    if weight_decay != 0:
+    if not (isinstance(optimizer, str) and optimizer in _RATES):
+        raise EulernetError(
+            f"optimizer must be one of {', '.join(map(repr, _RATES))}, not {brief(optimizer)}; for example "
+            'optimizer="adamw"'
+        )
+    if not (isinstance(weight_decay, int | float) and weight_decay == 0):
         weight_decay = positive(weight_decay, "weight_decay", "weight_decay=1e-4")
     with search(model, example_inputs) as result:
         found = {f.step.name: f.step for f in result.found}

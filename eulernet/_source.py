@@ -12,7 +12,7 @@ import sys
 import tokenize
 import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import lru_cache, partial, wraps
 from types import CodeType, FunctionType
@@ -75,10 +75,15 @@ VIA = "via "
 Targets = tuple[tuple[Target, Span], ...]
 
 
-def free_function(address: str) -> FunctionType | None:
-    """The function at `module:qualified.name`, None where there is none."""
+def free_function(address: str, packages: Collection[str] = ()) -> FunctionType | None:
+    """The function at `module:qualified.name`, None where there is none.
+
+    A module that is not imported yet is imported only where it belongs to one of these packages.
+    """
     module, _, qualname = address.partition(":")
-    value: Any = sys.modules.get(module) or importlib.import_module(module)
+    value: Any = sys.modules.get(module)
+    if value is None and module.partition(".")[0] in packages:
+        value = importlib.import_module(module)
     for name in qualname.split("."):
         value = inspect.getattr_static(value, name, None)
     value = value.__func__ if isinstance(value, staticmethod) else value
@@ -183,8 +188,8 @@ def text_of(function: FunctionType) -> str:
     if not text:
         raise EulernetError(
             f"{function.__module__}.{function.__qualname__} has no source ({filename}): eulernet rewrites the source "
-            "of the addition. Define the model in a file and import it, or use eulernet.functional.euler_step in its "
-            "forward."
+            "of the addition. Define the model in a file and import it (in a notebook, in a cell without %%time or "
+            "another magic around the class), or use eulernet.functional.euler_step in its forward."
         )
     return text
 
@@ -233,7 +238,8 @@ def compiled(tree: ast.Module, old: ast.stmt, new: ast.stmt, function: FunctionT
     definitions = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
     others = [s for s in tree.body if s is not old and not isinstance(s, definitions)]
     module = ast.Module([*others, new], [])
-    compiled = compile(module, code.co_filename, "exec", code.co_flags & _FLAGS, dont_inherit=True)
+    flags = code.co_flags & _FLAGS | ast.PyCF_ALLOW_TOP_LEVEL_AWAIT  # the cell of a notebook may await
+    compiled = compile(module, code.co_filename, "exec", flags, dont_inherit=True)
     pending = [compiled]
     while pending:
         for constant in pending.pop().co_consts:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import asdict, dataclass, replace
 from pathlib import PurePath
-from typing import Any, Literal, overload
+from types import UnionType
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints, overload
 
 from eulernet._errors import EulernetError
 
+T = TypeVar("T")
 ROOT = "<root>"
 StepKind = Literal["identity", "projection", "parallel", "long"]
 
@@ -264,20 +267,87 @@ class Steps(Sequence[Step]):
 
     @classmethod
     def from_json(cls, text: str) -> Steps:
-        """The steps that `to_json` wrote; `eulernet.patch(model, h=Steps.from_json(text))` gives a model their h."""
+        """The steps that `to_json` wrote; `eulernet.patch(model, h=Steps.from_json(text))` gives a model their h.
+
+        Raises:
+            EulernetError: the text is not what `to_json` writes: an entry is missing, not known, given twice or of
+                another type, or a number is out of its range.
+        """
         try:
-            data = json.loads(text)
-            read = {
-                key: [Step(**{**s, "places": tuple(Place(**p) for p in s["places"])}) for s in data[key]]
-                for key in ("steps", "long")
-            }
-            sums = [LeftOut(**sum_) for sum_ in data.get("left_out", ())]
-            around = data.get("outside", {})
-            outside = Outside(**{**around, "names": tuple(around.get("names", ()))})
+            data = json.loads(text, object_pairs_hook=_without_repeats)
+            if not isinstance(data, dict):
+                raise ValueError(f"it holds a {type(data).__name__}, not an object")
+            read = {key: _entries(Step, data[key], key) for key in ("steps", "long")}
+            _check_distinct([*read["steps"], *read["long"]])
+            sums = _entries(LeftOut, data.get("left_out", []), "left_out")
+            outside = _entry(Outside, data.get("outside", {}), "outside")
             lines = {key: data[key] for key in ("unsupported", "unreached", "notes")}
+            for key, value in lines.items():
+                if not _fits(value, tuple[str, ...]):
+                    raise ValueError(f"{key} is {value!r:.60}, not a list of sentences")
             return cls(read["steps"], long=read["long"], left_out=sums, outside=outside, **lines)
-        except (ValueError, KeyError, TypeError) as error:
-            raise EulernetError(f"this is not what Steps.to_json() writes: {type(error).__name__}: {error}") from error
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise EulernetError(
+                f"this is not what Steps.to_json() writes: {type(error).__name__}: {str(error)[:300]}. Write it with "
+                "text = eulernet.steps(model).to_json(), and read that: eulernet.Steps.from_json(text)"
+            ) from error
+
+
+# ---- what comes from outside
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
+        raise ValueError(f"an entry is given twice among {', '.join(key for key, _ in pairs)}")
+    return entries
+
+
+def _entries(cls: type[T], data: Any, where: str) -> list[T]:
+    if not isinstance(data, list):
+        raise ValueError(f"{where} is {data!r:.60}, not a list")
+    return [_entry(cls, entry, f"{where}[{i}]") for i, entry in enumerate(data)]
+
+
+def _entry(cls: type[T], data: Any, where: str) -> T:
+    """An entry of JSON as one of the classes above, each field checked against its annotation."""
+    if not isinstance(data, dict):
+        raise ValueError(f"{where} is {data!r:.60}, not an object")
+    hints = get_type_hints(cls)
+    entries = dict(data)
+    if cls is Step:
+        entries["places"] = tuple(_entries(Place, data.get("places"), f"{where}, places"))
+    for name, value in entries.items():
+        if name not in hints:
+            raise ValueError(f"{where} has an entry {name!r}, which is not known")
+        if not _fits(value, hints[name]):
+            raise ValueError(f"{where}: {name} is {value!r:.60}")
+        if isinstance(value, list):
+            entries[name] = tuple(value)
+    return cls(**entries)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of a type. Of numbers, whole ones count something, and others are step factors."""
+    parts = get_args(hint)
+    if get_origin(hint) is Literal:
+        return isinstance(value, str) and value in parts
+    if get_origin(hint) is UnionType:
+        return any(_fits(value, part) for part in parts)
+    if get_origin(hint) is tuple:
+        return isinstance(value, list | tuple) and all(_fits(item, parts[0]) for item in value)
+    if hint is int:
+        return type(value) is int and 0 <= value < 2**63
+    if hint is float:
+        return type(value) in (int, float) and 0 < value < math.inf
+    return isinstance(value, hint)
+
+
+def _check_distinct(steps: Sequence[Step]) -> None:
+    for attribute in ("name", "index"):
+        counts = Counter(getattr(step, attribute) for step in steps)
+        if twice := [value for value, count in counts.items() if count > 1]:
+            raise ValueError(f"several steps have the {attribute} {twice[0]!r:.60}")
 
 
 def as_text(table: Any) -> str:

@@ -227,7 +227,7 @@ def _own(module_name: str, path: str) -> Callable[[], nn.Module]:
         raise EulernetError(f"importing {module_name} failed: {type(error).__name__}: {error}") from error
     for attribute in path.split("."):
         if not hasattr(found, attribute):
-            names = [n for n in vars(found) if not n.startswith("_")]
+            names = [n for n in dir(found) if not n.startswith("_")]
             _check_known(f"name in {module_name}", attribute, names, f"dir({module_name})")
         found = getattr(found, attribute)
     if isinstance(found, nn.Module):
@@ -286,10 +286,21 @@ def _input(text: str, device: torch.device) -> tuple[str, Tensor]:
             f"--input {text!r} is not a shape; write --input 1,3,224,224, or --input input_ids=1,16:int64 for an "
             "argument by name and of another dtype"
         )
-    shape = [int(size) for size in match[2].split(",")]
+    try:
+        shape = [int(size) for size in match[2].split(",")]
+        return match[1] or "", _tensor(shape, dtype, device)
+    except (RuntimeError, TypeError, ValueError, OverflowError, MemoryError) as error:  # whatever torch has against it
+        reason = str(error).partition("\n")[0][:200]
+        raise EulernetError(
+            f"--input {text[:80]!r} cannot be made ({reason}); write a shape that fits into memory and a dtype of "
+            "numbers, --input 1,3,224,224, or --input input_ids=1,16:int64"
+        ) from None
+
+
+def _tensor(shape: list[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     if dtype.is_floating_point:
-        return match[1] or "", torch.randn(shape, device=device).to(dtype)
-    return match[1] or "", torch.ones(shape, dtype=dtype, device=device)
+        return torch.randn(shape, device=device).to(dtype)
+    return torch.ones(shape, dtype=dtype, device=device)
 
 
 # ---- what is shown

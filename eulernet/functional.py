@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache, reduce
 from importlib import import_module
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -56,8 +57,8 @@ def euler_step(
         dimension and more takes part in the promotion of dtypes, a 0-d one does not. 16-bit types are computed in fp32.
 
     Raises:
-        EulernetError: an unknown activation, a probability outside [0, 1), `out` together with gradients, or one that
-            overlaps itself or a part of `skip` or `branch`.
+        EulernetError: an h that is no number, an unknown activation, a probability outside [0, 1), `out` together with
+            gradients, or one that overlaps itself or a part of `skip` or `branch`.
 
     Example:
         >>> import torch
@@ -66,6 +67,7 @@ def euler_step(
         >>> euler_step(torch.tensor([1.0, 2.0]), torch.tensor([10.0, -30.0]), h=0.5, activation="relu")
         tensor([6., 0.])
     """
+    _check_h(h, "euler_step")
     if activation is not None and activation not in _ACTIVATIONS:
         raise EulernetError(f"activation={activation!r} is not known; use None, {', '.join(map(repr, _ACTIVATIONS))}")
     mask = _mask(branch, layer_scale, drop_path)
@@ -124,6 +126,7 @@ def euler_step_norm(
         >>> euler_step_norm(torch.tensor([1.0, 1.0]), torch.tensor([-4.0, 0.0]), h=0.5)
         (tensor([-1.,  1.]), tensor([-1.0000,  1.0000]))
     """
+    _check_h(h, "euler_step_norm")
     if kind not in ("layer_norm", "rms_norm"):
         raise EulernetError(f"kind={kind!r} is not known; use 'layer_norm' or 'rms_norm'")
     if kind == "rms_norm" and bias is not None:
@@ -178,6 +181,7 @@ def euler_step_bn(
         tensor([[2.5000],
                 [5.5000]])
     """
+    _check_h(h, "euler_step_bn")
     if activation is not None and activation not in _ACTIVATIONS:
         raise EulernetError(f"activation={activation!r} is not known; use None, {', '.join(map(repr, _ACTIVATIONS))}")
     if not training and kernels.chosen(skip, branch):
@@ -242,6 +246,18 @@ def _factors(
         return 1.0, h
     least = torch.promote_types(dtype, torch.float32)
     return 1.0, h.to(least) * layer_scale.to(least)
+
+
+def _check_h(h: Any, caller: str) -> None:
+    """A number, also one that a compiler has made symbolic, or a tensor."""
+    if type(h) is float or isinstance(h, Tensor):
+        return
+    if isinstance(h, bool) or not isinstance(h, Real | torch.SymFloat | torch.SymInt):
+        shown = repr(h) if len(repr(h)) <= 80 else f"a {type(h).__name__}"
+        raise EulernetError(
+            f"h must be a number or a tensor, not {shown}; for example "
+            f"eulernet.functional.{caller}(skip, branch, h=0.1)"
+        )
 
 
 def _mask(branch: Tensor, layer_scale: Tensor | None, drop_path: float | Tensor | None) -> Tensor | None:

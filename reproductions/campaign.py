@@ -396,6 +396,7 @@ class Campaign:
         trial = training.trial
         how = {"way": way.kind, "captured": way.captured}
         record = {"study": "trials", "key": trial.key, "config": trial.config(), "result": result}
+        record["data"] = dict(training.source.data)
         append_record(self.out, record | {"seconds": training.seconds, "environment": environment(self.device) | how})
 
     def _keep_unfinished(self, trainings: Sequence[Training]) -> None:

@@ -25,9 +25,9 @@ from rich.table import Table
 from eulernet import EulernetError
 from reproductions.errors import DataError
 from reproductions.evidence.claims import Row
+from reproductions.options import chosen, device_of, known_preset
 from reproductions.records import FILE, Record, check_folder, read_records, write_records
 from reproductions.studies import GRIDS
-from reproductions.trial import Trial
 
 app = typer.Typer(
     name="python -m reproductions",
@@ -105,7 +105,7 @@ def cifar10(
 
     if not timm.is_model(model):
         raise typer.BadParameter(f"timm has no model {model!r}", param_hint="--model")
-    where = _device(device)
+    where = device_of(device)
     if out is not None:
         check_folder(out, "cifar10")
     config = study.Config(model, h, steps, batch_size, learning_rate, seed=seed)
@@ -163,7 +163,7 @@ def dynamics(
 
     folder = check_folder(Path("runs/dynamics-init") if out == TRIALS else out, "dynamics-init")
     with _progress() as progress:
-        records = study.at_start(data_root, _device(device), seeds or 3, _bar(progress))
+        records = study.at_start(data_root, device_of(device), seeds or 3, _bar(progress))
     _finish(records, folder, [_rows(study.start_claims(Results(records)))])
 
 
@@ -180,10 +180,10 @@ def bounds(
     from reproductions.presets import SEEDS
     from reproductions.studies import propositions as study
 
-    _known(preset)
+    known_preset(preset)
     folder = check_folder(out or Path("runs/bounds"), "bounds")
     with _progress() as progress:
-        records = study.run(preset, seeds or SEEDS[preset], data_root, _device(device), _bar(progress))
+        records = study.run(preset, seeds or SEEDS[preset], data_root, device_of(device), _bar(progress))
     _finish(records, folder, [_rows(study.claims(Results(records), preset))])
 
 
@@ -228,12 +228,13 @@ def _grid(
     from reproductions.report import draw
     from reproductions.training import grid
 
-    _known(preset)
     study = GRIDS[name]
-    trials = _chosen(study.trials(preset, seeds or SEEDS[preset]), only)
-    place = grid.Place(check_folder(out, "trials"), data_root, _device(device), at_once, download)
+    known_preset(preset, getattr(study, "ALSO", ()))
+    trials = chosen(study.trials(preset, seeds or SEEDS[preset]), only)
+    place = grid.Place(check_folder(out, "trials"), data_root, device_of(device), at_once, download)
     left = {trial.data for group in grid.groups(place, trials) for trial in group}
-    sources.check(sorted(left), data_root, download)
+    _doubt(sources.check(sorted(left), data_root, download))
+    grid.check_data(place, trials)
     done = len(grid.recorded(place, trials))
     if done:
         console.print(f"{done} of {len(trials)} trials have a record in {out / FILE}.", highlight=False, soft_wrap=True)
@@ -256,7 +257,8 @@ def _grid(
             records = grid.run(place, trials, show)
     console.print(_rows(study.claims(Results(records), preset)))
     failed = sum(record["result"]["failed"] for record in records)
-    console.print(f"{len(records)} trials, {failed} of them failed trainings.", highlight=False)
+    trials_in_words = f"{len(records)} trial{'s' if len(records) != 1 else ''}"
+    console.print(f"{trials_in_words}, {failed} of them failed trainings.", highlight=False)
     for path in (out / FILE, *draw(out)):
         console.print(f"Wrote {path}", soft_wrap=True, highlight=False)
 
@@ -279,7 +281,7 @@ def campaign(
     for name, value, known in (("--preset", preset, study.EPOCHS), ("--way", way, ("", *WAYS))):
         if value not in known:
             raise typer.BadParameter(f"{value!r} is none of {', '.join(filter(None, known))}", param_hint=name)
-    folder, where = check_folder(out, "trials"), _device(device)
+    folder, where = check_folder(out, "trials"), device_of(device)
     whole = study.Campaign(folder, data_root, where, 60 * minutes, preset, way, launched, [RESULTS / "trials"])
     trained = whole.run()
     if chosen := whole.notes.get("chosen"):
@@ -301,9 +303,9 @@ def desk(
     from reproductions.data import batches as sources
     from reproductions.evidence.claims import Results
 
-    trials = _chosen(study.trials(), only or [])
+    trials = chosen(study.trials(), only or [])
     check_folder(out, "trials")
-    sources.check(sorted({trial.data for trial in trials}), data_root)
+    _doubt(sources.check(sorted({trial.data for trial in trials}), data_root))
     study.run(trials, out, data_root, workers, 60 * minutes, [RESULTS / "trials"])
     records = [r for folder in (out, RESULTS / "trials") if (folder / FILE).exists() for r in read_records(folder)]
     console.print(_rows(study.primary(Results(records))))
@@ -324,7 +326,7 @@ def throughput(
     if out is not None:
         check_folder(out, "throughput")
     with _progress() as progress:
-        records = study.run(data_root, _device(device), data, depth, iterations, _bar(progress))
+        records = study.run(data_root, device_of(device), data, depth, iterations, _bar(progress))
     console.print(study.table(records))
     if out is not None:
         console.print(f"Wrote {write_records(out, records)}", soft_wrap=True, highlight=False)
@@ -358,39 +360,10 @@ def report(
     console.print(f"Wrote {write(results)}", soft_wrap=True, highlight=False)
 
 
-def _chosen(trials: list[Trial], only: list[str]) -> list[Trial]:
-    """The trials that have one of the values named for each of the fields named."""
-    wanted: dict[str, set[str]] = {}
-    for choice in only:
-        field, _, value = choice.partition("=")
-        if not hasattr(trials[0], field):
-            raise typer.BadParameter(
-                f"a trial has no {field!r}; it has {', '.join(vars(trials[0]))}", param_hint="--only"
-            )
-        wanted.setdefault(field, set()).add(value)
-    chosen = [t for t in trials if all(_shown(getattr(t, field)) in values for field, values in wanted.items())]
-    if not chosen:
-        there = "; ".join(f"{f} is {', '.join(sorted({_shown(getattr(t, f)) for t in trials}))}" for f in wanted)
-        raise typer.BadParameter(f"no trial has {' and '.join(only)}: {there}", param_hint="--only")
-    return chosen
-
-
-def _shown(value: object) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _known(preset: str) -> None:
-    from reproductions.presets import PRESETS
-
-    if preset not in PRESETS:
-        raise typer.BadParameter(f"{preset!r} is none of {', '.join(PRESETS)}", param_hint="--preset")
-
-
-def _device(name: str) -> torch.device:
-    try:
-        return torch.empty(0, device=name or ("cuda" if torch.cuda.is_available() else "cpu")).device
-    except (AssertionError, RuntimeError) as error:  # torch raises either for a device that is not there
-        raise typer.BadParameter(str(error), param_hint="--device") from None
+def _doubt(said: Sequence[str]) -> None:
+    """Warn of data that are not the official ones."""
+    for line in said:
+        errors.print(f"[yellow]warning:[/] {escape(line)}. What comes out is not comparable with published numbers.")
 
 
 def _bar(progress: Progress) -> Callable[[str, float], None]:
@@ -441,6 +414,6 @@ def main() -> None:
     """Run the command line; what a user can mend is one line and exit code 1."""
     try:
         app()
-    except (DataError, EulernetError) as error:
+    except (DataError, EulernetError, OSError) as error:  # of the last: a full disk, a file that may not be read
         errors.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
         raise SystemExit(1) from None

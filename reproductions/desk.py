@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from reproductions import presets
 from reproductions.data.batches import load
 from reproductions.evidence.claims import POINT, Results, Row, compare
 from reproductions.presets import AUTO, EULER, PLAIN, START, Part
@@ -29,13 +30,8 @@ from reproductions.trial import Trial
 
 SEEDS = range(5)
 RATES = (0.1, 0.03, 0.01)
-_COMMON: Part = {"batch_size": 64, "precision": "fp32", "log": True}
-IMAGES: Part = {**_COMMON, "size": 8, "train": 11_000, "held_out": 1000, "epochs": 15}
-TEXTS: Part = {
-    **_COMMON,
-    **{"data": "ag-news", "model": "vdcnn", "size": 128, "train": 8000, "test": 2000, "epochs": 4},
-    "learning_rate": 0.01,
-}
+IMAGES: Part = {**presets.IMAGES["desk"], "log": True}
+TEXTS: Part = {**presets.TEXTS["desk"], "log": True}
 # Core-seconds of one training, as pilots had them: what is begun is expected to take so long.
 SECONDS = {("resnet", 20): 62, ("resnet", 56): 169, ("resnet", 110): 350, ("resnet", 218): 700}
 SECONDS |= {("vdcnn", 9): 155, ("vdcnn", 17): 310}
@@ -130,6 +126,7 @@ def train(trial: Trial, data_root: Path, ends: float) -> Record | None:
         except _OutOfTime:
             return None
         record: Record = {"study": "trials", "key": trial.key, "config": trial.config(), "result": training.result()}
+    record["data"] = dict(training.source.data)
     return record | {"seconds": training.seconds, "environment": environment(device)}
 
 

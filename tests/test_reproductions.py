@@ -29,7 +29,7 @@ from reproductions.data.cifar10 import load_cifar10
 from reproductions.data.two_moons import two_moons
 from reproductions.errors import DataError
 from reproductions.evidence import statistics
-from reproductions.evidence.statistics import mean_interval
+from reproductions.evidence.statistics import Estimate
 from reproductions.records import read_records, write_records
 from reproductions.studies import fig1_euler as euler
 from reproductions.studies import fig4_two_moon as two_moon
@@ -290,15 +290,14 @@ def test_records_are_lines_of_strict_json_and_keep_the_configuration_exact(tmp_p
 )
 def test_t_quantiles_are_those_of_the_tables(freedom: int, quantile: float) -> None:
     values = np.random.default_rng(0).normal(size=freedom + 1)
-    mean, low, high = mean_interval(values.tolist())
-    error = values.std(ddof=1) / math.sqrt(len(values))
-    assert (high - mean) / error == pytest.approx(quantile, rel=1e-5)
-    assert (mean - low) / error == pytest.approx(quantile, rel=1e-5)
+    found, error = Estimate.of(values.tolist()), values.std(ddof=1) / math.sqrt(len(values))
+    assert (found.high - found.mean) / error == pytest.approx(quantile, rel=1e-5)
+    assert (found.mean - found.low) / error == pytest.approx(quantile, rel=1e-5)
 
 
 def test_interval_covers_the_mean_as_often_as_it_says() -> None:
     draws = np.random.default_rng(0).normal(size=(4000, 5))
-    covered = sum(low < 0 < high for _, low, high in map(mean_interval, draws[:500]))
+    covered = sum(one.low < 0 < one.high for one in map(Estimate.of, draws[:500]))
     assert covered / 500 == pytest.approx(0.95, abs=0.04)  # 4 standard errors
 
 

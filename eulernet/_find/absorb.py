@@ -15,11 +15,13 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from eulernet._commit import Change, Write
 from eulernet._errors import EulernetError
 from eulernet._find.graph import CASTS, VIEWS, StepCall
 from eulernet._find.search import Run, Search
@@ -350,8 +352,6 @@ def check_scalable(model: nn.Module, scales: Mapping[nn.Parameter, float]) -> No
             )
 
 
-@torch.no_grad()
-def scale_parameters(scales: Mapping[nn.Parameter, float]) -> None:
-    """Multiply each parameter in place: it stays the same object, for optimisers and for tied modules."""
-    for parameter, scale in scales.items():
-        parameter.mul_(scale)
+def scale_parameters(scales: Mapping[nn.Parameter, float]) -> list[Change]:
+    """The changes that multiply each parameter, in place."""
+    return [Write(parameter, partial(torch.Tensor.mul_, other=scale)) for parameter, scale in scales.items()]

@@ -38,6 +38,7 @@ def as_arguments(example_inputs: Any) -> Arguments:
         >>> as_arguments({"input_ids": 1})
         ((), {'input_ids': 1})
     """
+    _check_value(example_inputs, ())
     if isinstance(example_inputs, Tensor):
         return (example_inputs,), {}
     if isinstance(example_inputs, Mapping):
@@ -48,6 +49,23 @@ def as_arguments(example_inputs: Any) -> Arguments:
         f"example_inputs is a {type(example_inputs).__name__}; it must be a tensor, a tuple of positional arguments, "
         "or a dict of keyword arguments, e.g. eulernet.patch(model, example_inputs=torch.randn(2, 3, 224, 224))."
     )
+
+
+def _check_value(value: Any, around: tuple[int, ...]) -> None:
+    """Raise for what no trace can follow: a nested tensor, a container that holds itself."""
+    if isinstance(value, Tensor) and value.is_nested:
+        raise EulernetError(
+            "example_inputs holds a nested tensor, through which eulernet does not trace. Only shapes matter: pad it, "
+            "example_inputs=value.to_padded_tensor(0.0)"
+        )
+    if id(value) in around:
+        raise EulernetError(
+            f"example_inputs holds a {type(value).__name__} that holds itself; pass tensors, in tuples, lists and "
+            "dicts, e.g. example_inputs=torch.randn(2, 3, 224, 224)"
+        )
+    if isinstance(value, Mapping | tuple | list):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            _check_value(item, (*around, id(value)))
 
 
 def guess_inputs(model: nn.Module, training: bool = False) -> Arguments | None:

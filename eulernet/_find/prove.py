@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from eulernet._errors import EulernetError
-from eulernet._find.sandbox import Sandbox, preserve_state
+from eulernet._find.sandbox import Sandbox
 from eulernet._find.sites import TracedSite
 from eulernet._patch.subclass import patched_class
 from eulernet._run.factor import StepFactor
@@ -63,5 +63,4 @@ def _watch(twin: Any, host: nn.Module, sites: Sequence[TracedSite], wrong: set[t
 
 
 def _run(sandbox: Sandbox, run: Any) -> None:
-    with preserve_state():
-        sandbox.run(run.args, run.kwargs, training=run.training)
+    sandbox.run(run.args, run.kwargs, training=run.training)

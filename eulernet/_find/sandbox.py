@@ -6,10 +6,8 @@ import contextlib
 import copy
 import functools
 import gc
-import logging
 import random
 import sys
-import warnings
 import weakref
 from collections.abc import Iterator
 from types import ModuleType
@@ -19,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
 
+from eulernet._find.apart import Draws, alone, own_numbers, quiet, without_global_hooks
 from eulernet._find.trace import DispatchTracer, Trace, Tracer, all_modules, tensors_in
 
 _CACHE = functools._lru_cache_wrapper
@@ -33,6 +32,8 @@ class Sandbox:
 
     def __init__(self, model: nn.Module, fake: bool, hooks: bool = False) -> None:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else None
+        if self.mode and any(isinstance(v, torch.ScriptObject) for m in all_modules(model) for v in vars(m).values()):
+            self.mode.cache_enabled = False  # it compares arguments, which packed weights refuse
         memo: dict[int, Any] = {}
         with FakeCopyMode(self.mode) if self.mode else contextlib.nullcontext():
             self.copy: nn.Module = copy.deepcopy(model, memo)
@@ -60,10 +61,13 @@ class Sandbox:
                 stack.enter_context(torch.set_grad_enabled(training))
                 if self.mode is not None:
                     stack.enter_context(self.mode)
+                else:
+                    stack.enter_context(Draws())  # a layer that is dropped at random is dropped in each run
+                stack.enter_context(own_numbers())
+                stack.enter_context(without_global_hooks(list(self.original)))
                 args, kwargs = self._inputs(args), self._inputs(kwargs)
                 stack.enter_context(DispatchTracer(tracer))
                 stack.enter_context(tracer)
-                _seed()  # a layer that is dropped at random is dropped in each run
                 output = self.copy(*args, **kwargs)
                 tracer.inside = True
                 tracer.trace.outputs = [tracer.node(t) for t in tensors_in(output)]
@@ -88,39 +92,30 @@ class Sandbox:
 
 @contextlib.contextmanager
 def preserve_state() -> Iterator[None]:
-    """Leave the random number generators as they are, and call or repeat nothing that is the owner's business."""
+    """For measurements, which draw from the process's generators: leave these as they are, and call no global hook.
+
+    Other threads that draw meanwhile get numbers that were drawn before.
+    """
     python = random.getstate()
     numpy = sys.modules.get("numpy")
     numpy_state = numpy.random.get_state() if numpy else None
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
-    logger = logging.getLogger("torch._subclasses.fake_tensor")  # prints the traceback of what a copy fails on
-    silent = logger.disabled
-    module_hooks = (torch.nn.modules.module._global_forward_hooks, torch.nn.modules.module._global_forward_pre_hooks)
-    hooks = [dict(h) for h in module_hooks]
-    try:
-        logger.disabled = True
-        for h in module_hooks:
-            h.clear()
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=devices), torch.inference_mode(False):
-            warnings.simplefilter("ignore")
+    with alone(), quiet(), torch.random.fork_rng(devices=devices), torch.inference_mode(False):
+        module_hooks = (
+            torch.nn.modules.module._global_forward_hooks,
+            torch.nn.modules.module._global_forward_pre_hooks,
+        )
+        hooks = [dict(h) for h in module_hooks]
+        try:
+            for h in module_hooks:
+                h.clear()
             yield
-    finally:
-        for h, saved in zip(module_hooks, hooks, strict=True):
-            h.update(saved)
-        logger.disabled = silent
-        random.setstate(python)
-        if numpy:
-            numpy.random.set_state(numpy_state)
-
-
-def _seed() -> None:
-    """One state for all the generators that a model draws from; `preserve_state` gives them back their own."""
-    random.seed(0)
-    torch.default_generator.manual_seed(0)
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        torch.cuda.manual_seed_all(0)
-    if numpy := sys.modules.get("numpy"):
-        numpy.random.seed(0)
+        finally:
+            for h, saved in zip(module_hooks, hooks, strict=True):
+                h.update(saved)
+            random.setstate(python)
+            if numpy:
+                numpy.random.set_state(numpy_state)
 
 
 @contextlib.contextmanager

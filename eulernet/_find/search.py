@@ -14,12 +14,13 @@ from torch.utils._pytree import tree_leaves
 
 from eulernet._errors import EulernetError
 from eulernet._find.account import left_out, origin_of, outside, reached_at_zero, unequal_twins
+from eulernet._find.apart import Draws, alone, apart
 from eulernet._find.classify import Sums, classify
 from eulernet._find.graph import StepCall
 from eulernet._find.inputs import as_arguments, guess_inputs
 from eulernet._find.locate import Location, locate, nowhere
 from eulernet._find.prove import with_other_callees
-from eulernet._find.sandbox import Sandbox, no_fakes_left, preserve_state
+from eulernet._find.sandbox import Sandbox, no_fakes_left
 from eulernet._find.sites import Group, TracedSite, grouped, pair_modes, step_calls_of
 from eulernet._find.trace import Addition, Trace, all_modules
 from eulernet._run.patched import restore_class
@@ -74,9 +75,8 @@ class Search:
 def search(model: nn.Module, example_inputs: Any) -> Iterator[Search]:
     """Find the steps of a model that is not patched, or of the original of one that is."""
     sandboxes: list[Sandbox] = []
-    with no_fakes_left(model, sandboxes):
-        with preserve_state():
-            result = _search(model, example_inputs, sandboxes)
+    with alone(), no_fakes_left(model, sandboxes):
+        result = apart(lambda: _search(model, example_inputs, sandboxes))
         try:
             yield result
         finally:
@@ -91,8 +91,9 @@ def _search(model: nn.Module, example_inputs: Any, sandboxes: list[Sandbox]) -> 
 
 def _run(model: nn.Module, example_inputs: Any, sandboxes: list[Sandbox]) -> tuple[list[Run], list[Trace], list[str]]:
     if example_inputs is None:
-        args, kwargs = _guessed(model, training=False)
-        args_train, kwargs_train = _guessed(model, training=True)
+        with Draws():
+            args, kwargs = _guessed(model, training=False)
+            args_train, kwargs_train = _guessed(model, training=True)
     else:
         args, kwargs = args_train, kwargs_train = as_arguments(example_inputs)
     # Fake tensors first: they cost nothing. A model whose code looks at values fails on them and runs for real.

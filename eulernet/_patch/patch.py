@@ -8,32 +8,32 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, TypeVar
 
 from torch import Tensor, nn
 
-from eulernet._checks import check_model, check_module, is_sharded
+from eulernet._checks import brief, check_model, check_module, is_sharded
+from eulernet._commit import commit
 from eulernet._errors import EulernetError, EulernetWarning
 from eulernet._find.absorb import absorbing, check_scalable, refusal, scale_parameters
-from eulernet._find.sandbox import preserve_state
+from eulernet._find.apart import apart
 from eulernet._find.search import FoundStep, Search, search
 from eulernet._patch.cautions import kept_at_one, rounded_away, trained
 from eulernet._patch.select import HLike, Selector, names_given, select, values
 from eulernet._patch.subclass import patched_class
-from eulernet._run.factor import StepFactor
+from eulernet._run.factor import LearnedFactor, StepFactor
 from eulernet._run.hooks import StepInputs, add_step_hook, remove_step_hooks
-from eulernet._run.learned import check_shared, checked, plan_learned
+from eulernet._run.learned import Slot, check_shared, checked, plan_learned
 from eulernet._run.patched import (
-    FACTORS,
-    KEYS,
-    SLOTS,
-    STEPS,
+    Become,
     Factor,
     Patched,
     bound,
+    check_names,
+    original,
     original_class,
     places_of,
     restore_class,
@@ -133,8 +133,10 @@ def patch(
         ['log_h_0', 'log_h_1']
     """
     check_model(model, "patch")
-    if preserve not in (True, False, "where_possible"):
-        raise EulernetError(f'preserve={preserve!r} must be True, False or "where_possible"')
+    if not (isinstance(preserve, bool) or (isinstance(preserve, str) and preserve == "where_possible")):
+        raise EulernetError(
+            f'preserve must be True, False or "where_possible", not {brief(preserve)}; for example preserve=True'
+        )
     sharing = checked(trainable)
     with search(model, example_inputs) as result:
         by_index = {f.step.index: f for f in result.found}
@@ -162,7 +164,7 @@ def patch(
                 ) from reason
             blocks = [(change.module, [f.step for f in change.found], change.hs) for change in changes]
             learned = [] if sharing is None else plan_learned(model, blocks, sharing)
-            wrong = _prove(result, changes)
+            wrong = apart(lambda: _prove(result, changes))  # noqa: B023 (called at once)
             if not wrong:
                 break
             refused |= wrong
@@ -179,13 +181,17 @@ def patch(
         cautions += rounded_away(model, ((f.module, hs[f.step.index]) for c in changes for f in c.found))
     if cautions:  # before anything is changed, since whoever calls may have made errors of warnings
         warnings.warn("\n".join(cautions), EulernetWarning, stacklevel=2)
-    scale_parameters(scales)
-    for module in model.modules():
-        restore_class(module)
-    for change in changes:
-        change.apply()
-    for slot in learned:
-        slot.apply()
+    taken = {change.module for change in changes}
+    commit(
+        [
+            *scale_parameters(scales),
+            *(original(m) for m in model.modules() if isinstance(m, Patched) and m not in taken),
+            *(
+                change.of(lambda module: module, [slot for slot in learned if slot.module is change.module])
+                for change in changes
+            ),
+        ]
+    )
     return model
 
 
@@ -262,15 +268,13 @@ def set_h(model: Model, h: HLike) -> Model:
     planned = _planned(model, h)
     for caution in rounded_away(model, [(module, value) for module, _, value in planned]):
         warnings.warn(caution, EulernetWarning, stacklevel=2)
-    for _, factor, value in planned:
-        factor.set(value)
+    commit([change for _, factor, value in planned for change in factor.set(value)])
     return model
 
 
 def assign(model: nn.Module, h: HLike) -> None:
     """`set_h` without its warnings."""
-    for _, factor, value in _planned(model, h):
-        factor.set(value)
+    commit([change for _, factor, value in _planned(model, h) for change in factor.set(value)])
 
 
 def _planned(model: nn.Module, h: HLike) -> list[tuple[nn.Module, Factor, float]]:
@@ -304,8 +308,7 @@ def unpatch(model: Model) -> Model:
                 "1 call eulernet.set_h(model, 1.0); to be rid of the patch, load the state_dict into a model that is "
                 "not patched."
             )
-    for module in model.modules():
-        restore_class(module)
+    commit([original(module) for module in model.modules() if isinstance(module, Patched)])
     return model
 
 
@@ -332,23 +335,14 @@ class _Change:
     places: dict[Targets, int] = field(default_factory=dict)
     keys: dict[nn.Module, dict[int, int | None]] = field(default_factory=dict)  # place -> step, None: not chosen
 
-    def apply(self, twins: Mapping[nn.Module, nn.Module] | None = None) -> nn.Module:
-        """Change the module, or its twin in a copy."""
-
-        def twin(module: nn.Module) -> nn.Module:
-            return module if twins is None else twins[module]
-
-        module = twin(self.module)
-        module.__dict__[FACTORS] = [
-            StepFactor(h, _like(twin(f.module))) for f, h in zip(self.found, self.hs, strict=True)
-        ]
-        module.__dict__[STEPS] = [f.step for f in self.found]
-        if self.keys:
-            module.__dict__[KEYS] = [twin(key) for key in self.keys]
-        for key, held in self.keys.items():
-            twin(key).__dict__[SLOTS] = dict(held)
-        module.__class__ = self.cls
-        return module
+    def of(self, twin: Callable[[nn.Module], nn.Module], learned: Sequence[Slot] = ()) -> Become:
+        """The change, of the module or of its `twin` in a copy, with these parameters for its h."""
+        factors: list[Factor] = [StepFactor(h, _like(twin(f.module))) for f, h in zip(self.found, self.hs, strict=True)]
+        for slot in learned:
+            factors[slot.number] = LearnedFactor(slot.name)
+        parameters = {slot.name: slot.parameter for slot in learned}
+        keys = {twin(key): at for key, at in self.keys.items()}
+        return Become(twin(self.module), self.cls, factors, [f.step for f in self.found], parameters, keys)
 
 
 def _like(module: nn.Module) -> Tensor | None:
@@ -373,6 +367,7 @@ def _changes(
             for s in f.sites if f.host is module and f.module is not module else ():
                 if s.location.targets in places:
                     keys.setdefault(f.module, {})[places[s.location.targets]] = slots.get(f.step.index)
+        check_names(module, mine[0].step)
         cls = patched_class(original_class(module), tuple(plan.values()))
         changes.append(_Change(module, cls, mine, [hs[f.step.index] for f in mine], places, keys))
     layers = {id(c.module) for c in changes if isinstance(c.module, nn.TransformerEncoderLayer)}
@@ -402,13 +397,14 @@ def _prove(search: Search, changes: Sequence[_Change]) -> dict[int, str]:
         twins = {module: twin for twin, module in sandbox.original.items()}
         counts: Counter[tuple[int, int, int]] = Counter()
         for change in changes:
-            add_step_hook(change.apply(twins), partial(_count, counts, id(change.module)))
+            twin = twins[change.module]
+            change.of(twins.__getitem__).make()
+            add_step_hook(twin, partial(_count, counts, id(change.module)))
         for run in search.runs:
             if run.sandbox is not sandbox:
                 continue
             counts.clear()
-            with preserve_state():
-                sandbox.run(run.args, run.kwargs, training=run.training)
+            sandbox.run(run.args, run.kwargs, training=run.training)
             for change in changes:
                 for slot, found, site in ((i, f, s) for i, f in enumerate(change.found) for s in f.sites):
                     place, expected = change.places[site.location.targets], site.calls[run.training]

@@ -6,14 +6,15 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from torch import nn
 
-from eulernet._checks import positive
+from eulernet._checks import brief, positive
 from eulernet._errors import EulernetError, EulernetWarning
 from eulernet._step import ROOT, Step, Steps
 
+T = TypeVar("T")
 Pattern = str
 _NUMBERED = re.compile(r"(.*?)(?::([\d*?!\[\]-]*))?", re.DOTALL)  # what stands before a colon and a pattern of numbers
 # Which steps: a pattern on names, a class of modules, a predicate, or several of these; None for what is the default.
@@ -81,13 +82,21 @@ def names_given(h: Any, steps: Sequence[Step]) -> set[str]:
 
 
 def _which(steps: Sequence[Step], modules: Sequence[nn.Module], selector: Selector, argument: str) -> list[Step]:
+    if isinstance(selector, nn.Module):
+        names = [s.module_name or ROOT for s, m in zip(steps, modules, strict=True) if m is selector]
+        name = names[0] if names else type(selector).__name__
+        given = repr(name) if names else name
+        raise EulernetError(
+            f"{argument} is a module, {type(selector).__name__}(...), not its name, its class or a predicate: write "
+            f"{argument}={given}"
+        )
     if isinstance(selector, (str, type)) or callable(selector):
         selectors: list[Any] = [selector]
     elif isinstance(selector, Iterable):
         selectors = list(selector)
     else:
         raise EulernetError(
-            f"{argument}={selector!r} is no pattern, module class, predicate on a step, or list of these; "
+            f"{argument}={brief(selector)} is no pattern, module class, predicate on a step, or list of these; "
             f'for example {argument}="layer1" or {argument}=lambda step: step.calls == 1'
         )
     chosen: set[int] = set()
@@ -104,9 +113,23 @@ def _is_meant(selector: Any, step: Step, module: nn.Module, argument: str) -> bo
         return _names_step(selector, step)
     if isinstance(selector, type):
         return isinstance(module, selector)
-    if callable(selector):
-        return bool(selector(step))
-    raise EulernetError(f"{argument}: {selector!r} is no pattern, module class or predicate on a step")
+    if callable(selector) and not isinstance(selector, nn.Module):
+        example = f"it is called with one Step and says whether it is meant, {argument}=lambda step: step.calls == 1"
+        return _called(lambda step: bool(selector(step)), step, f"{argument}={_shown(selector)}", example)
+    raise EulernetError(
+        f"{argument}: {brief(selector)} is no pattern, module class or predicate on a step; for example "
+        f'{argument}=["layer1", torch.nn.TransformerEncoderLayer]'
+    )
+
+
+def _called(rule: Callable[[Step], T], step: Step, what: str, example: str) -> T:
+    """What a function that the caller gave says of a step."""
+    try:
+        return rule(step)
+    except EulernetError:
+        raise
+    except Exception as error:
+        raise EulernetError(f"{what} failed on {step.name} ({type(error).__name__}: {error}); {example}") from error
 
 
 def values(h: Any, steps: Sequence[Step]) -> list[float]:
@@ -131,7 +154,7 @@ def values(h: Any, steps: Sequence[Step]) -> list[float]:
         return [_checked(known[s.name], s.name) for s in steps]
     if isinstance(h, Mapping):
         return _from_mapping(h, steps)
-    if isinstance(h, Sequence) and not isinstance(h, (str, bytes)):
+    if isinstance(h, Sequence) and not isinstance(h, (str, bytes, bytearray, memoryview)):
         if len(h) != len(steps):
             raise EulernetError(
                 f"h has {len(h)} values, the model has {len(steps)} steps: {_names(steps)}. "
@@ -142,8 +165,9 @@ def values(h: Any, steps: Sequence[Step]) -> list[float]:
         raise EulernetError(
             f"h={h.__name__} is a class, not a rule: make one of it, as in eulernet.schedules.inverse()"
         )
-    if callable(h):
-        return [_checked(h(s), s.name) for s in steps]
+    if callable(h) and not isinstance(h, nn.Module):
+        example = "it is called with one Step and returns its h, h=lambda step: 1 / step.depth"
+        return [_checked(_called(h, s, f"h={_shown(h)}", example), s.name) for s in steps]
     value = _checked(h, None)
     return [value] * len(steps)
 
@@ -176,7 +200,7 @@ def _checked(value: Any, name: str | None) -> float:
 
 
 def _shown(selector: Any) -> str:
-    return selector.__qualname__ if isinstance(selector, type) else repr(selector)
+    return selector.__qualname__ if isinstance(selector, type) else brief(selector)
 
 
 def _names(steps: Sequence[Step]) -> str:

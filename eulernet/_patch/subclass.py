@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import ast
 import types
 import weakref
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from eulernet._checks import brief
+from eulernet._commit import Change
 from eulernet._errors import EulernetError
 from eulernet._patch.rewrite import rewrite
-from eulernet._run.patched import FACTORS, FUNCTION, KEYS, SLOTS, STEPS, Patched, Plan, places_of, restore_class
-from eulernet._source import VIA, Span, Target, digest, free_function, rebuild
+from eulernet._run.factor import LearnedFactor
+from eulernet._run.patched import FUNCTION, KEYS, SLOTS, Become, Patched, Plan, original, original_class, places_of
+from eulernet._source import VIA, Span, Target, Unsupported, digest, expression_at, free_function, rebuild
 
 # Weak, so that a class that was made in a function goes when its last patched model does.
 _classes: weakref.WeakValueDictionary[tuple[type[nn.Module], Plan], type[nn.Module]] = weakref.WeakValueDictionary()
@@ -44,7 +48,8 @@ def _build(original: type[nn.Module], plan: Plan) -> type[nn.Module]:
         owner = _owner(original, target)
         namespace = methods.setdefault(owner, {})
         value = namespace.get(target.name) or vars(owner)[target.name]
-        change = partial(_rewrite, target=target, edits=edits, functions=functions, vias=vias)
+        packages = frozenset(cls.__module__.partition(".")[0] for cls in original.__mro__)
+        change = partial(_rewrite, target=target, edits=edits, called=_Called(functions, vias, packages))
         namespace[target.name] = rebuild(value, target.path, change)
 
     bases: list[type] = [Patched, original]
@@ -86,12 +91,19 @@ def _subclass(of: type, bases: tuple[type, ...], namespace: dict[str, Any]) -> A
     return types.new_class(of.__name__, bases, exec_body=fill)
 
 
+class _Called(NamedTuple):
+    """What methods call: rewritten functions by their names, those found at run time, the packages they may be in."""
+
+    functions: dict[str, types.FunctionType]
+    vias: list[Callable[[Any], Any]]
+    packages: frozenset[str]
+
+
 def _rewrite(
     function: types.FunctionType,
     target: Target,
     edits: dict[Span, Any],
-    functions: dict[str, types.FunctionType],
-    vias: list[Callable[[Any], Any]],
+    called: _Called,
 ) -> types.FunctionType:
     if digest(function) != target.digest:
         raise EulernetError(
@@ -99,12 +111,12 @@ def _rewrite(
             "changed. Install the version of the library with which the model was patched, or build the model anew, "
             "load its state_dict, and patch it with h=Steps.from_json(...)."
         )
-    return rewrite(function, _spans(edits, functions, vias), free=target.owner is None)
+    for span in edits:
+        expression_at(function, span, (ast.BinOp, ast.AugAssign, ast.Call))
+    return rewrite(function, _spans(edits, called), free=target.owner is None)
 
 
-def _spans(
-    edits: dict[Span, Any], functions: dict[str, types.FunctionType], vias: list[Callable[[Any], Any]]
-) -> dict[Span, tuple[str, int]]:
+def _spans(edits: dict[Span, Any], called: _Called) -> dict[Span, tuple[str, int]]:
     """What becomes of each expression of a function; the functions that it calls are rewritten on the way."""
     spans: dict[Span, tuple[str, int]] = {}
     for span, edit in edits.items():
@@ -113,16 +125,16 @@ def _spans(
             continue
         ((callee, inner),) = edit.items()
         if callee.name.startswith(VIA):
-            spans[span] = ("via", len(vias))
-            vias.append(lambda function: function)  # keeps the number
-            vias[spans[span][1]] = _via(callee, _spans(inner, functions, vias))
+            spans[span] = ("via", len(called.vias))
+            called.vias.append(lambda function: function)  # keeps the number
+            called.vias[spans[span][1]] = _via(callee, _spans(inner, called))
             continue
-        free = free_function(callee.name)
+        free = free_function(callee.name, called.packages)
         if free is None:
             raise EulernetError(f"{callee.name}, which makes the addition of a patched step, does not exist any more")
-        number = len(functions)
-        functions[f"{FUNCTION}{number}"] = free  # keeps the number while the inner ones get theirs
-        functions[f"{FUNCTION}{number}"] = _rewrite(free, callee, inner, functions, vias)
+        number = len(called.functions)
+        called.functions[f"{FUNCTION}{number}"] = free  # keeps the number while the inner ones get theirs
+        called.functions[f"{FUNCTION}{number}"] = _rewrite(free, callee, inner, called)
         spans[span] = ("call", number)
     return spans
 
@@ -151,7 +163,11 @@ def _via(target: Target, spans: dict[Span, tuple[str, int]]) -> Callable[[Any], 
 
 def _owner(cls: type, target: Target) -> type:
     for owner in cls.__mro__:
-        if (owner.__module__, owner.__qualname__) == target.owner and target.name in vars(owner):
+        if target.owner is None or target.name not in vars(owner):
+            continue
+        # A spawned process imports the script that started it under the second of these names.
+        modules = {owner.__module__.replace("__mp_main__", "__main__"), owner.__module__}
+        if owner.__qualname__ == target.owner[1] and target.owner[0].replace("__mp_main__", "__main__") in modules:
             return owner
     raise EulernetError(
         f"{cls.__module__}.{cls.__qualname__} has no {target.name} of {target.owner}: another version of it"
@@ -160,37 +176,66 @@ def _owner(cls: type, target: Target) -> type:
 
 def restore(original: type[nn.Module], plan: Plan, *args: Any) -> Any:
     """What a pickle of a patched module calls by name, so this function stays where it is."""
-    cls = patched_class(original, plan)
+    if not (isinstance(original, type) and issubclass(original, nn.Module) and _is_plan(plan)):
+        raise EulernetError(
+            f"the pickle holds no plan of a patched module, but ({brief(original)}, {brief(plan)}). Build the model "
+            "anew, load its state_dict, and patch it with h=Steps.from_json(...)"
+        )
+    try:
+        cls = patched_class(original, plan)
+    except Unsupported as reason:
+        raise EulernetError(
+            f"the plan in the pickle does not fit {original.__module__}.{original.__qualname__}: {reason}. Build the "
+            "model anew, load its state_dict, and patch it with h=Steps.from_json(...)"
+        ) from reason
     return cls.__new__(cls, *args)
 
 
-def remove_steps(model: nn.Module, folded: set[tuple[int, int]]) -> None:
-    """Take steps, each a module's id and a number there, out of a patched model; the others stay as they are."""
+def _is_plan(plan: Any) -> bool:
+    """Whether it has the form of a plan, whose slots are 0, 1, ... without a gap."""
+    if not (isinstance(plan, tuple) and all(isinstance(place, tuple) and len(place) == 4 for place in plan)):
+        return False
+    for targets, slot, left, subtracts in plan:
+        pairs = [pair for pair in targets if isinstance(pair, tuple)] if isinstance(targets, tuple) else []
+        flags = [type(flag) for flag in (slot, left, subtracts)]
+        if not pairs or len(pairs) < len(targets) or flags[0] not in (int, type(None)) or flags[1:] != [bool, bool]:
+            return False
+        if not all(len(p) == 2 and isinstance(p[0], Target) and isinstance(p[1], Span) for p in pairs):
+            return False
+    slots = {slot for _, slot, _, _ in plan}
+    return None in slots or slots == set(range(len(slots)))  # a key has the others
+
+
+def remove_steps(model: nn.Module, folded: set[tuple[int, int]]) -> list[Change]:
+    """The changes that take steps, each a module's id and a number there, out of a patched model."""
+    changes: list[Change] = []
+    left: set[nn.Module] = set()  # modules that stay patched
     for module in reversed(list(model.modules())):
         if isinstance(module, Patched):
             kept = [slot for slot in range(len(module._euler)) if (id(module), slot) not in folded]
-            around = not module._euler and any(isinstance(m, Patched) for m in module.modules() if m is not module)
+            around = not module._euler and any(m in left for m in module.modules())
+            if kept or around:
+                left.add(module)
             if not kept and not around:
-                restore_class(module)
+                changes.append(original(module))
             elif len(kept) < len(module._euler):
-                _keep_steps(module, kept)
+                changes.append(_keeping(module, kept))
+    return changes
 
 
-def _keep_steps(module: Patched, kept: list[int]) -> None:
-    """Leave these steps of a module, which are numbered anew, as are the places."""
+def _keeping(module: Any, kept: list[int]) -> Become:
+    """The change that leaves these steps of a module, which are numbered anew, as are the places."""
     number = {slot: i for i, slot in enumerate(kept)}
     places = sorted({place for slot in kept for place in places_of(module, slot)})
-    plan = tuple((t, number.get(slot), left, sub) for t, slot, left, sub in (module._euler_plan[p] for p in places))  # type: ignore[arg-type]
-    keys = module.__dict__.get(KEYS, ())
-    for key in keys:
-        held = key.__dict__.pop(SLOTS)
-        if held := {places.index(place): number.get(slot) for place, slot in held.items() if place in places}:
-            key.__dict__[SLOTS] = held
-    if keys:
-        module.__dict__[KEYS] = [key for key in keys if SLOTS in key.__dict__]
-    for slot, factor in enumerate(module._euler):
-        if slot not in number:
-            factor.remove_from(module)
-    module.__dict__[FACTORS] = [module._euler[slot] for slot in kept]
-    module.__dict__[STEPS] = [module._euler_steps[slot] for slot in kept]
-    module.__class__ = patched_class(module._euler_original, plan)  # type: ignore[assignment]
+    entries = [module._euler_plan[place] for place in places]
+    plan = tuple((t, None if slot is None else number[slot], left, sub) for t, slot, left, sub in entries)
+    keys: dict[nn.Module, dict[int, int | None]] = {}
+    for key in module.__dict__.get(KEYS, ()):
+        held = {places.index(p): number.get(slot) for p, slot in key.__dict__[SLOTS].items() if p in places}
+        if held:
+            keys[key] = held
+    factors, steps = [module._euler[slot] for slot in kept], [module._euler_steps[slot] for slot in kept]
+    names = [factor.name for factor in factors if isinstance(factor, LearnedFactor)]
+    parameters = {name: p for name in names if (p := module._parameters.get(name)) is not None}
+    cls = patched_class(original_class(module), plan)
+    return Become(module, cls, factors, steps, parameters, keys)

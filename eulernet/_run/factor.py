@@ -8,7 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import _disable_current_modes
 
+from eulernet._commit import Change, Set, Write
 from eulernet._errors import EulernetError
 
 
@@ -27,7 +30,8 @@ class StepFactor:
         """Put the tensor where the parameters are, in float64: a tensor without dimensions widens no other's dtype."""
         device = torch.device("cpu") if like is None or like.device.type == "meta" else like.device
         dtype = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
-        with torch.inference_mode(False):  # else the tensor could not be written into later
+        # Else the tensor could not be written into later, or had no value.
+        with torch.inference_mode(False), _disable_current_modes():
             self.tensor = torch.tensor(self.value, device=device, dtype=dtype)
 
     def to_device_of(self, fn: Callable[[Tensor], Tensor]) -> None:
@@ -36,9 +40,9 @@ class StepFactor:
         if like.device != self.tensor.device:
             self.move(like)
 
-    def set(self, value: float) -> None:
-        self.value = value
-        self.tensor.fill_(value)
+    def set(self, value: float) -> list[Change]:
+        """The changes that give it another value."""
+        return [Write(self.tensor, lambda tensor: tensor.fill_(value)), Set(self, {"value": value})]
 
     def current(self, module: Any) -> float | Tensor:
         """What the additions of a forward use: the tensor where a graph is compiled, else the number."""
@@ -47,9 +51,6 @@ class StepFactor:
 
     def bound_to(self, module: Any) -> StepFactor:
         return self
-
-    def remove_from(self, module: Any) -> None:
-        """Nothing of it is in the module itself."""
 
     def __str__(self) -> str:
         return f"{self.value:.4g}"
@@ -74,10 +75,6 @@ class LearnedFactor:
     def bound_to(self, module: Any) -> LearnedFactor:
         return LearnedFactor(self.name, module)
 
-    def remove_from(self, module: Any) -> None:
-        """Take the parameter out of the module."""
-        delattr(module, self.name)
-
     def to_device_of(self, fn: Callable[[Tensor], Tensor]) -> None:
         """The module has moved the parameter with all others."""
 
@@ -86,8 +83,19 @@ class LearnedFactor:
         parameter: nn.Parameter = getattr(self.module, self.name)
         return parameter
 
+    def _check_readable(self) -> None:
+        """FSDP's flat parameters have no storage of their own, and a parametrization computes anew what is read."""
+        parameter = getattr(self.module, self.name)
+        if type(parameter) is not nn.Parameter and isinstance(parameter, Tensor) and _is_freed(parameter):
+            raise EulernetError(
+                f"the step factor is learned, and FSDP keeps its parameter {self.name} in a flat one, where it cannot "
+                "be read. Patch and wrap with use_orig_params=True, or look at it inside "
+                "FullyShardedDataParallel.summon_full_params(model): eulernet.steps(model)"
+            )
+
     @property
     def value(self) -> float:
+        self._check_readable()
         whole = getattr(self.parameter, "full_tensor", lambda: self.parameter)()  # FSDP2 keeps a part of it
         if whole.device.type == "meta":
             raise EulernetError(
@@ -95,13 +103,24 @@ class LearnedFactor:
             )
         return float(torch.tensor(whole.item(), dtype=torch.float64).exp())  # infinite, not an error, where it diverged
 
-    def set(self, value: float) -> None:
-        with torch.no_grad():
-            self.parameter.fill_(math.log(value))
+    def set(self, value: float) -> list[Change]:
+        """The changes that give it another value."""
+        self._check_readable()
+        if parametrize.is_parametrized(self.module, self.name):
+            raise EulernetError(
+                f"{self.name} of {type(self.module).__name__} is parametrized: what it is given is not what it gives. "
+                "Take that off, set h, and put it on again: "
+                f'torch.nn.utils.parametrize.remove_parametrizations(module, "{self.name}")'
+            )
+        return [Write(self.parameter, lambda parameter: parameter.fill_(math.log(value)))]
 
     def __str__(self) -> str:
         plain = type(self.parameter) is nn.Parameter and self.parameter.device.type != "meta"
         return f"{self.value:.4g}" if plain else f"exp({self.name})"  # others cannot be read, or not by one process
+
+
+def _is_freed(tensor: Tensor) -> bool:
+    return tensor.device.type != "meta" and tensor.numel() > 0 and tensor.untyped_storage().size() == 0
 
 
 def scaled_add(left: Any, right: Any, h: float | Tensor, skip_is_left: bool, alpha: float) -> Any:

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
+from eulernet._checks import brief
 from eulernet._errors import EulernetError
 from eulernet._run.factor import LearnedFactor
 from eulernet._run.patched import FACTORS
@@ -38,8 +40,8 @@ def checked(trainable: Any) -> str | None:
         return "step"
     if not (isinstance(trainable, str) and trainable in _SHARING):
         raise EulernetError(
-            f'trainable={trainable!r}: write trainable=True or "step" for one h a step, "stage" or "model" for one '
-            "that steps share, or False"
+            f'trainable={brief(trainable)}: write trainable=True or "step" for one h a step, "stage" or "model" for '
+            "one that steps share, or False"
         )
     return trainable
 
@@ -52,10 +54,6 @@ class Slot:
     number: int
     name: str
     parameter: nn.Parameter
-
-    def apply(self) -> None:
-        self.module.register_parameter(self.name, self.parameter)
-        self.module.__dict__[FACTORS][self.number] = LearnedFactor(self.name)
 
 
 def plan_learned(
@@ -136,7 +134,14 @@ def step_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     for module in model.modules():
         for factor in module.__dict__.get(FACTORS, ()):
             if isinstance(factor, LearnedFactor):
-                parameter = factor.bound_to(module).parameter
-                if id(parameter) not in seen:
-                    seen.add(id(parameter))
-                    yield parameter
+                for parameter in _behind(module, factor.name):
+                    if id(parameter) not in seen:
+                        seen.add(id(parameter))
+                        yield parameter
+
+
+def _behind(module: nn.Module, name: str) -> list[nn.Parameter]:
+    """The parameter itself, or those of its parametrization."""
+    if parametrize.is_parametrized(module, name):
+        return list(module.parametrizations[name].parameters())  # type: ignore[index,union-attr]
+    return [getattr(module, name)]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copyreg
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from eulernet._checks import check_module, unwrapped
+from eulernet._commit import put_back
 from eulernet._errors import EulernetError
 from eulernet._run import fuse
 from eulernet._run.factor import LearnedFactor, StepFactor, scale, scaled_add, scaled_add_
@@ -146,6 +148,18 @@ class Patched:
             rest[0] = {name: value for name, value in rest[0].items() if name not in OBSERVED}
         return (type(self)._euler_restore, (self._euler_original, self._euler_plan, *args[1:]), *rest)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[misc]
+        held = [self.__dict__.get(name) for name in (FACTORS, STEPS)]
+        number = len({slot for _, slot, *_ in self._euler_plan})
+        if any(slot is None for _, slot, *_ in self._euler_plan) and isinstance(held[1], list):
+            number = len(held[1])  # the keys, which say which step is whose, may not be filled yet
+        if not all(isinstance(values, list) and len(values) == number for values in held):
+            raise EulernetError(
+                f"the pickle of {type(self).__name__} has a plan for {number} steps, and not as many step factors. "
+                "Build the model anew, load its state_dict, and patch it with h=Steps.from_json(...)"
+            )
+
     def __prepare_scriptable__(self) -> Any:
         raise EulernetError(
             f"torch.jit.script compiles the source of {type(self).__name__}, which does not hold its step factors. Use "
@@ -156,15 +170,85 @@ class Patched:
 # ---- the patched modules of a model
 
 
+@dataclass(frozen=True)
+class Become:
+    """A module gets the class, the factors, the steps and the parameters log_h that it is to have, whatever it had.
+
+    Where `factors` is None, it becomes what it was before it was patched.
+    """
+
+    module: nn.Module
+    cls: type[nn.Module]
+    factors: list[Factor] | None = None
+    steps: Sequence[Step] = ()
+    parameters: Mapping[str, nn.Parameter] = field(default_factory=dict)  # those of `factors`, by their names
+    keys: Mapping[nn.Module, Mapping[int, int | None]] = field(default_factory=dict)  # which step each is at a place
+
+    def before(self) -> Callable[[], None]:
+        for name in learned_names(self.module):
+            if parametrize.is_parametrized(self.module, name):
+                raise EulernetError(
+                    f"{name} of {type(self.module).__name__} is parametrized, and would go without that. "
+                    f'Take that off first: torch.nn.utils.parametrize.remove_parametrizations(module, "{name}")'
+                )
+        held, cls = self.module.__dict__, type(self.module)
+        entries, parameters = dict(held), dict(self.module._parameters)
+        keys = [(key, dict(key.__dict__)) for key in (*held.get(KEYS, ()), *self.keys)]
+
+        def undo() -> None:
+            for key, before in keys:
+                put_back(key.__dict__, before)
+            put_back(held, entries)
+            put_back(self.module._parameters, parameters)
+            object.__setattr__(self.module, "__class__", cls)
+
+        return undo
+
+    def make(self) -> None:
+        module, held = self.module, self.module.__dict__
+        parameters = module._parameters
+        for name in learned_names(module):
+            if name in parameters and parameters[name] is not self.parameters.get(name):
+                del parameters[name]
+        for name, parameter in self.parameters.items():
+            try:
+                if parameters.get(name) is not parameter:
+                    module.register_parameter(name, parameter)
+            except Exception as error:
+                raise EulernetError(
+                    f"{type(module).__name__} does not take the parameter {name} ({type(error).__name__}: {error}); "
+                    "nothing was changed. Patch without trainable=, or leave it out: eulernet.patch(model, ..., "
+                    f"trainable=True, exclude={original_class(module).__name__})"
+                ) from error
+        former = [key for key in held.get(KEYS, ()) if key not in self.keys]
+        for key, at in self.keys.items():
+            key.__dict__[SLOTS] = dict(at)
+        if self.keys:
+            held[KEYS] = list(self.keys)
+        if self.factors is not None:
+            held.update({FACTORS: self.factors, STEPS: list(self.steps)})
+        # Not through the module, whose own __setattr__ may refuse what it does not know.
+        object.__setattr__(module, "__class__", on_top_of(self.cls, module))
+        for key in former:
+            key.__dict__.pop(SLOTS, None)
+        for name in (FACTORS, STEPS, KEYS) if self.factors is None else () if self.keys else (KEYS,):
+            held.pop(name, None)
+
+
+def learned_names(module: nn.Module) -> list[str]:
+    """The names of the parameters log_h of a module."""
+    return [f.name for f in module.__dict__.get(FACTORS, ()) if isinstance(f, LearnedFactor)]
+
+
+def original(module: nn.Module) -> Become:
+    """The change that makes a patched module what it was."""
+    return Become(module, original_class(module))
+
+
 def restore_class(module: nn.Module) -> None:
     """Make a patched module what it was."""
     if isinstance(module, Patched):
-        for factor in module._euler:
-            factor.remove_from(module)
-        module.__class__ = module._euler_original  # type: ignore[assignment]
-        del module.__dict__[FACTORS], module.__dict__[STEPS]
-        for key in module.__dict__.pop(KEYS, ()):
-            key.__dict__.pop(SLOTS, None)
+        original(module).make()
 
 
 def slots(model: nn.Module) -> Iterator[tuple[Patched, int, Step]]:
@@ -206,4 +290,38 @@ def bound(model: nn.Module, caller: str) -> list[tuple[Any, Step, Factor]]:
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
-    return module._euler_original if isinstance(module, Patched) else type(module)
+    """The class that a module was given by its owner: below the patch, and below its parametrizations."""
+    cls = type(module)
+    while _is_parametrized(cls):
+        (cls,) = cls.__bases__
+    return cls._euler_original if issubclass(cls, Patched) else cls
+
+
+def check_names(module: nn.Module, step: Step) -> None:
+    """Raise where a module to be patched has attributes with the names that a patched one gets."""
+    own = {SLOTS, *((FACTORS, STEPS, KEYS, *OBSERVED) if isinstance(module, Patched) else ())}
+    held = {*vars(module), *module._parameters, *module._buffers, *module._modules} - own
+    held |= {name for cls in original_class(module).__mro__ for name in vars(cls)}
+    if taken := sorted(name for name in held if name.startswith("_euler")):
+        raise EulernetError(
+            f"{step.name} ({step.module_class}) has {', '.join(taken)} of its own; names that begin with _euler are "
+            "those of eulernet's additions to a module. Rename the attribute, or leave the step out: "
+            f"eulernet.patch(model, ..., exclude={step.name!r})"
+        )
+
+
+def on_top_of(cls: type[nn.Module], module: nn.Module) -> type[nn.Module]:
+    """`cls`, with the class on top that `torch.nn.utils.parametrize` has given a module of its own.
+
+    So parametrizations can be put on and taken off before, while and after the module is patched.
+    """
+    top: type = type(module)
+    if not _is_parametrized(top):
+        return cls
+    names = {name: value for name, value in vars(top).items() if name not in ("__dict__", "__weakref__")}
+    both: type[nn.Module] = type(top)(f"Parametrized{cls.__name__}", (cls,), names)
+    return both
+
+
+def _is_parametrized(cls: type) -> bool:
+    return cls.__module__ == parametrize.__name__ and cls.__name__ == f"Parametrized{cls.__bases__[0].__name__}"

@@ -9,7 +9,8 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
-from eulernet._checks import whole_number
+from eulernet._checks import brief, whole_number
+from eulernet._commit import Set, commit
 from eulernet._errors import EulernetError, EulernetWarning
 from eulernet._patch.cautions import rounded_away
 from eulernet._patch.select import HLike, values
@@ -62,6 +63,8 @@ class HScheduler:
         [0.5, 0.5]
     """
 
+    last_step: int
+
     def __init__(
         self,
         model: nn.Module,
@@ -88,8 +91,7 @@ class HScheduler:
         least = map(min, self.start, self.end)
         for caution in rounded_away(model, [(module, h) for (module, _, _), h in zip(held, least, strict=True)]):
             warnings.warn(caution, EulernetWarning, stacklevel=2)
-        self.last_step = 0
-        self._set()
+        self._go({"last_step": 0})
 
     def step(self) -> None:
         """Go on to the next h; call it after each step of the optimiser, or once an epoch.
@@ -98,15 +100,11 @@ class HScheduler:
             EulernetError: the model was patched again or unpatched in the meantime.
         """
         self._check_current()
-        self.last_step += 1
-        self._set()
+        self._go({"last_step": self.last_step + 1})
 
     def get_last_h(self) -> list[float]:
         """The h of each step, in the order of `eulernet.steps(model)`."""
-        if self.last_step >= self.total_steps:
-            return list(self.end)
-        curve, t = _CURVES[self.kind], self.last_step / self.total_steps
-        return [curve(a, b, t) for a, b in zip(self.start, self.end, strict=True)]
+        return _on_the_way(self.__dict__)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the schedule is and where it goes, as numbers, strings and lists of these."""
@@ -129,9 +127,15 @@ class HScheduler:
                 nothing is changed.
         """
         self._check_current()
+        advice = "load what another one gave: schedule.load_state_dict(other.state_dict())"
+        if not isinstance(state_dict, Mapping):
+            raise EulernetError(f"this is no state of an HScheduler, but {brief(state_dict)}; {advice}")
         missing = sorted(set(self.state_dict()) - set(state_dict))
         if missing:
-            raise EulernetError(f"this is no state of an HScheduler: it has no {', '.join(missing)}")
+            raise EulernetError(f"this is no state of an HScheduler: it has no {', '.join(missing)}; {advice}")
+        names = state_dict["steps"]
+        if not (isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)):
+            raise EulernetError(f"this is no state of an HScheduler: its steps are {brief(names)}; {advice}")
         if list(state_dict["steps"]) != self._names():
             theirs, ours = set(state_dict["steps"]), set(self._names())
             differing = sorted(theirs ^ ours) or ["their order"]
@@ -144,16 +148,16 @@ class HScheduler:
         kind = _kind(state_dict["kind"])
         start = self._endpoint(state_dict["start"], "start")
         end = self._endpoint(state_dict["end"], "end")
-        self.last_step, self.total_steps, self.kind, self.start, self.end = last_step, total_steps, kind, start, end
-        self._set()
+        self._go({"last_step": last_step, "total_steps": total_steps, "kind": kind, "start": start, "end": end})
 
     def __repr__(self) -> str:
         return f"HScheduler(kind={self.kind!r}, last_step={self.last_step}, total_steps={self.total_steps})"
 
-    def _set(self) -> None:
-        for factor, h in zip(self._factors, self.get_last_h(), strict=True):
-            if factor.value != h:
-                factor.set(h)
+    def _go(self, state: dict[str, Any]) -> None:
+        """Be in another state, and give the model the h of it."""
+        hs = _on_the_way(self.__dict__ | state)
+        moved = [(factor, h) for factor, h in zip(self._factors, hs, strict=True) if factor.value != h]
+        commit([Set(self, state), *(change for factor, h in moved for change in factor.set(h))])
 
     def _endpoint(self, h: Any, name: str) -> list[float]:
         try:
@@ -176,6 +180,14 @@ class HScheduler:
             )
 
 
+def _on_the_way(state: Mapping[str, Any]) -> list[float]:
+    start, end = state["start"], state["end"]
+    if state["last_step"] >= state["total_steps"]:
+        return list(end)
+    curve, t = _CURVES[state["kind"]], state["last_step"] / state["total_steps"]
+    return [curve(a, b, t) for a, b in zip(start, end, strict=True)]
+
+
 def _count(value: Any, name: str, least: int) -> int:
     example = "the steps of the optimiser in all epochs: total_steps=epochs * len(loader)"
     return whole_number(value, f"HScheduler: {name}", example, least)
@@ -186,4 +198,6 @@ def _kind(value: Any) -> Kind:
     for kind in kinds:
         if isinstance(value, str) and value == kind:
             return kind
-    raise EulernetError(f"HScheduler: kind must be one of {', '.join(map(repr, kinds))}, not {value!r}")
+    raise EulernetError(
+        f'HScheduler: kind must be one of {", ".join(map(repr, kinds))}, not {brief(value)}; for example kind="cosine"'
+    )

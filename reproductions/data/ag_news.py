@@ -46,7 +46,7 @@ def load_ag_news(root: Path | str, download: bool = False) -> tuple[News, News]:
         DataError: a file is missing or damaged.
     """
     root = Path(root)
-    folder = next((root / name for name in _FOLDERS if (root / name / "train.csv").is_file()), None)
+    folder = folder_of(root)
     if folder is None and download:
         train, test = _from_hub("train"), _from_hub("test")
     elif folder is None:
@@ -61,6 +61,11 @@ def load_ag_news(root: Path | str, download: bool = False) -> tuple[News, News]:
     first = dict(reversed([*zip(train.texts, range(len(train.texts)), strict=True)]))
     kept = sorted(first.values())
     return News([train.texts[i] for i in kept], [train.labels[i] for i in kept]), test
+
+
+def folder_of(root: Path) -> Path | None:
+    """The folder of the files, `root` or one in it; None where there is none."""
+    return next((root / name for name in _FOLDERS if (root / name / "train.csv").is_file()), None)
 
 
 def read_csv(path: Path) -> News:

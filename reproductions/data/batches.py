@@ -6,14 +6,16 @@ every device, after every restart, and with no random numbers inside a captured 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from einops import reduce
 from torch import Tensor, nn
 
+from reproductions.data import identity
 from reproductions.data import noise as corrupt
 from reproductions.data.ag_news import encode, load_ag_news, near_duplicates
 from reproductions.data.cifar10 import MEAN, STD, load_cifar10
@@ -24,6 +26,8 @@ Samples = tuple[Tensor, Tensor]  # inputs as uint8, labels as int64
 
 class Source:
     """The training samples and, by name, the samples to test on, all on the device."""
+
+    data: Mapping[str, Any] = {}  # which data set it is, and how many of its samples are trained on and tested
 
     def __init__(self, train: Samples, tests: dict[str, Samples], device: torch.device) -> None:
         self.inputs, self.labels = (part.to(device) for part in train)
@@ -91,7 +95,9 @@ def _load(trial: Trial, root: Path, device: torch.device, download: bool) -> Sou
         inputs, labels = inputs[: -trial.held_out], labels[: -trial.held_out]
     for kind, level in trial.probes:
         tests[f"{kind} {level:g}"] = corrupt.corrupt(tests["test"][0], kind, level, 0), tests["test"][1]
-    return (ImageSource if trial.data == "cifar10" else Source)((inputs, labels), tests, device)
+    source = (ImageSource if trial.data == "cifar10" else Source)((inputs, labels), tests, device)
+    source.data = {**identify(trial.data, root, download), "trained": len(labels), "tested": len(tests["test"][1])}
+    return source
 
 
 _DATA_FIELDS = "data train test held_out size classes noise level probes".split()
@@ -107,14 +113,28 @@ def load(trial: Trial, root: Path, device: torch.device, download: bool = False)
     return _load(Trial(**same, seed=trial.seed if trial.noise else 0), root, device, download)
 
 
-def check(names: Iterable[str], root: Path, download: bool = False) -> None:
+def check(names: Iterable[str], root: Path, download: bool = False) -> list[str]:
     """Read the data sets of these names, so that what is wrong with any is said before the first training.
+
+    Returns:
+        What of them is not official, in words.
 
     Raises:
         DataError: a file is missing or damaged.
     """
+    said = []
     for name in names:
         (_cifar10 if name == "cifar10" else _ag_news)(root, download)
+        said += identity.doubts(name, root)
+    return said
+
+
+@lru_cache(maxsize=2)
+def identify(name: str, root: Path, download: bool = False) -> dict[str, Any]:
+    """Which data set it is: its name, how many training and test samples it has, a hash of all of it."""
+    if name == "cifar10":
+        return identity.of_images(*_cifar10(root, download))
+    return identity.of_texts(*_ag_news(root, download))
 
 
 _cifar10 = lru_cache(maxsize=1)(load_cifar10)

@@ -22,7 +22,9 @@ _SHAPE = (3, 32, 32)
 _RECORD = 1 + math.prod(_SHAPE)  # a label, then the pixels
 _TRAIN = tuple(f"data_batch_{number}" for number in range(1, 6))
 _TEST = ("test_batch",)
-_LAYOUTS = {"cifar-10-batches-bin": ".bin", "cifar-10-batches-py": ""}
+FILES = (*_TRAIN, *_TEST)
+BINARY, PYTHON = "cifar-10-batches-bin", "cifar-10-batches-py"
+_LAYOUTS = {BINARY: ".bin", PYTHON: ""}
 
 
 @dataclass(frozen=True)
@@ -43,9 +45,9 @@ def load_cifar10(root: Path | str, download: bool = False) -> tuple[Images, Imag
     Raises:
         DataError: a file is missing or damaged.
     """
-    folder = _cifar10_folder(Path(root), download)
+    folder = folder_of(Path(root), download)
     suffix = _LAYOUTS[folder.name]
-    names = [name + suffix for name in (*_TRAIN, *_TEST)]
+    names = [name + suffix for name in FILES]
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise DataError(f"{folder} lacks {', '.join(missing)}; expected are the six files {', '.join(names)}.")
@@ -53,7 +55,12 @@ def load_cifar10(root: Path | str, download: bool = False) -> tuple[Images, Imag
     return _join([read(folder / (name + suffix)) for name in _TRAIN]), read(folder / (_TEST[0] + suffix))
 
 
-def _cifar10_folder(root: Path, download: bool) -> Path:
+def folder_of(root: Path, download: bool = False) -> Path:
+    """The folder of the files, `root` or one in it.
+
+    Raises:
+        DataError: there is none.
+    """
     if root.name in _LAYOUTS and root.is_dir():
         return root
     found = [root / name for name in _LAYOUTS if (root / name).is_dir()]
@@ -68,7 +75,7 @@ def _cifar10_folder(root: Path, download: bool) -> Path:
             CIFAR10(str(root), download=True)
         except (OSError, RuntimeError) as error:
             raise DataError(f"torchvision could not download CIFAR-10 into {root}: {error}") from error
-        return _cifar10_folder(root, download=False)
+        return folder_of(root, download=False)
     raise DataError(
         f"{root} holds no CIFAR-10: expected is a folder {' or '.join(_LAYOUTS)} in it, as the archives of "
         "https://www.cs.toronto.edu/~kriz/cifar.html unpack to. With a network, --download lets torchvision fetch it."

@@ -55,10 +55,10 @@ def save(figure: Figure, path: Path) -> Path:
 
 
 def by_preset(
-    name: str, results: Results, draw: Callable[[Results, str], Figure | None]
+    name: str, results: Results, draw: Callable[[Results, str], Figure | None], also: Sequence[str] = ()
 ) -> Iterator[tuple[str, Figure]]:
     """The figures of a study, `name-preset` each, of the presets that there are records of."""
-    for preset in PRESETS:
+    for preset in (*PRESETS, *also):
         figure = draw(results, preset)
         if figure is not None:
             yield f"{name}-{preset}", figure

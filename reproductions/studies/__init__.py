@@ -28,9 +28,9 @@ from reproductions.studies import (
 
 STUDIES: dict[str, ModuleType] = {
     "euler": fig1_euler,
-    "two-moon": fig4_two_moon,
     "dynamics": fig2_dynamics,
     "depth": fig3_depth,
+    "two-moon": fig4_two_moon,
     "noise": fig5_noise,
     "select": fig6_choice_of_h,
     "robust": robustness,

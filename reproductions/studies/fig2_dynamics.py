@@ -14,19 +14,27 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from reproductions.data.batches import load
-from reproductions.evidence.claims import NOT_RUN, SEEDS, Results, Row, compare, describe, network, verdict
-from reproductions.evidence.statistics import mean_interval
+from reproductions.evidence.claims import NOT_RUN, SEEDS, Results, Row, compare, describe, judge, network
+from reproductions.evidence.statistics import Estimate
 from reproductions.evidence.style import BLUE, BOTH, LOOKS, VERMILLION, finish
-from reproductions.presets import AUTO, EULER, IMAGES, PLAIN, PRESETS, RATE, START, TEXTS, Part
+from reproductions.presets import AUTO, BRIEF, EULER, IMAGES, PLAIN, PRESETS, RATE, START, TEXTS, Part
 from reproductions.records import Record, environment
 from reproductions.training.loop import feature_steps
 from reproductions.training.network import build, layers
 from reproductions.trial import Trial
 
 TITLE = "Fig. 2: weights and gradients"
-RESNETS = {"smoke": (20,), "cpu": (56, 110), "small": (110,), "paper": (110, 218)}
-VDCNNS: dict[str, tuple[int, ...]] = {"smoke": (9,), "cpu": (), "small": (17,), "paper": (17, 49)}
-EARLY = {"smoke": (), "cpu": (), "small": (), "paper": (20, 56, 110, 218)}  # the first thousand iterations alone
+ALSO = tuple(BRIEF)
+RESNETS = {"smoke": (20,), "cpu": (56, 110), "small": (110,), "paper": (110, 218), "gpu": (110,), "desk": (20, 110)}
+VDCNNS: dict[str, tuple[int, ...]] = {"smoke": (9,), "small": (17,), "paper": (17, 49)}
+EARLY: dict[str, tuple[int, ...]] = {"paper": (20, 56, 110, 218)}  # the first thousand iterations alone
+# The claims of the paper that the report begins with, each asked of the deepest ResNet that is trained in full.
+PRIMARY = {
+    "log/layer 2/mean_weight": "Fig. 2: with h = 0.1 the weights of layer 2 are smaller",
+    "log/layer 2/largest_gradient": "Fig. 2: with h = 0.1 the gradients of layer 2 do not explode",
+    "log/layer last/late_gradient": "Fig. 2: with h = 0.1 late gradients in deep layers are smaller",
+    "log/layer last/late_variation": "Fig. 2: with h = 0.1 late gradients in deep layers are less bumpy",
+}
 PAPER = "51.12 and 105.63 for h = 1, 4.54 and 4.10 for h = 0.1"
 
 
@@ -47,26 +55,36 @@ def cells(preset: str, arm: Part) -> dict[str, list[Trial]]:
     """What is compared of an arm, by the picture that shows it."""
     return {
         "dynamics": [cell(preset, depth, arm) for depth in RESNETS[preset]],
-        "dynamics-early": [early(preset, depth, arm) for depth in EARLY[preset]],
-        "dynamics-texts": [news(preset, depth, norm, arm) for depth, norm in product(VDCNNS[preset], (True, False))],
+        "dynamics-early": [early(preset, depth, arm) for depth in EARLY.get(preset, ())],
+        "dynamics-texts": [
+            news(preset, depth, norm, arm) for depth, norm in product(VDCNNS.get(preset, ()), (True, False))
+        ],
     }
+
+
+def _texts(preset: str) -> list[tuple[int, bool]]:
+    """Depths of networks on texts, each with and without BN."""
+    return list(product(VDCNNS.get(preset, ()), (True, False)))
 
 
 def trials(preset: str, seeds: int) -> list[Trial]:
     """The grid: the first thousand iterations, with all controls; and trainings in full, those of the depth study."""
     grid = [
         Trial(**{**vars(early(preset, depth, arm)), "seed": seed})
-        for depth, arm, seed in product(EARLY[preset], (PLAIN, EULER, AUTO, START, RATE), range(seeds))
+        for depth, arm, seed in product(EARLY.get(preset, ()), (PLAIN, EULER, AUTO, START, RATE), range(seeds))
     ]
     for seed, depth, arm in product(range(seeds), RESNETS[preset], (PLAIN, EULER)):
         grid.append(Trial(**{**vars(cell(preset, depth, arm)), "seed": seed}))
-    for seed, depth, arm, norm in product(range(seeds), VDCNNS[preset], (PLAIN, {"h": 0.3}, EULER), (True, False)):
+    for seed, depth, arm, norm in product(
+        range(seeds), VDCNNS.get(preset, ()), (PLAIN, {"h": 0.3}, EULER), (True, False)
+    ):
         grid.append(Trial(**{**vars(news(preset, depth, norm, arm)), "seed": seed}))
     return grid
 
 
 def claims(results: Results, preset: str) -> list[Row]:
-    rows = []
+    rows = start_claims(results) if results.of("dynamics-init") else []
+    last = cell(preset, RESNETS[preset][-1], EULER)
     sides = ([one for some in cells(preset, arm).values() for one in some] for arm in (PLAIN, EULER))
     for pair in zip(*sides, strict=True):
         model, depth = pair[0].model, pair[0].depth
@@ -87,7 +105,8 @@ def claims(results: Results, preset: str) -> list[Row]:
             ("features move less from block to block", "feature_steps"),
         ):
             claim = f"{model} {depth}: with h = 0.1 {claim}"
-            rows.append(compare(results, claim, [pair], name, higher=False, form="{:+.3g}"))
+            shown = PRIMARY.get(name.replace(str(deepest), "last"), "") if pair[1] == last else ""
+            rows.append(compare(results, claim, [pair], name, higher=False, form="{:+.3g}", primary=shown))
         claim = (
             f"{model} {depth}: with h = 1 the weights of layer 2 reach a plateau in the first tenth of the iterations"
         )
@@ -106,13 +125,8 @@ def _plateau(results: Results, claim: str, one: Trial) -> Row:
             shares.append(float((early - weights[0]) / (weights[-1] - weights[0])))
     if not shares:
         return Row(claim, describe([one], 0), "", NOT_RUN)
-    mean, low, high = mean_interval(shares)
-    return Row(
-        claim,
-        describe([one], len(shares)),
-        f"{mean:.2f} ({low:.2f} to {high:.2f}) of the way",
-        verdict(low - 0.5, high - 0.5),
-    )
+    found = Estimate.of([share - 0.5 for share in shares])
+    return judge(claim, describe([one], len(shares)), found, f"{np.mean(shares):.2f} of the way; beyond the half")
 
 
 # ---- the start alone
@@ -147,6 +161,7 @@ def at_start(
                     "size": trial.size,
                     "batch_size": trial.batch_size,
                 },
+                "data": dict(source.data),
                 "result": {"gradients": norms, "feature_steps": feature_steps(network, source)},
                 "seconds": time.perf_counter() - started,
                 "environment": environment(device),
@@ -170,18 +185,15 @@ def start_claims(results: Results) -> list[Row]:
     shown = [" / ".join(f"{np.median(norms[h, depth]):.3g}" for depth in depths) for h in (1.0, 0.1)]
     seeds = len(norms[1.0, depths[0]])
     gaps = [b - a for a, b in zip(norms[1.0, depths[-1]], norms[0.1, depths[-1]], strict=True)]
-    mean, low, high = mean_interval(gaps)
-    run = f"ResNet-{' / '.join(map(str, depths))}, 64 images of 16 x 16, {seeds} seeds"
-    outcome = (
-        f"norm {shown[0]} with h = 1, {shown[1]} with h = 0.1; at {depths[-1]} {mean:+.3g} ({low:+.3g} to {high:+.3g})"
-    )
-    return [Row(claim, run, outcome, verdict(low, high, higher=False))]
+    run = f"ResNet-{' / '.join(map(str, depths))}, before training; a batch of 64 images of 16 x 16, {seeds} seeds"
+    before = f"norm {shown[0]} with h = 1, {shown[1]} with h = 0.1; at {depths[-1]}"
+    return [judge(claim, run, Estimate.of(gaps), before, higher=False)]
 
 
 def figures(results: Results) -> Iterator[tuple[str, Figure]]:
     if records := results.of("dynamics-init"):
         yield "start", _start(records)
-    for preset in PRESETS:
+    for preset in (*PRESETS, *ALSO):
         for name, some in cells(preset, EULER).items():
             figure = _dynamics(results, some)
             if figure is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import groupby, product
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,9 @@ from torch import Tensor
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from reproductions.data.two_moons import two_moons
-from reproductions.evidence.claims import NOT_RUN, Results, Row, verdict
-from reproductions.evidence.statistics import mean_interval
+from reproductions.errors import DataError
+from reproductions.evidence.claims import AT_CHANCE, NOT_RUN, Results, Row, judge, judge_failures
+from reproductions.evidence.statistics import Estimate
 from reproductions.evidence.style import BLUE, GREEN, GREY, ORANGE, VERMILLION
 from reproductions.models import ResidualMLP
 from reproductions.records import Record, environment
@@ -41,6 +42,12 @@ PRESETS = {
     "small": Protocol(),
 }
 
+BEST = "at each h's best learning rate"
+# The claims of the paper that the report begins with.
+PRIMARY = {
+    "noise_amplification": "Fig. 4: with h = 0.1 noise is amplified less over the blocks",
+    "test_accuracy": "Fig. 4: with h = 0.1 noisy points are classified better",
+}
 PLAIN, EULER = Arm(), Arm(h=0.1)
 ARMS = (PLAIN, EULER, Arm(initial=0.1), Arm(rate=0.01))
 
@@ -159,9 +166,9 @@ def _difference(plain: Sequence[Record], euler: Sequence[Record], name: str) -> 
     ]
     if len(pairs) < 2:
         return "fewer than two seeds to compare"
-    mean, low, high = mean_interval([b - a for a, b in pairs])
-    found = "higher" if low > 0 else "lower" if high < 0 else "no difference shown"
-    return f"{mean:+.3g} ({low:+.3g} to {high:+.3g}), {found}"
+    found = Estimate.of([b - a for a, b in pairs])
+    word = "higher" if found.low > 0 else "lower" if found.high < 0 else "no difference shown"
+    return f"{found.mean:+.3g} ({found.low:+.3g} to {found.high:+.3g}), {word}"
 
 
 def _spread(numbers: Sequence[float]) -> str:
@@ -181,7 +188,14 @@ def save_networks(folder: Path, networks: dict[str, Any]) -> Path:
 def load_networks(folder: Path) -> dict[str, tuple[ResidualMLP, dict[str, Any]]]:
     """The pictured networks by the name of their arm, each with its configuration."""
     networks = {}
-    for name, saved in torch.load(folder / NETWORKS, weights_only=True).items():
+    try:
+        stored = torch.load(folder / NETWORKS, weights_only=True)
+    except Exception as error:  # a damaged file raises almost anything
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        raise DataError(
+            f"{folder / NETWORKS} is damaged ({reason}); make it anew with two-moon --out {folder}"
+        ) from error
+    for name, saved in stored.items():
         config = saved["config"]
         protocol = Protocol(**{field: config[field] for field in asdict(Protocol())})
         network = build(Arm(h=config["h"]), protocol)
@@ -200,16 +214,19 @@ def claims(results: Results, preset: str) -> list[Row]:
         ("test_accuracy", "h = 0.1 classifies noisy points better", True),
     )
     if not records:
-        return [Row(claim, "", "", NOT_RUN) for _, claim, _ in wanted]
+        return [Row(claim, "", "", NOT_RUN, primary=PRIMARY.get(name, "")) for name, claim, _ in wanted]
     plain, small = (select(records, arm) for arm in (PLAIN, EULER))
     rows = []
-    rates = {"at each h's best learning rate": [best_learning_rate(side) for side in (plain, small)]}
+    rates = {BEST: [best_learning_rate(side) for side in (plain, small)]}
     rates |= {f"at learning rate {rate:g}": [rate, rate] for rate in (0.01, 0.1)}
     blocks = records[0]["config"]["steps"]
     for where, chosen in rates.items():
         sides = [select(records, a, r) for a, r in zip((PLAIN, EULER), chosen, strict=True)]
         failed = [sum(record["result"]["failed"] for record in side) for side in sides]
         run = f"{blocks} blocks without BN, {where} ({chosen[0]:g}, {chosen[1]:g}), {len(sides[0])} seeds"
+        best = where == BEST
+        first, second = ((n, len(side)) for n, side in zip(failed, sides, strict=True))
+        rows.append(judge_failures("With h = 0.1 trainings fail less often", run, first, second))
         for name, claim, higher in wanted:
             if name != "test_accuracy" and any(failed):
                 continue
@@ -217,12 +234,12 @@ def claims(results: Results, preset: str) -> list[Row]:
                 rows.append(Row(f"{claim} (not recorded)", run, "", NOT_RUN))
                 continue
             gaps = [b["result"][name] - a["result"][name] for a, b in zip(*sides, strict=True)]
-            mean, low, high = mean_interval(gaps)
             medians = " -> ".join(f"{np.median([r['result'][name] for r in side]):.3g}" for side in sides)
-            outcome = (
-                f"{medians}; {mean:+.3g} ({low:+.3g} to {high:+.3g}); {failed[0]} and {failed[1]} trainings failed"
-            )
-            rows.append(Row(claim, run, outcome, verdict(low, high, higher)))
+            row = judge(claim, run, Estimate.of(gaps), medians, higher, primary=PRIMARY.get(name, "") if best else "")
+            lost = f"{failed[0]} and {failed[1]} of {len(gaps)} trainings failed"
+            row = replace(row, outcome=f"{row.outcome}; {lost}") if any(failed) else row
+            chance = any(2 * n >= len(gaps) for n in failed)
+            rows.append(replace(row, verdict=AT_CHANCE, p=None) if chance else row)
     return rows
 
 

@@ -7,7 +7,7 @@ from itertools import product
 
 from matplotlib.figure import Figure
 
-from reproductions.evidence.claims import Results, Row, compare, compare_spreads
+from reproductions.evidence.claims import Pair, Results, Row, compare, compare_drops, compare_spreads
 from reproductions.evidence.style import BOTH, LOOKS, by_preset, finish, points, row_of_panels, ticks
 from reproductions.presets import EULER, IMAGES, PLAIN, TEXTS, Part
 from reproductions.trial import Trial
@@ -49,23 +49,46 @@ def trials(preset: str, seeds: int) -> list[Trial]:
 
 
 def claims(results: Results, preset: str) -> list[Row]:
-    rows = []
-    for kind, levels in kinds(preset).items():
-        what = "noisy labels (beyond the paper)" if kind == "labels" else f"inputs with noise ({kind})"
-        for level in levels:
-            pair = [(cell(preset, kind, level, PLAIN), cell(preset, kind, level, EULER))]
-            claim = f"Trained on {what} at level {level:g}, h = 0.1 tests better on clean data"
-            rows.append(compare(results, claim, pair, "test_accuracy"))
-        pairs = [(cell(preset, kind, level, PLAIN), cell(preset, kind, level, EULER)) for level in levels]
-        rows.append(
-            compare_spreads(results, f"With h = 0.1 it varies less over seeds ({kind})", pairs, "test_accuracy")
-        )
+    rows = [row for kind, levels in kinds(preset).items() for row in _of_kind(results, preset, kind, levels)]
     for kind, level in (*PROBES, *TEXT_PROBES):
-        clean = "letters" if kind == "letters" else "mosaic"
-        pair = [(cell(preset, clean, 0, PLAIN), cell(preset, clean, 0, EULER))]
-        claim = f"Trained on clean data, h = 0.1 tests better on inputs with {kind} {level:g} (beyond the paper)"
-        rows.append(compare(results, claim, pair, f"{kind} {level:g}"))
+        pair = _pair(preset, "letters" if kind == "letters" else "mosaic", 0)
+        noisy = f"{kind} {level:g}"
+        claim = f"Trained on clean data, h = 0.1 tests better on inputs with {noisy} (beyond the paper)"
+        rows.append(compare(results, claim, [pair], noisy))
+        claim = f"Trained on clean data, {noisy} in the test costs h = 0.1 less accuracy (beyond the paper)"
+        rows.append(compare_drops(results, claim, [pair], [pair], "test_accuracy", noisy))
     return rows
+
+
+def _of_kind(results: Results, preset: str, kind: str, levels: tuple[float, ...]) -> list[Row]:
+    """What is said of training on one kind of noise: the paper names mosaics and letters."""
+    what = "noisy labels (beyond the paper)" if kind == "labels" else f"inputs with noise ({kind})"
+    pairs = {level: _pair(preset, kind, level) for level in levels}
+    noisy = [pairs[level] for level in levels if level]
+    paper = kind in ("mosaic", "letters")
+    inputs = "texts" if kind == "letters" else "images"
+    claim = f"Trained on clean {inputs}, h = 0.1 tests better on clean data"
+    rows = [compare(results, claim, [pairs[0]], "test_accuracy")]
+    for level in levels:
+        if level:
+            claim = f"Trained on {what} at level {level:g}, h = 0.1 tests better on clean data"
+            rows.append(compare(results, claim, [pairs[level]], "test_accuracy"))
+            claim = f"Trained on {what} at level {level:g}, h = 0.1 loses less accuracy than h = 1"
+            rows.append(compare_drops(results, claim, [pairs[0]], [pairs[level]], "test_accuracy"))
+    claim = f"Trained on {what} at all levels, h = 0.1 tests better on clean data"
+    primary = f"Fig. 5: trained on inputs with noise ({kind}), h = 0.1 tests better on clean data" if paper else ""
+    rows.append(compare(results, claim, noisy, "test_accuracy", primary=primary))
+    claim = f"Trained on {what} at all levels, h = 0.1 loses less accuracy than h = 1"
+    primary = f"Fig. 5: noise in the inputs ({kind}) costs h = 0.1 less accuracy than h = 1" if paper else ""
+    clean = [pairs[0]] * len(noisy)
+    rows.append(compare_drops(results, claim, clean, noisy, "test_accuracy", primary=primary))
+    claim = f"Trained on {what}, with h = 0.1 accuracy varies less over seeds"
+    rows.append(compare_spreads(results, claim, list(pairs.values()), "test_accuracy"))
+    return rows
+
+
+def _pair(preset: str, kind: str, level: float) -> Pair:
+    return cell(preset, kind, level, PLAIN), cell(preset, kind, level, EULER)
 
 
 def figures(results: Results) -> Iterator[tuple[str, Figure]]:

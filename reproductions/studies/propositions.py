@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 import eulernet
 from reproductions.data.batches import load
-from reproductions.evidence.claims import NOT_RUN, REFUTED, SUPPORTED, Results, Row, verdict
-from reproductions.evidence.statistics import difference_interval, mean_interval
+from reproductions.evidence.claims import HOLDS, NOT_RUN, REFUTED, SUPPORTED, VIOLATED, Results, Row, judge
+from reproductions.evidence.statistics import Estimate
 from reproductions.evidence.style import BLUE, GREEN, ORANGE, VERMILLION
 from reproductions.models import CifarResNet, ConvBlock
 from reproductions.presets import IMAGES
@@ -41,6 +41,8 @@ TITLE = "Eq. 6, Propositions 1 and 2"
 DEPTHS = {"smoke": (20,), "cpu": (20, 56, 110), "small": (20, 56, 110, 218), "paper": (20, 56, 110, 218)}
 H = (1.0, 0.3, 0.1, 0.01)
 BEST = {20: (0.1, 2.0), 110: (0.05, 0.2), 218: (0.05, 0.2)}  # the paper's best h, "near" read as within a factor of 2
+# The claims of the paper that the report begins with.
+PRIMARY = {1: "Proposition 1 bounds the growth of the gradient", 2: "Proposition 2 bounds the growth of noise"}
 SAMPLES = 32
 NOISE = 0.01  # relative to the state that it is added to
 ROUNDING = 1e-3  # relative: of fp32 sums, and of norms found by iteration
@@ -70,6 +72,7 @@ def run(
             {
                 "study": "bounds",
                 "config": {"preset": preset, "depth": depth, "h": h, "seed": seed, "size": trial.size or 32},
+                "data": dict(source.data),
                 "result": result,
                 "seconds": time.perf_counter() - started,
                 "environment": environment(device),
@@ -171,7 +174,8 @@ def claims(results: Results, preset: str) -> list[Row]:
     """What is said of the bounds: an inequality is refuted by one number that breaks it."""
     own = [record for record in results.of("bounds") if record["config"]["preset"] == preset]
     if not own:
-        return [Row("Eq. 6 and Propositions 1 and 2 hold", "", "", NOT_RUN)]
+        claims = {"Eq. 6 holds": "", "Proposition 1 holds": PRIMARY[1], "Proposition 2 holds": PRIMARY[2]}
+        return [Row(claim, "", "", NOT_RUN, primary=primary) for claim, primary in claims.items()]
     seeds = {record["config"]["seed"] for record in own}
     depths = sorted({record["config"]["depth"] for record in own})
     run = f"ResNet-{', '.join(map(str, depths))}, first stage, at the start; h = {', '.join(f'{h:g}' for h in H)}; "
@@ -179,7 +183,7 @@ def claims(results: Results, preset: str) -> list[Row]:
     found = [record["result"] for record in own]
 
     def holds(broken: bool) -> str:
-        return REFUTED if broken else SUPPORTED
+        return VIOLATED if broken else HOLDS
 
     tight = [g / b for r in found for g, b in zip(r["gains"], r["gain_bounds"], strict=True)]
     loose = [r["log10_growth_bound"] - math.log10(r["growth"]) for r in found]
@@ -198,12 +202,14 @@ def claims(results: Results, preset: str) -> list[Row]:
             f"bound / measured: 10^{np.median(loose):.1f} at the median with 1 + h W_n, 10^{np.median(printed):.0f} as "
             "printed, with sqrt(d) + h W",
             holds(min(printed) < 0),
+            primary=PRIMARY[1],
         ),
         Row(
             "Proposition 2: the noise after all blocks is within e + h D W",
             run,
             f"bound / measured: median {np.median(noise):.2f}, largest {max(noise):.2f}",
             holds(not all(r["noise_holds"] for r in found)),
+            primary=PRIMARY[2],
         ),
     ]
     chosen = {depth: [r["result"]["calibrated_h"] or math.nan for r in own if _is(r, depth, H[0])] for depth in depths}
@@ -214,7 +220,7 @@ def claims(results: Results, preset: str) -> list[Row]:
             "20, near 0.1 (0.05 to 0.2) at 110 and 218",
             run,
             "; ".join(f"depth {depth}: h = {', '.join(f'{h:.3f}' for h in found)}" for depth, found in chosen.items()),
-            holds(not all(inside)),
+            SUPPORTED if all(inside) else REFUTED,
         )
     )
     for quantity, what in (("growth", "The gradient grows more"), ("noise", "Noise is amplified more")):
@@ -226,24 +232,16 @@ def claims(results: Results, preset: str) -> list[Row]:
         for depth in depths:
             pair = [{r["config"]["seed"]: r["result"][quantity] for r in own if _is(r, depth, h)} for h in (1.0, 0.1)]
             gaps = [pair[1][seed] - pair[0][seed] for seed in sorted(pair[0].keys() & pair[1].keys())]
-            mean, low, high = mean_interval(gaps)
             medians = " -> ".join(f"{np.median(list(side.values())):.3g}" for side in pair)
-            rows.append(
-                Row(
-                    f"{what} with h = 0.1 than with h = 1, depth {depth}",
-                    f"the {(depth - 2) // 6} blocks of the first stage; {len(gaps)} seeds",
-                    f"{medians}; {mean:+.3g} ({low:+.3g} to {high:+.3g})",
-                    verdict(low, high, higher=False),
-                )
-            )
+            claim = f"{what} with h = 0.1 than with h = 1, depth {depth}"
+            run_at = f"the {(depth - 2) // 6} blocks of the first stage, at the start; {len(gaps)} seeds"
+            rows.append(judge(claim, run_at, Estimate.of(gaps), medians, higher=False))
     return rows
 
 
 def _more(claim: str, run: str, few: Sequence[float], many: Sequence[float]) -> Row:
     """Whether the second is more: different networks, so that seeds do not pair them."""
-    mean, low, high = difference_interval(few, many)
-    outcome = f"{np.median(few):.3g} -> {np.median(many):.3g}; {mean:+.3g} ({low:+.3g} to {high:+.3g})"
-    return Row(claim, run, outcome, verdict(low, high))
+    return judge(claim, run, Estimate.of_difference(few, many), f"{np.median(few):.3g} -> {np.median(many):.3g}")
 
 
 def _is(record: Record, depth: int, h: float) -> bool:

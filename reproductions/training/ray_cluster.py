@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import groupby
 
 from reproductions.errors import DataError
+from reproductions.locks import Claims
 from reproductions.records import Record
 from reproductions.training import grid
 from reproductions.training.grid import Place, Show
@@ -41,11 +42,14 @@ def run(
         raise DataError(
             f"no Ray cluster at {address!r}: {str(error).rstrip('.')}. Start one with: ray start --head"
         ) from error
+    grid.check_data(place, trials)
     place = replace(place, folder=place.folder.resolve(), data_root=place.data_root.resolve())
     gpus = 1 if place.device.type == "cuda" else 0
     train = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=RETRIES)(grid.train)
     keep = grid.keys_to_keep(trials)
+    claims = Claims(place.folder)
     try:
+        _claim(claims, place, trials)
         # What others begin with comes first.
         for _, groups in groupby(grid.groups(place, trials), key=lambda group: bool(group[0].start)):
             pending = {train.remote(place, group, keep): group for group in groups}
@@ -63,5 +67,14 @@ def run(
                     grid.settle(place, record)
                 show(grid.name(group), 1.0, sum(map(grid.work, group)))
     finally:
+        claims.file.close()
         ray.shutdown()
     return grid.recorded(place, trials)
+
+
+def _claim(claims: Claims, place: Place, trials: Sequence[Trial]) -> None:
+    busy = [trial for group in grid.groups(place, trials) for trial in group if not claims.take(trial.key)]
+    if busy:
+        raise DataError(
+            f"another process trains {grid.name(busy)} in {place.folder}: wait for it, or name another folder by --out"
+        )

@@ -1,0 +1,221 @@
+"""Run the owner's code apart from the process: nothing of the process changes by it, and other threads see nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import logging
+import random
+import sys
+import threading
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from functools import wraps
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+T = TypeVar("T")
+_LOCK = threading.RLock()
+_within: contextvars.ContextVar[bool] = contextvars.ContextVar("_within", default=False)
+_AUTOCAST = ("cpu", "cuda", "mps", "xpu")
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """One at a time in the process: the caches that a trace cleans up after itself are the process's."""
+    with contextlib.nullcontext() if _within.get() else _LOCK:  # a thread of `apart` belongs to who holds the lock
+        yield
+
+
+def apart(work: Callable[[], T]) -> T:
+    """What `work` returns, done in a thread of its own while the caller waits, without showing a warning.
+
+    The modes of torch are a thread's: those of the caller have no part in it, and none is left over. An interrupt,
+    which Python handles in the main thread, does not reach the middle of torch, where it would end the process. It
+    waits for the end of `work`; a second one does not.
+    """
+    results: list[T] = []
+    errors: list[BaseException] = []
+    inherit = _surroundings()
+
+    def run() -> None:
+        try:
+            _within.set(True)
+            with inherit(), quiet():
+                results.append(work())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=contextvars.copy_context().run, args=(run,), name="eulernet", daemon=True)
+    try:
+        thread.start()
+        thread.join()
+    except BaseException:
+        if thread.ident is not None:
+            thread.join()
+        raise
+    try:
+        if errors:
+            raise errors[0]
+        return results[0]
+    finally:
+        errors.clear()  # an error holds its frames, and these would hold the error
+
+
+def _surroundings() -> Callable[[], contextlib.ExitStack]:
+    """What of the caller's thread is a setting rather than a mode: default device, autocast, stream of the GPU."""
+    device = torch.get_default_device()
+    casts = [(kind, torch.get_autocast_dtype(kind)) for kind in _AUTOCAST if torch.is_autocast_enabled(kind)]
+    stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
+
+    def enter() -> contextlib.ExitStack:
+        stack = contextlib.ExitStack()
+        if device.type != "cpu":
+            stack.enter_context(device)
+        for kind, dtype in casts:
+            stack.enter_context(torch.autocast(kind, dtype))
+        if stream is not None:
+            stack.enter_context(torch.cuda.stream(stream))
+        return stack
+
+    return enter
+
+
+# ---- warnings and logs
+
+
+class _Here:
+    """Stands in a filter of the process, and concerns one thread only."""
+
+    def __init__(self) -> None:
+        self.thread: threading.Thread | None = threading.current_thread()
+
+    def match(self, message: str) -> bool:
+        """Of a filter of `warnings`: whether it concerns this warning."""
+        return threading.current_thread() is self.thread
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Of a filter of `logging`: whether to let this record pass."""
+        return threading.current_thread() is not self.thread
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No warning of this thread is shown, nor the traceback that torch logs of what a copy fails on."""
+    here = _Here()
+    ignore: Any = ("ignore", here, Warning, None, 0)
+    held, logger = warnings.filters, logging.getLogger("torch._subclasses.fake_tensor")
+    filters: Any = held
+    try:
+        filters.insert(0, ignore)
+        logger.addFilter(here)
+        yield
+    finally:
+        here.thread = None
+        for kept in (held, warnings.filters):  # whoever has entered `catch_warnings` in between holds a copy
+            if ignore in kept:
+                kept.remove(ignore)  # type: ignore[attr-defined]
+        logger.removeFilter(here)
+
+
+# ---- random numbers
+
+
+class Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Draws of torch come from generators of this mode's own, which all begin alike, and not from the process's."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.generators: dict[torch.device, torch.Generator] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            tensors = (a for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
+            device = next((t.device for t in tensors), None) or torch.device(kwargs.get("device") or "cpu")
+            if device.type != "meta" and kwargs.get("generator") is None:
+                return self._draw(func, args, kwargs, device)
+        return func(*args, **kwargs)
+
+    def _draw(self, func: Any, args: Any, kwargs: Any, device: torch.device) -> Any:
+        if device not in self.generators:
+            self.generators[device] = torch.Generator(device).manual_seed(0)
+        own = self.generators[device]
+        packet, name = func.overloadpacket, func._overloadname
+        with_generator = "generator" if name == "default" else f"{name}_generator"
+        if any(argument.name == "generator" for argument in func._schema.arguments):
+            return func(*args, **{**kwargs, "generator": own})
+        if with_generator in packet.overloads():
+            return getattr(packet, with_generator)(*args, **{**kwargs, "generator": own})
+        default = _default_generator(device)  # some, such as attention with dropout on a GPU, take no other one
+        before = default.get_state()
+        try:
+            return func(*args, **kwargs)
+        finally:
+            default.set_state(before)
+
+
+def _default_generator(device: torch.device) -> Any:
+    if device.type == "cuda":
+        return torch.cuda.default_generators[device.index or 0]
+    return torch.default_generator
+
+
+@contextlib.contextmanager
+def own_numbers() -> Iterator[None]:
+    """Draws of Python and NumPy in this thread come from generators that begin alike; other threads keep theirs."""
+    here = threading.current_thread()
+    numpy = sys.modules.get("numpy.random")
+    places: list[tuple[Any, Any, Any]] = [(random, random._inst, random.Random(0))]
+    if numpy is not None:
+        places.append((numpy, numpy.mtrand._rand, numpy.RandomState(0)))
+    replaced: list[tuple[Any, str, Any]] = [(torch, "manual_seed", torch.manual_seed)]
+    torch_seed = _answered(torch.manual_seed, lambda seed: torch.default_generator, here)
+    answers: list[Any] = [torch_seed]
+    for module, instance, own in places:
+        for name, function in list(vars(module).items()):
+            if getattr(function, "__self__", None) is instance or name == "seed":
+                replaced.append((module, name, function))
+                answers.append(_answered(function, getattr(own, name), here))
+    try:
+        for (module, name, _), answer in zip(replaced, answers, strict=True):
+            setattr(module, name, answer)
+        yield
+    finally:
+        for module, name, function in replaced:
+            setattr(module, name, function)
+
+
+def _answered(function: Any, own: Callable[..., Any], here: threading.Thread) -> Callable[..., Any]:
+    @wraps(function)
+    def answer(*args: Any, **kwargs: Any) -> Any:
+        return (own if threading.current_thread() is here else function)(*args, **kwargs)
+
+    return answer
+
+
+# ---- hooks
+
+
+_MODULE = torch.nn.modules.module
+_GLOBAL_HOOKS = [f"_global_{when}_hooks" for when in ("forward_pre", "forward", "backward_pre", "backward")]
+_without_hooks = types.FunctionType(
+    nn.Module._call_impl.__code__, {**vars(_MODULE), **{name: {} for name in _GLOBAL_HOOKS}}, "_call_impl"
+)
+
+
+@contextlib.contextmanager
+def without_global_hooks(modules: list[nn.Module]) -> Iterator[None]:
+    """These modules do not call the hooks that are registered for all modules of the process."""
+    called = modules if any(vars(_MODULE)[name] for name in _GLOBAL_HOOKS) else []
+    try:
+        for module in called:
+            module.__dict__["_call_impl"] = types.MethodType(_without_hooks, module)
+        yield
+    finally:
+        for module in called:
+            module.__dict__.pop("_call_impl", None)
