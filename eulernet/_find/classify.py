@@ -98,14 +98,10 @@ def _reason(graph: Graph, trace: Trace, addition: Addition, branches: list[set[i
 
 
 def _step_call(graph: Graph, trace: Trace, addition: Addition, results: dict[int, StepCall]) -> StepCall | None:
-    call = trace.calls[addition.call]
-    parent = trace.calls[call.parent] if call.parent >= 0 else None
     for skip, branch in _pairs(addition):
         if graph.nodes[skip].shape != graph.nodes[addition.result].shape:
             continue
-        given, maps = list(graph.matched(skip, call.start))[-1]
-        begun_by_caller = parent is not None and given < call.start and maps == 0
-        for start in (call.start, parent.start) if parent is not None and begun_by_caller else (call.start,):
+        for start in _starts(graph, trace, addition, skip):
             found = _identity(graph, skip, branch, start) or _parallel(graph, skip, branch, start, results)
             if not found and addition.op not in FUSED_ADDITIONS:
                 found = _projection(graph, skip, branch, start)
@@ -117,6 +113,18 @@ def _step_call(graph: Graph, trace: Trace, addition: Addition, results: dict[int
                     kind = "decomposition"  # the state without what pooling took out of it (Autoformer)
                 return StepCall(addition, kind, skip, branch, skip == addition.left, state, within, first=first)
     return None
+
+
+def _starts(graph: Graph, trace: Trace, addition: Addition, skip: int) -> Iterator[int]:
+    """Where the call begins that adds, and those of its callers for as long as the skip was handed on as it is."""
+    call = trace.calls[addition.call]
+    yield call.start
+    while call.parent >= 0:
+        given, maps = list(graph.matched(skip, call.start))[-1]
+        if given >= call.start or maps:
+            return
+        call = trace.calls[call.parent]
+        yield call.start
 
 
 def _pairs(addition: Addition) -> Iterator[tuple[int, int]]:
@@ -154,11 +162,19 @@ def _projection(graph: Graph, skip: int, branch: int, start: int) -> Match | Non
     for (after, _), (state, maps) in itertools.pairwise(chain):
         if state in ancestors:
             path = graph.path(state, branch, ancestors)
-            resized = any(n != state and UPSAMPLES.search(graph.nodes[n].op) for n in path)
             deeper = path and (path[branch] > maps or (state in multiples and graph.mixes(path, state)))
+            skipped = [node for node, _ in chain[: chain.index((state, maps)) + 1]]
+            resized = deeper and _passes_other_resolution(graph, path, skipped)
             if deeper and not resized and not _are_other_parts(graph, state, after, path):
                 return Match("projection", state, set(path) - {state})
     return None
+
+
+def _passes_other_resolution(graph: Graph, path: dict[int, int], skipped: list[int]) -> bool:
+    """Whether the branch is sized up from, or to, a resolution that the skip has nowhere, as where levels are fused."""
+    sizes = {graph.nodes[node].shape[2:] for node in skipped}
+    ups = (n for n in path if n not in skipped and UPSAMPLES.search(graph.nodes[n].op))
+    return any(graph.nodes[m].shape[2:] not in sizes for n in ups for m in (n, *graph.nodes[n].inputs) if m in path)
 
 
 def _is_aside(graph: Graph, result: int, branch: int, within: set[int]) -> bool:

@@ -31,6 +31,10 @@ NORMS = frozenset(
 )
 _JOINS = frozenset("cat concat concatenate".split())
 _PADS = frozenset("pad constant_pad_nd zeropad2d".split()) | _JOINS
+_REARRANGES = frozenset(
+    "pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle repeat repeat_interleave tile index_select "
+    "gather take_along_dim flip fliplr flipud roll rot90 expand expand_as broadcast_to".split()
+)
 _SCALES = frozenset("mul multiply rmul div divide true_divide imul".split())
 _MAPS = re.compile(
     r"conv|linear|matmul|(^|_)(mm|bmm|mv|dot|inner|outer|addr|ger)$|addb?mm|addmv|baddbmm|einsum|tensordot|multi_dot|"
@@ -41,7 +45,7 @@ _REDUCTIONS = frozenset("max amax mean".split())  # pooling by hand, over a resh
 UPSAMPLES = re.compile(r"interpolate|upsample|conv_transpose|pixel_shuffle")
 SQUASHES = frozenset("sigmoid hardsigmoid logsigmoid tanh softmax log_softmax softmin".split())
 _SAME = VIEWS | CASTS | _DROPOUTS | _ACTIVATIONS
-_MATCHING = _SAME | NORMS | _PADS | _SCALES | _REDUCTIONS
+_MATCHING = _SAME | NORMS | _PADS | _SCALES | _REDUCTIONS | _REARRANGES
 
 
 # A decomposition, x - pool(x), is seen here and is no step.
@@ -164,7 +168,7 @@ class Graph:
             # Beside a constant a sum keeps what it is: a frozen batch norm is x * scale + bias.
             if len(inputs) > 1 and op in CONTRACTIONS:  # a mixture of streams, by a matrix that may depend on them
                 inputs = tuple(i for i in inputs if self.nodes[i].shape == self.nodes[node].shape)
-            simple = op in _MATCHING or op in ADDITIONS or POOLS.search(op)
+            simple = op in _MATCHING or op in ADDITIONS or POOLS.search(op) or UPSAMPLES.search(op)
             if len(inputs) != 1 or maps > most or not (simple or self.is_map(node)):
                 return
             node = inputs[0]

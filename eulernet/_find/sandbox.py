@@ -10,14 +10,14 @@ import random
 import sys
 import weakref
 from collections.abc import Iterator
-from types import ModuleType
+from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
 
-from eulernet._find.apart import Draws, alone, own_numbers, quiet, without_global_hooks
+from eulernet._find.apart import Draws, OneDtype, alone, own_numbers, quiet, surely, without_global_hooks
 from eulernet._find.trace import DispatchTracer, Trace, Tracer, all_modules, tensors_in
 
 _CACHE = functools._lru_cache_wrapper
@@ -36,7 +36,7 @@ class Sandbox:
             self.mode.cache_enabled = False  # it compares arguments, which packed weights refuse
         memo: dict[int, Any] = {}
         with FakeCopyMode(self.mode) if self.mode else contextlib.nullcontext():
-            self.copy: nn.Module = copy.deepcopy(model, memo)
+            self.copy: nn.Module = _copy(model, memo)
         self.fakes: list[weakref.ref[Tensor]] = []  # to `forget` once the sandbox is gone
         self.original: dict[nn.Module, nn.Module] = {}
         for module in {id(m): m for m in all_modules(model)}.values():
@@ -44,9 +44,9 @@ class Sandbox:
             if isinstance(twin, nn.Module):
                 self.original[twin] = module
         for twin in self.original:
-            if not hooks:
-                twin._forward_hooks.clear()
-                twin._forward_pre_hooks.clear()
+            for owners in (twin._forward_hooks, twin._forward_pre_hooks) if not hooks else ():
+                for key in [key for key, hook in owners.items() if not _computes_weights(hook)]:
+                    del owners[key]
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool) -> Trace:
         """Run the copy in eval or train mode, and return the trace."""
@@ -59,8 +59,10 @@ class Sandbox:
         try:
             with contextlib.ExitStack() as stack:
                 stack.enter_context(torch.set_grad_enabled(training))
+                stack.enter_context(_uncompiled())
                 if self.mode is not None:
                     stack.enter_context(self.mode)
+                    stack.enter_context(OneDtype())  # type: ignore[no-untyped-call]
                 else:
                     stack.enter_context(Draws())  # a layer that is dropped at random is dropped in each run
                 stack.enter_context(own_numbers())
@@ -91,6 +93,120 @@ class Sandbox:
 
 
 @contextlib.contextmanager
+def _uncompiled() -> Iterator[None]:
+    """What compiles itself at its first call is run as it is written."""
+    flex = sys.modules.get("torch.nn.attention.flex_attention")
+    name = "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG"
+    before = getattr(flex, name, None)
+    if before is not None:
+        setattr(flex, name, True)
+    try:
+        yield
+    finally:
+        if before is not None:
+            setattr(flex, name, before)
+
+
+def _computes_weights(hook: Any) -> bool:
+    """Whether a hook makes a weight out of parameters: the older weight and spectral norms, and pruning."""
+    return type(hook).__module__.startswith("torch.nn.utils.")
+
+
+def _copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """A deep copy, of the functions as well that hold the model's modules; what cannot be copied is shared."""
+    try:
+        twin = copy.deepcopy(model, memo)
+    except Exception:
+        memo.clear()
+        memo.update(_shared(model))
+        twin = copy.deepcopy(model, memo)
+    for module in list(all_modules(twin)):
+        for name, value in list(vars(module).items()):
+            own = _with_copies(value, memo)
+            if own is not value:
+                vars(module)[name] = own
+    return twin
+
+
+def _shared(model: nn.Module) -> dict[int, Any]:
+    """What of the modules' attributes cannot be copied, by its id: a lock, a generator, a trainer, a result."""
+    shared: dict[int, Any] = {}
+    pending = [value for module in all_modules(model) for value in vars(module).values()]
+    seen = {id(module) for module in all_modules(model)}
+    while pending:
+        value = pending.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, (list, tuple, dict)):
+            pending.extend(value.values() if isinstance(value, dict) else value)
+        elif isinstance(value, Tensor):
+            if not value.is_leaf:
+                shared[id(value)] = value.detach()
+        else:
+            try:
+                copy.deepcopy(value, dict(shared))
+            except Exception:
+                shared[id(value)] = value
+    return shared
+
+
+def _with_copies(value: Any, memo: dict[int, Any]) -> Any:
+    """`value`, or where it is a function that holds something of the model in its cells, one that holds the copy."""
+    if isinstance(value, functools.partial):
+        function = _with_copies(value.func, memo)
+        return value if function is value.func else functools.partial(function, *value.args, **value.keywords)
+    if type(value) in (list, dict):
+        for key, item in list(value.items() if isinstance(value, dict) else enumerate(value)):
+            own = _with_copies(item, memo)
+            if own is not item:
+                value[key] = own
+        return value
+    if not isinstance(value, FunctionType):
+        return value
+    if id(value) not in memo:
+        memo[id(value)] = value  # for one that refers to itself
+        held = [_held(cell, memo) for cell in value.__closure__ or ()]
+        defaults = tuple(_copied(v, memo) for v in value.__defaults__ or ())
+        new = FunctionType(value.__code__, value.__globals__, value.__name__, defaults or None, tuple(held) or None)
+        was = (*(value.__closure__ or ()), *(value.__defaults__ or ()))
+        if any(a is not b for a, b in zip((*held, *defaults), was, strict=True)):
+            functools.update_wrapper(new, value)
+            new.__kwdefaults__ = value.__kwdefaults__
+            memo[id(value)] = new
+    return memo[id(value)]
+
+
+def _held(cell: CellType, memo: dict[int, Any]) -> CellType:
+    try:
+        value = cell.cell_contents
+    except ValueError:  # empty
+        return cell
+    own = _copied(value, memo)
+    return cell if own is value else CellType(own)
+
+
+def _copied(value: Any, memo: dict[int, Any]) -> Any:
+    """What a function holds: the copies of the model's modules and tensors, and of what contains them."""
+    if isinstance(value, FunctionType):
+        return _with_copies(value, memo)
+    if isinstance(value, (nn.Module, Tensor, MethodType, functools.partial)) or any(map(_is_module, _items(value))):
+        try:
+            return copy.deepcopy(value, memo)
+        except Exception:
+            return value
+    return value
+
+
+def _items(value: Any) -> list[Any]:
+    return list(value.values() if isinstance(value, dict) else value) if isinstance(value, (list, tuple, dict)) else []
+
+
+def _is_module(value: Any) -> bool:
+    return isinstance(value, nn.Module)
+
+
+@contextlib.contextmanager
 def preserve_state() -> Iterator[None]:
     """For measurements, which draw from the process's generators: leave these as they are, and call no global hook.
 
@@ -101,21 +217,20 @@ def preserve_state() -> Iterator[None]:
     numpy_state = numpy.random.get_state() if numpy else None
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
     with alone(), quiet(), torch.random.fork_rng(devices=devices), torch.inference_mode(False):
-        module_hooks = (
-            torch.nn.modules.module._global_forward_hooks,
-            torch.nn.modules.module._global_forward_pre_hooks,
-        )
-        hooks = [dict(h) for h in module_hooks]
-        try:
-            for h in module_hooks:
-                h.clear()
-            yield
-        finally:
-            for h, saved in zip(module_hooks, hooks, strict=True):
-                h.update(saved)
+        module = torch.nn.modules.module
+        hooks = [(held, dict(held)) for held in (module._global_forward_hooks, module._global_forward_pre_hooks)]
+
+        def undo() -> None:
+            for held, before in hooks:
+                held.update(before)
             random.setstate(python)
             if numpy:
                 numpy.random.set_state(numpy_state)
+
+        with surely(undo):
+            for held, _ in hooks:
+                held.clear()
+            yield
 
 
 @contextlib.contextmanager

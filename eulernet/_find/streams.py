@@ -184,7 +184,8 @@ def _is_long(graph: Graph, call: StepCall, ends: _Sums, links: Mapping[StepCall,
         return True
     in_streams = [e for e in inner if any(o.addition.result in call.within for o in links.get(_head(e), ()))]
     in_one_itself = any(o.addition.result not in call.within for o in links.get(_head(call), ()))
-    begins_here = any(call.state in _back(graph, e.state, {}, 0) for e in inner if _head(e) in links)
+    begins = (e.skip if e.kind == "projection" else e.state for e in inner if _head(e) in links)
+    begins_here = any(call.state in _back(graph, node, {}, 0) for node in begins)
     several = len({head for e in inner if (head := _head(e)).kind != "projection"}) > 1
     return (bool(in_streams) and begins_here) or ((bool(in_streams) or several) and not in_one_itself)
 

@@ -21,6 +21,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -36,6 +37,7 @@ SLICES = frozenset("getitem narrow select slice chunk split unbind".split())
 # An addition, and what else can add a branch to a skip in one call.
 ADDITIONS = frozenset("add sub subtract radd iadd isub".split())
 FUSED_ADDITIONS = frozenset("addcmul addcdiv index_add scatter_add lerp addmm baddbmm addbmm addmv".split())
+_TO_NUMBERS = frozenset("numpy array tolist".split())
 # These sum over an axis, along which two tensors may have been stacked, or mix what was stacked by a matrix.
 CONTRACTIONS = frozenset("sum mean nansum einsum matmul rmatmul bmm mm tensordot".split())
 _STACKS = frozenset("stack cat concat concatenate hstack vstack dstack".split())
@@ -107,6 +109,7 @@ class Trace:
     calls: list[ModuleCall] = field(default_factory=list)
     used: dict[int, int] = field(default_factory=dict)  # ids of the parameters and buffers that were read -> nodes
     outputs: list[int] = field(default_factory=list)  # what the model returned
+    breaks: dict[str, None] = field(default_factory=dict)  # where what was computed left the trace, in words
 
 
 _Called: TypeAlias = tuple[Any, Any, int]  # the last three entries of a node
@@ -126,6 +129,7 @@ class Tracer(TorchFunctionMode):
         self._views: dict[Any, int] = {}  # the same view of the same node is one node
         self.functions = _forwards()
         self.parameters = {id(t) for module in all_modules(model) for t in _own(module)}
+        self.kept = {id(t) for module in all_modules(model) for t in tensors_in(vars(module))} - self.parameters
 
     # ---- nodes
 
@@ -136,18 +140,16 @@ class Tracer(TorchFunctionMode):
         return len(self.trace.nodes) - 1
 
     def set(self, tensor: Tensor, node: int) -> None:
-        if id(tensor) not in self._of:
-            self.alive.append(tensor)
-        self._of[id(tensor)] = node
+        for one in _layers(tensor):
+            if id(one) not in self._of:
+                self.alive.append(one)
+            self._of[id(one)] = node
 
     def node(self, tensor: Tensor) -> int:
         """The node that made the value that `tensor` has now, writes through views of it included."""
-        node = self._of.get(id(tensor))
+        node = next((self._of[id(t)] for t in _layers(tensor) if id(t) in self._of), None)
         if node is None:
-            is_parameter = id(tensor) in self.parameters
-            node = self.new("parameter" if is_parameter else "input", (), tuple(tensor.shape), is_parameter)
-            if is_parameter:
-                self.trace.used[id(tensor)] = node
+            node = self._first(tensor)
             self.set(tensor, node)
         write = self._writes.get(_storage(tensor), -1)
         if write > node:
@@ -156,6 +158,19 @@ class Tracer(TorchFunctionMode):
             node = self.new("overwritten", (node, write), tuple(tensor.shape), constant, called)
             self.set(tensor, node)
         return node
+
+    def _first(self, tensor: Tensor) -> int:
+        """A node for a tensor that nothing in the trace has made: a parameter, an attribute, an input."""
+        of_model = next((t for t in _layers(tensor) if id(t) in self.parameters), None)
+        if of_model is not None:
+            self.trace.used[id(of_model)] = len(self.trace.nodes)
+            return self.new("parameter", (), tuple(tensor.shape), True)
+        if self.stack and id(tensor) not in self.kept and _is_float(tensor) and _is_made(tensor):
+            name = type(self.trace.calls[self.stack[-1]].module).__name__
+            self.trace.breaks[f"{name} reads a tensor that was computed out of sight, in a thread or an extension"] = (
+                None
+            )
+        return self.new("input", (), tuple(tensor.shape), id(tensor) in self.kept)
 
     # ---- operations
 
@@ -179,6 +194,11 @@ class Tracer(TorchFunctionMode):
         before = [(t, self.node(t), _version(t)) for t in tensors]
         out = func(*args, **kwargs)
         results = list(tensors_in(out))
+        if name in _TO_NUMBERS and any(_is_float(t) and self._is_computed(n) for t, n, _ in before):
+            where = next(_frames(frame), None)
+            line = where and list(where.code.co_positions())[where.lasti // 2][0]
+            at = f" at {where.code.co_filename}:{line}" if where else ""
+            self.trace.breaks[f"Tensor.{name}{at} takes the values out of PyTorch"] = None
         if not results and not any(_version(t) != v for t, _, v in before):
             return out
 
@@ -211,6 +231,13 @@ class Tracer(TorchFunctionMode):
         if len(operands) > 1:
             self._addition(name, operands, results[0], bool(written), frame)
         return out
+
+    def _is_computed(self, node: int) -> bool:
+        """Whether the model's input has a part in a node, detached or not."""
+        made = self.trace.nodes[node]
+        if made.op == "detach":
+            return any(isinstance(a, Ref) and self._is_computed(a) for a in made.args)
+        return not made.constant
 
     def result(
         self, name: str, inputs: tuple[int, ...], constant: bool, arguments: Any, result: Tensor, called: _Called
@@ -264,8 +291,10 @@ class Tracer(TorchFunctionMode):
     # ---- module calls
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        inside, self.inside = self.inside, True
         for tensor in tensors_in((args, kwargs)):
             self.node(tensor)  # what comes from the caller is older than the call
+        self.inside = inside
         parent, site = self.stack[-1] if self.stack else -1, _calling(sys._getframe(1))
         self.trace.calls.append(ModuleCall(module, parent, len(self.trace.nodes), site=site))
         self.stack.append(len(self.trace.calls) - 1)
@@ -280,6 +309,8 @@ class Tracer(TorchFunctionMode):
 
 class DispatchTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """What no torch function announced: the inside of scripted functions, views made by autograd."""
+
+    supports_higher_order_operators = True
 
     def __init__(self, tracer: Tracer) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -321,7 +352,22 @@ def _name(func: Any) -> str:
         return getattr(getattr(func, "__self__", None), "__name__", "get")
     if isinstance(func, torch._ops.OpOverload):
         name = func._schema.name.removeprefix("aten::")
+        if name == "detach":  # not by the model, but within a scripted function that autograd has specialised
+            return "alias"
     return name.strip("_")
+
+
+def _layers(tensor: Tensor) -> Iterator[Tensor]:
+    """A tensor, and those that it wraps where a transform of `torch.func` runs, such as vmap."""
+    yield tensor
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+        yield tensor
+
+
+def _is_made(tensor: Tensor) -> bool:
+    """Whether a tensor was computed in this run: it is fake, or autograd knows what made it."""
+    return isinstance(tensor, FakeTensor) or tensor.grad_fn is not None
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

@@ -1,0 +1,230 @@
+"""Skips that fit the shape by what has no parameters or a single map, and weights that hooks compute."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tests.traps.base import DIM, PROJECTION, Trap, each, linear, trap
+
+
+class Shortcut(Trap):
+    """``skip(x) + branch(x)`` over images, both of which fit the shape."""
+
+    expected = PROJECTION
+    shape = (2, DIM, 8, 8)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Sequential(nn.Conv2d(DIM, DIM, 3, padding=1), nn.ReLU(), nn.Conv2d(DIM, DIM, 3, padding=1))
+
+    def skip(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def branch(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.skip(x) + self.branch(x)
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        return self.skip(x) + h[0] * self.branch(x)
+
+
+@trap
+class InterpolationOnBothSides(Shortcut):
+    def skip(self, x: Tensor) -> Tensor:
+        return F.interpolate(x, scale_factor=2.0)
+
+    def branch(self, x: Tensor) -> Tensor:
+        return self.f(F.interpolate(F.relu(x), scale_factor=2.0))
+
+
+@trap
+class TransposedConvolutionOnBothSides(Shortcut):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.project = nn.ConvTranspose2d(DIM, DIM, 2, 2), nn.ConvTranspose2d(DIM, DIM, 2, 2)
+
+    def skip(self, x: Tensor) -> Tensor:
+        return self.project(x)
+
+    def branch(self, x: Tensor) -> Tensor:
+        return self.up(self.f(x))
+
+
+@trap
+class PixelsIntoChannels(Shortcut):
+    """The way down of a deep-compression autoencoder."""
+
+    def skip(self, x: Tensor) -> Tensor:
+        return F.pixel_unshuffle(x, 2).unflatten(1, (-1, 2)).mean(2)
+
+    def branch(self, x: Tensor) -> Tensor:
+        return F.pixel_unshuffle(self.f(x)[:, : DIM // 2], 2)
+
+
+@trap
+class ChannelsIntoPixels(Shortcut):
+    """The way up of a deep-compression autoencoder."""
+
+    def skip(self, x: Tensor) -> Tensor:
+        return F.pixel_shuffle(x.repeat_interleave(4, dim=1), 2)
+
+    def branch(self, x: Tensor) -> Tensor:
+        return F.pixel_shuffle(self.f(x).repeat_interleave(4, dim=1), 2)
+
+
+@trap
+class RepeatedChannels(Shortcut):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Conv2d(DIM, 2 * DIM, 3, padding=1)
+
+    def skip(self, x: Tensor) -> Tensor:
+        return x.repeat(1, 2, 1, 1)
+
+    def branch(self, x: Tensor) -> Tensor:
+        return self.f(x)
+
+
+@trap
+class TiledChannels(RepeatedChannels):
+    def skip(self, x: Tensor) -> Tensor:
+        return torch.tile(x, (1, 2, 1, 1))
+
+
+@trap
+class SelectedRows(Shortcut):
+    def rows(self, x: Tensor) -> Tensor:
+        return x.index_select(2, torch.arange(0, 8, 2))
+
+    def skip(self, x: Tensor) -> Tensor:
+        return self.rows(x)
+
+    def branch(self, x: Tensor) -> Tensor:
+        return self.rows(self.f(x))
+
+
+@trap
+class GatheredRows(SelectedRows):
+    def rows(self, x: Tensor) -> Tensor:
+        return x.gather(2, torch.arange(0, 8, 2).view(1, 1, 4, 1).expand(x.shape[0], DIM, 4, 8))
+
+
+@trap
+class FlippedChannels(SelectedRows):
+    def rows(self, x: Tensor) -> Tensor:
+        return x.flip(1)
+
+
+@trap
+class RolledRows(SelectedRows):
+    def rows(self, x: Tensor) -> Tensor:
+        return x.roll(1, 2)
+
+
+@trap
+class LevelsAreFused(Trap):
+    """Levels of a pyramid, made larger and summed up: none of these sums is a step."""
+
+    expected = each("blocks.0", "blocks.1")
+    shape = (2, DIM, 8, 8)
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f = nn.Conv2d(DIM, DIM, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.f(x)
+
+        def reference(self, x: Tensor, h: float) -> Tensor:
+            return x + h * self.f(x)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([self.Layer(), self.Layer()])
+        self.down = nn.ModuleList(nn.Conv2d(DIM, DIM, 3, 2, 1) for _ in range(2))
+        self.lateral = nn.ModuleList(nn.Conv2d(DIM, DIM, 1) for _ in range(3))
+
+    def fuse(self, levels: list[Tensor]) -> Tensor:
+        up = [F.interpolate(f(x), size=(8, 8)) for f, x in zip(self.lateral, levels, strict=True)]
+        return up[0] + up[1] + up[2]
+
+    def forward(self, x: Tensor) -> Tensor:
+        levels = [x]
+        for block, down in zip(self.blocks, self.down, strict=True):
+            levels.append(block(down(levels[-1])))
+        return self.fuse(levels)
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        levels = [x]
+        for factor, block, down in zip(h, self.blocks, self.down, strict=True):
+            levels.append(block.reference(down(levels[-1]), factor))
+        return self.fuse(levels)
+
+
+class AddNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(DIM)
+
+    def forward(self, x: Tensor, skip: Tensor, h: float | None = None) -> Tensor:
+        if h is not None:
+            return self.norm(skip + h * x)
+        return self.norm(x + skip)
+
+
+class GatedAddNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.add_norm = nn.Linear(DIM, 2 * DIM), AddNorm()
+
+    def forward(self, x: Tensor, skip: Tensor, *h: float) -> Tensor:
+        return self.add_norm(F.glu(self.gate(x)), skip, *h)
+
+
+@trap
+class TheBranchBeginsTwoCallsAbove(Trap):
+    """A gated residual network as forecasters build it: the sum stands two calls below the branch's first map."""
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc1, self.fc2, self.gated = linear(), linear(), GatedAddNorm()
+
+        def forward(self, x: Tensor, *h: float) -> Tensor:
+            return self.gated(self.fc2(F.elu(self.fc1(x))), x, *h)
+
+    expected = each("layers.0.gated.add_norm", "layers.1.gated.add_norm")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([self.Layer(), self.Layer()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        for factor, layer in zip(h, self.layers, strict=True):
+            x = layer(x, factor)
+        return x
+
+
+@trap
+class ABranchUnderVmap(Trap):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = linear()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.func.vmap(self.a)(x)
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        return x + h[0] * self.a(x)
