@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 STUDIES = ROOT / "reproductions"
 READMES = {"index.md": ROOT / "README.md", "reproductions.md": STUDIES / "README.md"}
 PAGE = re.compile(r"https://github\.com/eulernet/eulernet/blob/main/(?:docs|reproductions)/([\w/-]+\.md)")
-PICTURES = "https://raw.githubusercontent.com/eulernet/eulernet/main/reproductions/"
+PICTURES = re.compile(r"https://raw\.githubusercontent\.com/eulernet/eulernet/main/(?:docs|reproductions)/")
 
 
 def on_files(files: Any, config: Any) -> Any:
@@ -27,7 +27,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     """Two pages are READMEs; links become relative, so that `mkdocs build --strict` checks them."""
     if page.file.src_uri in READMES:
         markdown = READMES[page.file.src_uri].read_text()
-    return PAGE.sub(r"\1", markdown).replace(PICTURES, "")
+    return PICTURES.sub("", PAGE.sub(r"\1", markdown))
 
 
 class Examples(griffe.Extension):

@@ -8,8 +8,9 @@ from eulernet._fold import fold, param_groups
 from eulernet._patch.patch import find_steps, is_patched, patch, set_h, steps, unpatch
 from eulernet._patch.select import HLike, Selector
 from eulernet._run import factor as _factor
-from eulernet._step import Place, Step, Steps
+from eulernet._step import LeftOut, Outside, Place, Reason, Step, Steps
 from eulernet._tune.calibrate import calibrate
+from eulernet._tune.depth_check import DepthCheck, depth_check
 from eulernet._tune.diagnose import Diagnosis, diagnose
 from eulernet._tune.meter import LossFn
 from eulernet._tune.scheduler import HScheduler
@@ -23,19 +24,24 @@ vars(schedules)["HScheduler"] = HScheduler  # it belongs to the models, which li
 sys.modules |= {"eulernet._rewrite": _source, "eulernet._report": _step, "eulernet._factor": _factor}
 
 __all__ = [
+    "DepthCheck",
     "Diagnosis",
     "EulernetError",
     "EulernetWarning",
     "HLike",
     "HScheduler",
+    "LeftOut",
     "LossFn",
+    "Outside",
     "Place",
+    "Reason",
     "Selector",
     "Step",
     "Steps",
     "Suggestion",
     "__version__",
     "calibrate",
+    "depth_check",
     "diagnose",
     "find_steps",
     "fold",

@@ -53,7 +53,7 @@ def _is_no_number(value: Any) -> bool:
 def brief(value: Any) -> str:
     """What a message shows of a value that a caller handed over."""
     try:
-        text = repr(value)
+        text = " ".join(repr(value).split())
     except Exception:
         text = f"a {type(value).__name__}"
     return text if len(text) <= 80 else f"{text[:76]} ..."

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from eulernet import schedules
 from eulernet._checks import brief, check_model, positive, truth
 from eulernet._commit import commit
 from eulernet._errors import EulernetError
@@ -21,6 +22,7 @@ from eulernet._patch.select import HLike, values
 from eulernet._patch.subclass import remove_steps
 from eulernet._run.learned import step_parameters
 from eulernet._run.patched import slots
+from eulernet._tune.groups import transfer_groups
 
 
 def fold(model: Model, *, where_possible: bool = False, example_inputs: Any = None) -> Model:
@@ -89,18 +91,21 @@ def param_groups(
     model: nn.Module,
     lr: float,
     *,
-    h: HLike,
-    optimizer: Literal["sgd", "adam", "adamw"] = "sgd",
+    h: HLike | None = None,
+    transfer: schedules.transfer | None = None,
+    optimizer: Literal["sgd", "adam", "adamw"] | None = None,
     weight_decay: float = 0.0,
+    eps: float = 1e-8,
     example_inputs: Any = None,
 ) -> list[dict[str, Any]]:
-    """Groups for an optimiser in which the last affine maps of the branches learn as they would behind a step factor h.
+    """Groups for an optimiser: to learn as behind a step factor `h`, or to `transfer` a rate to another depth.
 
-    A step factor does two things: the branch starts h times as large, and it learns more slowly. For a network with
-    h = 1 the groups do the second alone: the learning rate of these maps is lr * h**2 for SGD (with momentum too) and
-    lr * h for Adam and AdamW, and their weight decay is divided by h**2, or by h for AdamW. The equivalence is exact:
-    a network patched with h trains as one with h = 1 whose maps start at h times their value (what `fold` makes of it)
-    and which has these groups, but for rounding and Adam's epsilon.
+    **With `h`** the last affine maps of the branches learn as they would behind that step factor. It does two things:
+    the branch starts h times as large, and it learns more slowly. For a network with h = 1 the groups do the second
+    alone: the learning rate of these maps is lr * h**2 for SGD (with momentum too) and lr * h for Adam and AdamW, and
+    their weight decay is divided by h**2, or by h for AdamW. The equivalence is exact: a network patched with h trains
+    as one with h = 1 whose maps start at h times their value (what `fold` makes of it) and which has these groups, but
+    for rounding and Adam's epsilon.
 
     On a patched model the groups come on top of what its h does, and `h=lambda step: 1 / step.h` undoes what it does
     to the learning rate, leaving the first effect alone. A learned step factor is a group of its own without decay.
@@ -131,16 +136,39 @@ def param_groups(
         >>> [(len(group["params"]), group["lr"]) for group in groups]
         [(8, 0.1), (4, 0.025)]
         >>> optimizer = torch.optim.SGD(groups, momentum=0.9)
+
+        >>> rule = eulernet.schedules.transfer(base_depth=1)
+        >>> layer = eulernet.patch(layer, h=rule, example_inputs=torch.zeros(2, 5, 8))
+        >>> groups = eulernet.param_groups(layer, lr=1e-3, transfer=rule, example_inputs=torch.zeros(2, 5, 8))
+        >>> [(len(group["params"]), group["lr"], group["eps"]) for group in groups]
+        [(4, 0.001, 1e-08), (8, 0.001, 5e-09)]
+        >>> optimizer = torch.optim.AdamW(groups, lr=1e-3)
     """
     check_model(model, "param_groups")
     lr = positive(lr, "lr", "lr=0.1")
-    if not (isinstance(optimizer, str) and optimizer in _RATES):
+    rule = ("sgd" if transfer is None else "adamw") if optimizer is None else optimizer
+    if not (isinstance(rule, str) and rule in _RATES):
         raise EulernetError(
             f"optimizer must be one of {', '.join(map(repr, _RATES))}, not {brief(optimizer)}; for example "
             'optimizer="adamw"'
         )
     if not (isinstance(weight_decay, int | float) and weight_decay == 0):
         weight_decay = positive(weight_decay, "weight_decay", "weight_decay=1e-4")
+    if (h is None) == (transfer is None):
+        raise EulernetError(
+            f"param_groups takes either h or transfer, not {'both' if h is not None else 'neither'}: "
+            "eulernet.param_groups(model, lr=0.1, h=0.1), or "
+            "eulernet.param_groups(model, lr=1e-3, transfer=eulernet.schedules.transfer(base_depth=8))"
+        )
+    if transfer is not None:
+        if not isinstance(transfer, schedules.transfer):
+            raise EulernetError(
+                f"transfer={transfer!r} is no rule of transfer; for example "
+                "transfer=eulernet.schedules.transfer(base_depth=8)"
+            )
+        eps = positive(eps, "eps", "eps=1e-8")
+        return transfer_groups(model, lr, transfer, rule, weight_decay, eps, example_inputs)
+    assert h is not None
     with search(model, example_inputs) as result:
         found = {f.step.name: f.step for f in result.found}
         if is_patched(model):
@@ -157,7 +185,7 @@ def param_groups(
     for parameter in model.parameters():
         if parameter not in own:
             groups[scales.get(parameter, 1.0)].append(parameter)
-    rates = {scale: _RATES[optimizer](scale) for scale in groups}
+    rates = {scale: _RATES[rule](scale) for scale in groups}
     return [
         {"params": groups[scale], "lr": lr * rate, "weight_decay": weight_decay * decay}
         for scale, (rate, decay) in rates.items()

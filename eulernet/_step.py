@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import io
 import json
-import math
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import asdict, dataclass, replace
+from os import PathLike
 from pathlib import PurePath
 from types import UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints, overload
@@ -113,6 +114,7 @@ class LeftOut:
         file, line, function: where it stands.
         reason: why it is no step.
         calls: how often it runs in one forward pass.
+        after: the index of the step that ended last before it first ran; None where none had.
     """
 
     module_name: str
@@ -122,6 +124,7 @@ class LeftOut:
     function: str
     reason: Reason
     calls: int
+    after: int | None = None
 
 
 @dataclass(frozen=True)
@@ -143,7 +146,8 @@ class Outside:
         units = (("billion", 1e9), ("million", 1e6), ("thousand", 1e3))
         unit, size = next((unit for unit in units if self.of >= unit[1]), ("", 1.0))
         amount = f"{inside / size:.3g} of {self.of / size:.3g} {unit}".rstrip()
-        shown = ", ".join(self.names[:8]) + (f" and {len(self.names) - 8} more" if len(self.names) > 8 else "")
+        most = 8 if len(self.names) > 9 else 9
+        shown = ", ".join(self.names[:most]) + (f" and {len(self.names) - most} more" if self.names[most:] else "")
         return f"{amount} parameters lie in branches; outside: {shown or 'none'}"
 
 
@@ -243,6 +247,33 @@ class Steps(Sequence[Step]):
             parts.append(Text(f"\n{self.outside}"))
         return Group(*parts)
 
+    def plot(self, path: str | PathLike[str] | None = None, *, title: str | None = None) -> Any:
+        """Draw the steps as a map, from the input at the top to the output at the bottom.
+
+        A line is a stream, a station on it a step, with its D and h; an arc is a long step, around those in its branch.
+        What repeats is drawn once, in a box that says how often. Grey crosses are the sums that are no steps, with the
+        reason: each place in the source once, where it first ran.
+
+        Args:
+            path: where the picture goes, with an ending that matplotlib knows (.svg, .png, .pdf); None writes none.
+            title: a line above it.
+
+        Returns:
+            The `matplotlib.figure.Figure`.
+
+        Raises:
+            EulernetError: matplotlib is not installed, or the file's ending or folder is wrong.
+
+        Example:
+            >>> import torch, eulernet
+            >>> layer = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+            >>> model = eulernet.patch(torch.nn.Sequential(layer, layer), h=0.5, example_inputs=torch.zeros(2, 5, 8))
+            >>> figure = eulernet.steps(model).plot(title="two layers")
+        """
+        from eulernet._plot import draw  # and with it matplotlib, where something is drawn
+
+        return draw(self, path, title)
+
     def reasons(self) -> list[str]:
         """How many sums are no steps, for each reason."""
         counts: Counter[str] = Counter()
@@ -324,7 +355,10 @@ def _entry(cls: type[T], data: Any, where: str) -> T:
             raise ValueError(f"{where}: {name} is {value!r:.60}")
         if isinstance(value, list):
             entries[name] = tuple(value)
-    return cls(**entries)
+    try:
+        return cls(**entries)
+    except TypeError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -339,7 +373,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint is int:
         return type(value) is int and 0 <= value < 2**63
     if hint is float:
-        return type(value) in (int, float) and 0 < value < math.inf
+        return type(value) in (int, float) and 0 < value <= sys.float_info.max
     return isinstance(value, hint)
 
 

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 import eulernet
 from eulernet import EulernetError, Step, Steps
 from eulernet._find.inputs import guess_inputs
+from eulernet._plot import new_figure, together
 
 app = typer.Typer(
     name="eulernet",
@@ -75,13 +76,23 @@ def inspect_(
     ] = None,
     show_all: Annotated[bool, typer.Option("--all", help="One line a step, nothing grouped or shortened.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the steps as JSON, for programs.")] = False,
+    picture: Annotated[
+        Path | None,
+        typer.Option(
+            "--picture", metavar="FILE", help="Draw them as well, into a file .svg, .png or .pdf; by matplotlib."
+        ),
+    ] = None,
 ) -> None:
     """Show the residual steps of a model. Weights are random; nothing is downloaded."""
     try:
         # What a model's own code prints or warns of is no part of the answer; what eulernet says is in the steps.
         with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
             warnings.simplefilter("ignore")
+            if picture is not None:
+                new_figure(1, 1, picture)  # says what is wrong with it before anything is built
             built, steps = _inspect(model, inputs or [], _factor(h))
+            if picture is not None:
+                steps.plot(picture, title=model if h is None else f"{model}, h = {h}")
     except EulernetError as error:
         Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
         raise typer.Exit(1) from None
@@ -89,6 +100,8 @@ def inspect_(
         print(steps.to_json())
     else:
         _print(Console(), model, built, steps, show_all)
+        if picture is not None:
+            print(f"\nDrawn: {picture}")
 
 
 def _factor(text: str | None) -> float | Literal["auto"] | None:
@@ -346,7 +359,7 @@ def _table(console: Console, groups: Sequence[Sequence[Step]]) -> Table:
     """One row a group. Columns that say nothing (one stream, one call) or do not fit into the terminal are left out."""
     shown = list(itertools.chain.from_iterable(groups))
     columns: dict[str, Callable[[Sequence[Step]], str]] = {
-        "step": lambda group: _names([step.name for step in group]),
+        "step": lambda group: together(step.name for step in group),
         "steps": lambda group: str(len(group)),
         "class": lambda group: group[0].module_class,
         "kind": lambda group: group[0].kind,
@@ -394,22 +407,6 @@ def _split(name: str) -> tuple[str, str, str]:
         return name, "", ""
     start, end = numbers[-1].span()
     return name[:start], name[start:end], name[end:]
-
-
-def _names(names: Sequence[str]) -> str:
-    """`blocks.0`, `blocks.1`, `blocks.2`, `blocks.5` to `blocks.{0-2,5}`."""
-    if len(names) == 1:
-        return names[0]
-    before, _, after = _split(names[0])
-    numbers = sorted({int(_split(name)[1]) for name in names})
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    ranges = ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
-    return f"{before}{{{ranges}}}{after}"
 
 
 def _where(step: Step) -> str:

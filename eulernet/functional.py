@@ -79,10 +79,11 @@ def euler_step(
         dtype = _promoted(skip, branch, layer_scale, mask, h if isinstance(h, Tensor) else None)
         number, scale = _factors(h, layer_scale, dtype, skip.device)
     plain = activation is None and scale is None and mask is None  # one kernel of ATen's
-    if kernels.chosen(skip, branch, worth=not plain):
-        result: Tensor | None = _kernels("_step").step(skip, branch, number, scale, mask, activation, dtype, out)
-        if result is not None:
-            return result
+    pays = None if plain else kernels.ACTIVATION if scale is None and mask is None else kernels.LAYER_SCALE
+    if kernels.chosen(skip, branch, pays):
+        stepped: Tensor | None = _kernels("_step").step(skip, branch, number, scale, mask, activation, dtype, out)
+        if stepped is not None:
+            return stepped
     if plain:
         return torch.add(skip, branch, alpha=number, out=out) if out is not None else _add(skip, branch, number)
     state = _add(skip, branch, number, scale, mask)
@@ -134,12 +135,12 @@ def euler_step_norm(
     mask = _mask(branch, layer_scale, drop_path)
     dtype = _promoted(skip, branch, layer_scale, mask, h if isinstance(h, Tensor) else None)
     number, scale = _factors(h, layer_scale, dtype, skip.device)
-    if kernels.chosen(skip, branch):
-        result: tuple[Tensor, Tensor] | None = _kernels("_norm").step_norm(
-            skip, branch, number, scale, mask, weight, bias, eps, kind, dtype
-        )
-        if result is not None:
-            return result
+    if kernels.chosen(skip, branch, kernels.LAYER_NORM if kind == "layer_norm" else kernels.RMS_NORM):
+        autocast = torch.is_autocast_enabled(skip.device.type)
+        given = (skip, branch, number, scale, mask, weight, bias, eps, kind, dtype, autocast)
+        both: tuple[Tensor, Tensor] | None = _kernels("_norm").step_norm(*given)
+        if both is not None:
+            return both
     state = _add(skip, branch, number, scale, mask).to(dtype)
     if kind == "rms_norm":
         return state, F.rms_norm(state, state.shape[-1:], weight, eps)
@@ -184,10 +185,9 @@ def euler_step_bn(
     _check_h(h, "euler_step_bn")
     if activation is not None and activation not in _ACTIVATIONS:
         raise EulernetError(f"activation={activation!r} is not known; use None, {', '.join(map(repr, _ACTIVATIONS))}")
-    if not training and kernels.chosen(skip, branch):
-        result: Tensor | None = _kernels("_bn").step_bn(
-            skip, branch, h, running_mean, running_var, weight, bias, eps, activation
-        )
+    if not training and kernels.chosen(skip, branch, kernels.BATCH_NORM):
+        given = (skip, branch, h, running_mean, running_var, weight, bias, eps, activation)
+        result: Tensor | None = _kernels("_bn").step_bn(*given)
         if result is not None:
             return result
     normed = F.batch_norm(branch, running_mean, running_var, weight, bias, training, momentum, eps)
@@ -275,7 +275,8 @@ def _mask(branch: Tensor, layer_scale: Tensor | None, drop_path: float | Tensor 
 def _promoted(*tensors: Tensor | None) -> torch.dtype:
     """The dtype of a sum of products of floating tensors: 0-d ones count only where there are no others."""
     given = [t for t in tensors if t is not None]
-    return reduce(torch.promote_types, [t.dtype for t in given if t.dim()] or [t.dtype for t in given])
+    dtypes = {t.dtype for t in given if t.dim()} or {t.dtype for t in given}
+    return dtypes.pop() if len(dtypes) == 1 else reduce(torch.promote_types, dtypes)
 
 
 def _differentiable(*values: object) -> list[bool]:

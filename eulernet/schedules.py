@@ -16,13 +16,13 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from eulernet._checks import positive
+from eulernet._checks import positive, whole_number
 from eulernet._step import Step
 
 if TYPE_CHECKING:  # it lies above; the package puts it here
     from eulernet._tune.scheduler import HScheduler
 
-__all__ = ["HScheduler", "constant", "decreasing", "inverse", "inverse_sqrt"]
+__all__ = ["HScheduler", "constant", "decreasing", "inverse", "inverse_sqrt", "transfer"]
 
 
 @dataclass(frozen=True)
@@ -141,6 +141,56 @@ class inverse:
 
 
 @dataclass(frozen=True)
+class transfer:
+    """(base_depth / D)^alpha: what is tuned at the depth `base_depth` is used at the depth D.
+
+    At the base depth h = 1, and the patched model computes the bits of the original. With m = D / base_depth:
+
+        source                              alpha   rate    Adam's epsilon   AdamW's decay
+        CompleteP (arXiv:2505.01618)        1       1       1 / m            1
+        Depth-muP (arXiv:2310.02244)        1/2     1 / sqrt(m) under Adam, 1 under SGD
+        in between                          alpha   m^(alpha - 1) under Adam, m^(2 alpha - 1) under SGD
+
+    are the factors of what the branches hold; all else keeps its own. `eulernet.param_groups(model, lr=...,
+    transfer=...)` makes the groups. With alpha = 1 the rate under Adam is one number for all depths and parameters, and
+    nothing but this rule is needed. Whether it pays is measured in `docs/train-deeper.md`; `eulernet.depth_check` shows
+    for a model at hand what moves with depth. Initial values that fall with depth themselves, as GPT-2's output
+    projections do by 1 / sqrt(D), count the depth twice: `patch` says so, and how to have it once.
+
+    Args:
+        base_depth: D of the model that was tuned, counted as `Step.depth` counts it: 2 n for a transformer of n blocks
+            that add twice, `eulernet.find_steps(base_model)[0].depth`.
+        alpha: a positive number; the sources have 1/2 and 1.
+
+    Raises:
+        EulernetError: `base_depth` is no positive whole number, or alpha is not a positive, finite number.
+
+    Example:
+        >>> import torch, eulernet
+        >>> layer = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        >>> model = torch.nn.TransformerEncoder(layer, 8)
+        >>> steps = eulernet.find_steps(model, example_inputs=torch.zeros(2, 5, 8))
+        >>> rule = transfer(base_depth=4)
+        >>> rule, steps[0].depth, rule(steps[0]), transfer(base_depth=4, alpha=0.5)(steps[0])
+        (transfer(base_depth=4, alpha=1.0), 16, 0.25, 0.5)
+    """
+
+    base_depth: int
+    alpha: float = 1.0
+
+    def __post_init__(self) -> None:
+        whole_number(self.base_depth, "base_depth", "transfer(base_depth=8)", least=1)
+        positive(self.alpha, "alpha", "transfer(base_depth=8, alpha=1.0)")
+
+    def deeper(self, step: Step) -> float:
+        """m, how many times deeper than the base the step's stream is."""
+        return step.depth / self.base_depth
+
+    def __call__(self, step: Step) -> float:
+        return float((self.base_depth / step.depth) ** self.alpha)
+
+
+@dataclass(frozen=True)
 class decreasing:
     """1 / (sqrt(l) * log(l + 1)), where l is the step's position in its stream, from 1, and log the natural logarithm.
 
@@ -161,3 +211,6 @@ class decreasing:
 
     def __call__(self, step: Step) -> float:
         return 1 / (math.sqrt(step.position) * math.log(step.position + 1))
+
+
+FALLING = (inverse_sqrt, inverse, decreasing, transfer)  # with depth

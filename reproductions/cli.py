@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -330,6 +331,32 @@ def throughput(
     console.print(study.table(records))
     if out is not None:
         console.print(f"Wrote {write_records(out, records)}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def transfer(
+    data_root: Annotated[Path, typer.Option(help="The folder that holds ag_news.")] = DATA,
+    preset: Annotated[str, typer.Option(help="desk: an hour of two cores; smoke: half a minute.")] = "smoke",
+    workers: Annotated[int, typer.Option(min=1, help="Trainings at a time, each in one thread of its own.")] = 2,
+    minutes: Annotated[float, typer.Option(help="Begin nothing that would not be done by then.")] = math.inf,
+    out: Out = None,
+) -> None:
+    """Depth transfer: is the learning rate of a shallow GPT that of a deep one; what h does for it."""
+    from reproductions.studies import depth_transfer as study
+    from reproductions.training import pool
+
+    if preset not in study.DEEP:
+        raise typer.BadParameter(f"{preset!r} is none of {', '.join(study.DEEP)}", param_hint="--preset")
+    folder = check_folder(out or Path("runs/transfer"), "transfer")
+    cells = study.cells(preset)
+    with _progress() as progress:
+        whole = progress.add_task("transfer", total=1.0)
+
+        def show(label: str, share: float) -> None:
+            progress.update(whole, description=label, completed=share)
+
+        records = pool.run(cells, folder, data_root, workers, minutes, show)
+    console.print(f"{len(records)} of {len(cells)} trainings have a record in {folder / FILE}.", soft_wrap=True)
 
 
 @app.command()

@@ -21,7 +21,7 @@ import torch
 
 from reproductions import presets
 from reproductions.data.batches import load
-from reproductions.evidence.claims import POINT, Results, Row, compare
+from reproductions.evidence.claims import POINT, Results, Row, compare, compare_unpaired
 from reproductions.presets import AUTO, EULER, PLAIN, START, Part
 from reproductions.records import FILE, Record, append_record, environment, read_records
 from reproductions.training.grid import name as named
@@ -80,7 +80,11 @@ def primary(results: Results) -> list[Row]:
         ("resnet: with h = 0.1 depth 110 tests no point worse than 20", (euler[0], euler[1]), True, POINT),
         ("resnet 110: each at its best rate, h = 0.1 tests better than h = 1", _at_best_rates(results), True, 0.0),
     ):
-        rows.append(compare(results, claim, [pair], "test_accuracy", higher=higher, margin=margin))
+        # Seeds pair networks of one depth alone.
+        if pair[0].depth == pair[1].depth:
+            rows.append(compare(results, claim, [pair], "test_accuracy", higher=higher, margin=margin))
+        else:
+            rows.append(compare_unpaired(results, claim, *pair, "test_accuracy", higher=higher, margin=margin))
     return rows
 
 

@@ -20,10 +20,10 @@ HEAD = """# What came of the paper's claims
 Written by `python -m reproductions report` from the records beside this file.
 
 The paper is *Towards Robust ResNet: A Small Step but a Giant Leap* (Zhang et al., IJCAI 2019, arXiv 1902.10887). A
-row is one comparison in one setting. Numbers are `h = 1 -> h = 0.1` (medians over seeds, after the last epoch unless
-it says otherwise), the mean difference over seeds, and its 95 % interval: paired by seed, or Welch's where networks
-of different depths are compared. A verdict holds for the setting of its row: a reduced setting says nothing about the
-paper's.
+row is one comparison in one setting, and fewer than three seeds decide nothing. Numbers are `h = 1 -> h = 0.1`
+(medians over seeds, after the last epoch unless it says otherwise), the mean difference over seeds, and its 95 %
+interval: paired by seed, or Welch's where networks of different depths are compared. A verdict holds for the setting
+of its row: a reduced setting says nothing about the paper's.
 
 - **supported**, **refuted**: the interval excludes 0; else **undecided**. What is to be the same, or to cost less
   than a point, is judged by the margin of 0.01: supported when the interval lies within it, refuted when it lies

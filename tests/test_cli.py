@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 import eulernet
 from eulernet import Step, Steps, cli
+from eulernet._plot import together
 
 Run = Callable[..., str]
 
@@ -238,7 +239,7 @@ def step(index: int, name: str, **changes: object) -> Step:
 def test_steps_of_one_sort_are_one_row() -> None:
     names = ["blocks.0:0", "blocks.0:1", "blocks.1:0", "blocks.1:1", "blocks.3:0", "<root>"]
     groups = cli._groups(step(i, name) for i, name in enumerate(names))
-    assert [cli._names([s.name for s in g]) for g in groups] == ["blocks.{0-1,3}:0", "blocks.{0-1}:1", "<root>"]
+    assert [together(s.name for s in g) for g in groups] == ["blocks.{0-1,3}:0", "blocks.{0-1}:1", "<root>"]
 
 
 @pytest.mark.parametrize("change", [{"h": 0.5}, {"depth": 5}, {"kind": "projection"}, {"module_class": "Other"}])
@@ -358,3 +359,18 @@ def test_h_must_be_a_number_or_auto(run: Run) -> None:
 def test_json_of_an_error_is_no_json(run: Run) -> None:
     with pytest.raises(json.JSONDecodeError):
         json.loads(run("inspect", "timm:resnet5", "--json", fails=1))
+
+
+# ---- the picture
+def test_picture(run: Run, module: Callable[[str], str], tmp_path: Path) -> None:
+    name = module(MY_MODEL)
+    out = run("inspect", f"{name}:build", "--input", "2,4", "--h", "0.1", "--picture", "steps.svg")
+    assert "3 residual steps" in out and out.endswith("Drawn: steps.svg\n")
+    assert (tmp_path / "steps.svg").read_text().startswith("<?xml")
+    as_json = run("inspect", f"{name}:build", "--input", "2,4", "--json", "--picture", "steps.png")
+    assert len(Steps.from_json(as_json)) == 3 and (tmp_path / "steps.png").exists()
+
+
+def test_a_picture_that_cannot_be_written_is_refused_before_the_model_is_built(run: Run) -> None:
+    out = run("inspect", "timm:nothing", "--picture", "steps.doc", fails=1)
+    assert "does not end in a format" in out and "write 'steps.svg'" in out

@@ -194,7 +194,7 @@ def test_h_that_is_not_a_positive_number(value: Any, function: str) -> None:
     output = model(X)
     refused(model, lambda: call(value), r"\bh\b", "positive")
     if isinstance(value, (int, float)):
-        refused(model, lambda: call(value), re.escape(repr(value)))
+        refused(model, lambda: call(value), re.escape(repr(value)[:70]))
     assert torch.equal(model(X), output)
 
 

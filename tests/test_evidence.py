@@ -91,6 +91,15 @@ def test_one_failed_training_of_three_is_counted_and_hinders_no_verdict() -> Non
     assert row.verdict == "supported" and "1 of 3 and 0 of 3 trainings failed" in row.outcome
 
 
+def test_two_seeds_decide_nothing() -> None:
+    for seeds, word in ((2, "undecided"), (3, "supported")):
+        plain, small = ([value + seed / 1000 for seed in range(seeds)] for value in (0.3, 0.5))
+        results = Results([*accuracies(ONE, plain), *accuracies(OTHER, small)])
+        row = compare(results, "claim", [(ONE, OTHER)], "test_accuracy")
+        assert row.verdict == word and "+0.200 (+0.200 to +0.200)" in row.outcome
+        assert compare_unpaired(results, "claim", ONE, OTHER, "test_accuracy").verdict == word
+
+
 def test_gradients_of_an_arm_at_chance_are_judged() -> None:
     plain = records_of(ONE, [{"failed": True, "log": {"layer 7": {"late_gradient": g}}} for g in (1.0, 1.1, 1.2)])
     small = records_of(OTHER, [{"log": {"layer 7": {"late_gradient": g}}} for g in (2.0, 2.1, 2.3)])
@@ -193,8 +202,14 @@ def test_a_remedy_is_tried_when_all_its_values_are(stored: Results) -> None:
 
 def test_the_report_begins_with_the_primary_claims_once_each(stored: Results) -> None:
     rows = report.primary(stored)
-    named = {row.primary for study in STUDIES.values() if hasattr(study, "claims") for preset in report.SCALES
-             for row in study.claims(Results([]), preset) if row.primary}  # fmt: skip
+    asked = [
+        row
+        for name, study in STUDIES.items()
+        if hasattr(study, "claims")
+        for preset in report._presets(stored, name)
+        for row in study.claims(Results([]), preset)
+    ]
+    named = {row.primary for row in asked if row.primary}
     assert len(rows) == len({row.claim for row in rows}) == len(named) and 15 <= len(rows) <= 24
     first = (RESULTS / "REPORT.md").read_text().split("## ")[1]
     assert first.startswith("The paper's claims") and all(f"| {row.claim} |" in first for row in rows)

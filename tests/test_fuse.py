@@ -290,7 +290,7 @@ MODELS: dict[str, tuple[Builder, Callable[[], Tensor], str, str]] = {
     "timm ResNet": (timm_resnet(drop_path_rate=0.5), pictures, "ssss", "bbbb"),
     "timm SE-ResNet": (timm_resnet(block_args={"attn_layer": "se"}), pictures, "ssss", "ssss"),
     "timm ConvNeXt": (timm_convnext, large_pictures, "sssss", "sssss"),
-    "timm ViT": (vit("vit_tiny_patch16_224"), pictures, "nsns", "nsns"),
+    "timm ViT": (vit("vit_tiny_patch16_224"), pictures, "nns", "nn"),  # nothing is fused with the others
     "timm DeiT 3": (vit("deit3_small_patch16_224"), pictures, "nsns", "nsns"),
     "timm BEiT": (vit("beit_base_patch16_224"), pictures, "nsns", "nsns"),
     "torchvision ResNet": (torchvision_resnet, pictures, "s" * 8, "b" * 8),
@@ -798,6 +798,7 @@ class Elsewhere(PreNorm):
 
 
 @pytest.mark.parametrize("build", [Between, Perhaps, Exchanged, Elsewhere])
+@pytest.mark.filterwarnings("ignore:the stream from the model's input:eulernet.EulernetWarning")  # one sum in another
 def test_a_norm_that_is_not_called_next_is_called(build: Builder, launches: list[str]) -> None:
     """What is called in between may write into the state."""
     model, x = randomized(build()).eval(), tokens()
@@ -914,6 +915,19 @@ class MyRMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.rms_norm(x, (8,), 1 + self.weight, self.variance_epsilon)
+
+
+@pytest.mark.parametrize("divides_by", ["mean square", "variance"])
+def test_a_norm_of_timm_is_known_by_what_it_computes(divides_by: str) -> None:
+    """Before 1.0.13 its RmsNorm divided by the variance."""
+
+    class RmsNorm(timm.layers.RmsNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            divided = x.square().mean(-1, True) if divides_by == "mean square" else x.var(-1, keepdim=True)
+            return x * torch.rsqrt(divided + self.eps) * self.weight
+
+    RmsNorm.__module__, RmsNorm.__qualname__ = "timm.layers.norm", "RmsNorm"
+    assert (fuse.norm(RmsNorm(8)) is not None) == (divides_by == "mean square")
 
 
 def test_a_class_is_known_by_what_it_computes() -> None:

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from benchmarks import performance
-from benchmarks.gpu import correctness, models, operations, plan, supervise
+from benchmarks.gpu import correctness, models, operations, pays, plan, supervise
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.results import RESULTS, Results, Row
 from benchmarks.gpu.sizes import EARNEST, TINY
 from benchmarks.gpu.supervise import Job
 from benchmarks.gpu.tables import tables
+from eulernet import kernels
 
 pytest.importorskip("triton")
 without_gpu = pytest.mark.skipif(
@@ -219,3 +220,21 @@ def test_the_committed_page_is_that_of_the_committed_results() -> None:
 def test_every_part_has_a_name_of_its_own() -> None:
     names = [part.name for part in (*plan.checks(), *plan.parts(TINY))]
     assert len(set(names)) == len(names)
+
+
+def test_a_kernel_runs_from_the_size_on_at_which_it_was_measured_to_pay() -> None:
+    rows = json.loads(RESULTS.read_text())["rows"]
+    for name, source in pays.SOURCES.items():
+        assert getattr(kernels, name) == pays.pays(rows, *source), name
+
+
+def test_the_size_is_that_at_which_device_and_host_are_even() -> None:
+    """Eager takes 30 us for 1.2 MB, the kernel 10: of 64 MiB 20 us are saved, of 32 MiB 10, which is what it costs."""
+    here = {"table": "operations", "name": "step", "MiB": 64, "beside": "eager", "dtype": "bfloat16", "bytes": 1.2e6}
+    rates = {"eager GB/s": 40.0, "fused GB/s": 120.0}
+    rows: list[Row] = [{**here, **rates, "direction": direction} for direction in ("forward", "backward")]
+    for what, more in (("forward", 10.0), ("forward + backward", 10.1)):
+        rows.append({"table": "host", "name": "line", "what": what, "more us": more})
+    assert pays.pays(rows, "step", "line") == (32, 32)
+    rows[0]["fused GB/s"] = 100.0
+    assert pays.pays(rows, "step", "line") == (64, 32)

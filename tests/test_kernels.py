@@ -588,6 +588,14 @@ def test_a_kernel_that_does_not_compile_is_left_to_torch_with_one_warning(monkey
             monkeypatch.undo()
 
 
+def test_a_bug_is_no_kernel_that_does_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Want of memory neither."""
+    for error in (TypeError("an argument too many"), torch.OutOfMemoryError("of 80 GiB")):
+        with pytest.raises(type(error)):
+            kernels.failed(error)
+    assert not kernels._broken
+
+
 def test_gpus_that_triton_cannot_serve_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
     monkeypatch.setattr(torch.version, "hip", None)
@@ -852,7 +860,7 @@ def test_mode_is_a_setting_and_a_block() -> None:
 
 
 def test_auto_is_torch_on_the_cpu_and_below_a_size(launches: list[str]) -> None:
-    large, small = torch.ones(kernels.MIN_BYTES, device=DEVICE), torch.ones(8, device=DEVICE)
+    large, small = (torch.ones(int(mebibytes * 2**18), device=DEVICE) for mebibytes in (4, 3))
     euler_step(small, small, 0.3, activation="relu")
     euler_step(large, large, 0.3)  # one kernel of torch's does that
     euler_step(large.cpu(), large.cpu(), 0.3, activation="relu")
@@ -861,10 +869,26 @@ def test_auto_is_torch_on_the_cpu_and_below_a_size(launches: list[str]) -> None:
     assert launches == (["step_forward"] if GPU else [])
 
 
+@pytest.mark.parametrize("name", ["ACTIVATION", "LAYER_SCALE", "BATCH_NORM", "LAYER_NORM", "RMS_NORM", "WRITTEN_OUT"])
+def test_auto_takes_a_kernel_from_the_size_on_at_which_it_pays(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pays = getattr(kernels, name)
+    monkeypatch.setattr(kernels, "_works", lambda device: True)
+    with torch._subclasses.FakeTensorMode():
+        for mebibytes in (0.5, 1, 3, 4, 8, 16, 32, 64, 128):
+            x = torch.empty(int(mebibytes * 2**20), dtype=torch.int8, device="cuda").view(torch.bfloat16)
+            monkeypatch.setattr(kernels, "_TENSORS", (type(x), torch.nn.Parameter))
+            monkeypatch.setattr(kernels, "transformed", lambda: False)
+            assert kernels.chosen(x, x, pays) == (mebibytes >= pays.without)
+            assert kernels.chosen(x, x.clone().requires_grad_(), pays) == (mebibytes >= pays.backward)
+            with torch.no_grad():
+                assert kernels.chosen(x, x.clone().requires_grad_(), pays) == (mebibytes >= pays.without)
+            assert not kernels.chosen(x, x, None)
+
+
 def test_errors_say_what_to_call(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.ones(2, 3)
     with pytest.raises(EulernetError, match=r"mode\('fast'\) is not known; use one of 'auto', 'torch', 'triton'"):
-        kernels.mode("fast")
+        kernels.mode("fast")  # type: ignore[arg-type]
     with pytest.raises(EulernetError, match=r"activation='tanh' is not known; use None, 'relu', 'silu', 'gelu'"):
         euler_step(x, x, 0.1, activation="tanh")  # type: ignore[arg-type]
     with pytest.raises(EulernetError, match=r"drop_path=1.5 is not a probability in \[0, 1\)"):
@@ -893,9 +917,9 @@ def test_where_triton_does_not_run_torch_computes(monkeypatch: pytest.MonkeyPatc
         assert not kernels._works(0)
     assert not kernels._works(0)  # and says so once
     kernels._works.cache_clear()
-    x = torch.ones(kernels.MIN_BYTES, device=DEVICE)
+    x = torch.ones(2**20, device=DEVICE)
     monkeypatch.setattr(kernels, "_works", lambda device: False)
-    assert not kernels.chosen(x, x)
+    assert not kernels.chosen(x, x, kernels.ACTIVATION)
 
 
 def test_every_kernel_compiles_for_a_gpu_with_accesses_of_16_bytes(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def test_weights_that_hooks_compute_are_parameters(norm: Any) -> None:
     assert [(step.name, step.kind) for step in found] == [("0", "projection"), ("1", "projection")]
     y = x
     eulernet.patch(model, 0.3, example_inputs=x)
-    for unit in model:
+    for unit in model.children():
         y = unit.project(y) + 0.3 * unit.f(y)
     torch.testing.assert_close(model(x), y)
     if norm is nn.utils.weight_norm:
@@ -122,7 +122,7 @@ def test_what_cannot_be_copied_is_shared() -> None:
     for block, attributes in zip(model, kept, strict=True):
         assert all(vars(block)[name] is value for name, value in attributes.items())
         assert not isinstance(block.last["output"], torch._subclasses.FakeTensor)
-        assert next(block.stream) == 0
+        assert next(block.stream) == 0  # type: ignore[call-overload]
     y = X
     for block in model:
         y = y + 0.3 * block.f(y)

@@ -23,6 +23,9 @@ from tests.traps.branches import EncoderPostNorm
 from tests.traps.classes import make_class
 from tests.traps.steps import Stage
 
+# Long steps are left alone here, of which patch warns (test_traps.py).
+pytestmark = pytest.mark.filterwarnings("ignore:the stream from the model:eulernet.EulernetWarning")
+
 TABLES: dict[int, Tensor] = {}
 HISTORY: list[tuple[int, ...]] = []
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import eulernet
-from reproductions import cli, report, trial
+from reproductions import cli, desk, report, trial
 from reproductions.cli import RESULTS, app
 from reproductions.data import ag_news as texts
 from reproductions.data import batches as sources
@@ -848,7 +848,9 @@ def test_arguments_that_mean_nothing_are_refused(arguments: list[str], words: st
 
 
 def test_stored_trials_belong_to_the_studies_as_they_are() -> None:
-    known = {one.key: one for g in GRIDS.values() for p in PRESETS for one in g.trials(p, 10)}
+    presets = {name: (*PRESETS, *getattr(study, "ALSO", ())) for name, study in GRIDS.items()}
+    known = {one.key: one for name, study in GRIDS.items() for p in presets[name] for one in study.trials(p, 10)}
+    known |= {one.key: one for one in desk.trials()}
     for record in read_records(RESULTS / "trials"):
         assert record["config"] == known[record["key"]].config()
         loss = record["result"]["train_loss"]

@@ -105,12 +105,7 @@ class _TracedRun:
         self.nodes = trace.nodes
         self.run = run
         self.names = names
-        self.parameters: dict[int, nn.Parameter] = {}
-        for twin, module in run.sandbox.original.items():
-            for name, parameter in twin._parameters.items():
-                original = module._parameters.get(name)
-                if parameter is not None and original is not None and id(parameter) in trace.used:
-                    self.parameters[trace.used[id(parameter)]] = original
+        self.parameters = parameters_read(trace, run)
         self.readers: dict[int, Counter[int]] = defaultdict(Counter)
         for number, node in enumerate(self.nodes):
             if _BESIDES.get(node.op) != node.output:
@@ -222,6 +217,17 @@ def _bound(node: Node, rule: _Rule) -> dict[str, Any]:
             bound[name] = node.args[i]
     keywords = {("input" if key == "self" else key): value for key, value in node.kwargs.items()}
     return {**bound, **keywords}
+
+
+def parameters_read(trace: Trace, run: Run) -> dict[int, nn.Parameter]:
+    """The nodes of a run that are parameters, each with the parameter of the model itself."""
+    found = {}
+    for twin, module in run.sandbox.original.items():
+        for name, parameter in twin._parameters.items():
+            original = module._parameters.get(name)
+            if parameter is not None and original is not None and id(parameter) in trace.used:
+                found[trace.used[id(parameter)]] = original
+    return found
 
 
 # ---- all steps together

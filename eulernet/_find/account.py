@@ -43,10 +43,22 @@ def origin_of(addition: Addition, trace: Trace, originals: Originals, model: nn.
 # ---- what was left out
 
 
-def left_out(seen: Iterable[tuple[Origin, Reason]], names: Names) -> list[LeftOut]:
-    """One entry a place and reason, in the order of execution."""
-    counts = Counter((names[o.module], type(o.module).__name__, o.file, o.line, o.function, why) for o, why in seen)
-    return [LeftOut(*key, calls) for key, calls in counts.items()]
+def left_out(seen: Iterable[tuple[Origin, Reason, int]], names: Names, ends: Mapping[int, int]) -> list[LeftOut]:
+    """One entry a place and reason, in the order of execution.
+
+    Args:
+        seen: each with the node of its result.
+        ends: the nodes at which steps end -> the indices of the steps.
+    """
+    counts: Counter[tuple[str, str, str, int, str, Reason]] = Counter()
+    first: dict[tuple[str, str, str, int, str, Reason], int | None] = {}
+    for at, why, node in seen:
+        key = names[at.module], type(at.module).__name__, at.file, at.line, at.function, why
+        counts[key] += 1
+        if key not in first:
+            last = max((end for end in ends if end < node), default=None)
+            first[key] = None if last is None else ends[last]
+    return [LeftOut(*key, calls, first[key]) for key, calls in counts.items()]
 
 
 def unequal_twins(seen: Iterable[tuple[Origin, bool]], names: Names) -> Iterator[str]:
@@ -60,7 +72,8 @@ def unequal_twins(seen: Iterable[tuple[Origin, bool]], names: Names) -> Iterator
         if steps and without:
             yield (
                 f"the addition at {file}:{line} is a step in {len(steps)} of {len(steps) + len(without)} modules of "
-                f"class {cls.__name__}, and none in {', '.join(without[:5])}{' ...' if len(without) > 5 else ''}"
+                f"class {cls.__name__}, and none in {', '.join(without[:5])}{' ...' if len(without) > 5 else ''}; "
+                "left_out and unsupported of eulernet.find_steps(model) say why"
             )
 
 
@@ -124,19 +137,23 @@ def _prefixes(name: str) -> list[str]:
 
 
 def _in_ranges(names: Iterable[str]) -> list[str]:
-    """`layer2.0.fc`, `layer3.0.fc` as `layer2-3.0.fc`: names that differ in their first number only."""
-    groups: dict[tuple[str, str], list[int]] = {}
-    for name in names:
-        found = re.search(r"\d+", name)
-        before, number, after = (name[: found.start()], int(found[0]), name[found.end() :]) if found else (name, -1, "")
-        groups.setdefault((before, after), []).append(number)
-    return [f"{before}{text}{after}" for (before, after), numbers in groups.items() for text in _ranges(numbers)]
+    """`up.0.fc.0`, `up.0.fc.1`, `up.1.fc.0`, `up.1.fc.1` as `up.0-1.fc.0-1`: names that differ in one number."""
+    split = [re.split(r"(\d+)", name) for name in names]
+    for place in range(1, max(map(len, split), default=0), 2):
+        groups: dict[tuple[tuple[str, ...], tuple[str, ...]], list[list[str]]] = {}
+        for parts in split:
+            groups.setdefault((tuple(parts[:place]), tuple(parts[place + 1 :])), []).append(parts)
+        split = []
+        for (before, after), group in groups.items():
+            numbers = [int(parts[place]) for parts in group if len(parts) > place]
+            split += [[*before, text, *after] for text in _ranges(numbers)] if numbers else group
+    return ["".join(parts) for parts in split]
 
 
 def _ranges(numbers: list[int]) -> Iterator[str]:
     start = last = numbers[0]
     for number in [*numbers[1:], None]:
         if number is None or number != last + 1:
-            yield "" if start < 0 else str(start) if start == last else f"{start}-{last}"
+            yield str(start) if start == last else f"{start}-{last}"
             start = number if number is not None else start
         last = number if number is not None else last

@@ -59,9 +59,9 @@ def apart(work: Callable[[], T]) -> T:
             thread.join()
         raise
     try:
-        if errors:
-            raise errors[0]
-        return results[0]
+        if results:
+            return results[0]
+        raise errors[0] if errors else MemoryError("the thread of the trace came to no end")
     finally:
         errors.clear()  # an error holds its frames, and these would hold the error
 
@@ -83,6 +83,18 @@ def _surroundings() -> Callable[[], contextlib.ExitStack]:
         return stack
 
     return enter
+
+
+@contextlib.contextmanager
+def surely(undo: Callable[[], None]) -> Iterator[None]:
+    """Undo something in the end, twice, so that what cuts it short the first time does not leave it half undone."""
+    try:
+        try:
+            yield
+        finally:
+            undo()
+    finally:
+        undo()
 
 
 # ---- warnings and logs
@@ -110,16 +122,18 @@ def quiet() -> Iterator[None]:
     ignore: Any = ("ignore", here, Warning, None, 0)
     held, logger = warnings.filters, logging.getLogger("torch._subclasses.fake_tensor")
     filters: Any = held
-    try:
-        filters.insert(0, ignore)
-        logger.addFilter(here)
-        yield
-    finally:
+
+    def undo() -> None:
         here.thread = None
         for kept in (held, warnings.filters):  # whoever has entered `catch_warnings` in between holds a copy
             if ignore in kept:
                 kept.remove(ignore)  # type: ignore[attr-defined]
         logger.removeFilter(here)
+
+    with surely(undo):
+        filters.insert(0, ignore)
+        logger.addFilter(here)
+        yield
 
 
 # ---- random numbers
@@ -159,6 +173,19 @@ class Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
             default.set_state(before)
 
 
+class OneDtype(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Products of tensors of two dtypes fail, as they do with values; fake tensors would let them pass."""
+
+    _PRODUCTS = frozenset("aten::mm aten::addmm aten::bmm aten::baddbmm aten::mv aten::addmv aten::convolution".split())
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.name in self._PRODUCTS:
+            dtypes = {arg.dtype for arg in args if isinstance(arg, Tensor)}
+            if len(dtypes) > 1:
+                raise TypeError(f"{func._schema.name} of {' and '.join(sorted(map(str, dtypes)))}")
+        return func(*args, **(kwargs or {}))
+
+
 def _default_generator(device: torch.device) -> Any:
     if device.type == "cuda":
         return torch.cuda.default_generators[device.index or 0]
@@ -181,13 +208,15 @@ def own_numbers() -> Iterator[None]:
             if getattr(function, "__self__", None) is instance or name == "seed":
                 replaced.append((module, name, function))
                 answers.append(_answered(function, getattr(own, name), here))
-    try:
+
+    def undo() -> None:
+        for module, name, function in replaced:
+            setattr(module, name, function)
+
+    with surely(undo):
         for (module, name, _), answer in zip(replaced, answers, strict=True):
             setattr(module, name, answer)
         yield
-    finally:
-        for module, name, function in replaced:
-            setattr(module, name, function)
 
 
 def _answered(function: Any, own: Callable[..., Any], here: threading.Thread) -> Callable[..., Any]:

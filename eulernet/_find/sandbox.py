@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
 
-from eulernet._find.apart import Draws, alone, own_numbers, quiet, without_global_hooks
+from eulernet._find.apart import Draws, OneDtype, alone, own_numbers, quiet, surely, without_global_hooks
 from eulernet._find.trace import DispatchTracer, Trace, Tracer, all_modules, tensors_in
 
 _CACHE = functools._lru_cache_wrapper
@@ -62,6 +62,7 @@ class Sandbox:
                 stack.enter_context(_uncompiled())
                 if self.mode is not None:
                     stack.enter_context(self.mode)
+                    stack.enter_context(OneDtype())  # type: ignore[no-untyped-call]
                 else:
                     stack.enter_context(Draws())  # a layer that is dropped at random is dropped in each run
                 stack.enter_context(own_numbers())
@@ -216,21 +217,20 @@ def preserve_state() -> Iterator[None]:
     numpy_state = numpy.random.get_state() if numpy else None
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
     with alone(), quiet(), torch.random.fork_rng(devices=devices), torch.inference_mode(False):
-        module_hooks = (
-            torch.nn.modules.module._global_forward_hooks,
-            torch.nn.modules.module._global_forward_pre_hooks,
-        )
-        hooks = [dict(h) for h in module_hooks]
-        try:
-            for h in module_hooks:
-                h.clear()
-            yield
-        finally:
-            for h, saved in zip(module_hooks, hooks, strict=True):
-                h.update(saved)
+        module = torch.nn.modules.module
+        hooks = [(held, dict(held)) for held in (module._global_forward_hooks, module._global_forward_pre_hooks)]
+
+        def undo() -> None:
+            for held, before in hooks:
+                held.update(before)
             random.setstate(python)
             if numpy:
                 numpy.random.set_state(numpy_state)
+
+        with surely(undo):
+            for held, _ in hooks:
+                held.clear()
+            yield
 
 
 @contextlib.contextmanager

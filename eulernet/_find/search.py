@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from eulernet._errors import EulernetError
-from eulernet._find.account import left_out, origin_of, outside, reached_at_zero, unequal_twins
+from eulernet._find.account import Origin, left_out, origin_of, outside, reached_at_zero, unequal_twins
 from eulernet._find.apart import Draws, alone, apart
 from eulernet._find.classify import Sums, classify
 from eulernet._find.graph import StepCall
@@ -23,7 +23,7 @@ from eulernet._find.sandbox import Sandbox, no_fakes_left
 from eulernet._find.trace import Addition, Trace, all_modules
 from eulernet._run.patched import restore_class
 from eulernet._source import Unsupported
-from eulernet._step import ROOT, LeftOut, Outside, Place, Step, StepKind, Steps, step_name
+from eulernet._step import ROOT, Outside, Place, Reason, Step, StepKind, Steps, step_name
 
 
 @dataclass(frozen=True)
@@ -229,13 +229,14 @@ def _collect(model: nn.Module, runs: list[Run], traces: list[Trace], notes: list
         for group in groups
     ]
     found.sort(key=lambda f: f.step.index)
+    ends = {e.addition.result: numbers[id(group)] for group in groups for site in group for e in site.step_calls[False]}
     steps = Steps(
         [f.step for f in found if f.step.kind != "long"],
         long=[f.step for f in found if f.step.kind == "long"],
         unsupported=list(unsupported),
         unreached=_unreached(runs, traces, names),
         notes=notes,
-        left_out=account.left_out,
+        left_out=left_out(account.left_out, names, ends),
         outside=account.outside,
     )
     run_of = {run.training: number for number, run in enumerate(runs)}
@@ -254,7 +255,7 @@ def _collect(model: nn.Module, runs: list[Run], traces: list[Trace], notes: list
 
 
 class _Account(NamedTuple):
-    left_out: list[LeftOut]
+    left_out: list[tuple[Origin, Reason, int]]  # with the node of the result
     outside: Outside
     twins: list[str]
     main: set[int]  # the nodes of the main stream, from input to output, and of what makes it
@@ -271,7 +272,7 @@ def _account(
     twins = [(at, False) for at, reason in reasons if reason != "inside a branch"]
     twins += [(origin_of(e.addition, trace, originals, model), id(e.addition) not in refused) for e in sums.steps]
     return _Account(
-        left_out(reasons, names),
+        [(at, why, addition.result) for (at, why), (addition, _) in zip(reasons, sums.left_out, strict=True)],
         outside(sums.graph, trace, originals, names, reached),
         list(unequal_twins(twins, names)),
         reached,
@@ -360,7 +361,6 @@ def _pair_modes(
 def _step(index: int, group: list[_TracedSite], groups: list[list[_TracedSite]], names: dict[nn.Module, str]) -> Step:
     step_calls = _step_calls(group)
     module = group[0].module
-    mine = [g for g in groups if g[0].module is module]
     if any(e.long for e in step_calls):
         kind: StepKind = "long"
     elif any(e.kind == "parallel" for e in step_calls):
@@ -370,8 +370,7 @@ def _step(index: int, group: list[_TracedSite], groups: list[list[_TracedSite]],
     around = [
         g for g in groups if any(o.long and e.addition.result in o.within for o in _step_calls(g) for e in step_calls)
     ]
-    module_name = "" if names[module] == ROOT else names[module]
-    number = mine.index(group) if len(mine) > 1 else None
+    module_name, number = _named(group, groups, names)
     return Step(
         index=index,
         name=step_name(module_name, number),
@@ -382,10 +381,19 @@ def _step(index: int, group: list[_TracedSite], groups: list[list[_TracedSite]],
         stream=step_calls[0].stream,
         depth=max(e.depth for e in step_calls),
         position=min(e.position for e in step_calls),
-        parent=names[around[0][0].module] if around else None,
+        parent=step_name(*_named(around[0], groups, names)) if around else None,
         module_name=module_name,
         number=number,
     )
+
+
+def _named(
+    group: list[_TracedSite], groups: list[list[_TracedSite]], names: dict[nn.Module, str]
+) -> tuple[str, int | None]:
+    """The name of a step's module, and the step's number where the module has several."""
+    module = group[0].module
+    mine = [g for g in groups if g[0].module is module]
+    return "" if names[module] == ROOT else names[module], mine.index(group) if len(mine) > 1 else None
 
 
 def _place(site: _TracedSite) -> Place:

@@ -1,4 +1,4 @@
-"""What `patch` warns of: a trained network, and a step factor that half precision rounds away."""
+"""What `patch` warns of: what is left at h = 1, a trained network, depth counted twice, h that is rounded away."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from eulernet._find.search import Search
+from eulernet._find.starts import counted_twice, empty, relative_starts
+from eulernet._plot import together
 from eulernet._step import Step
+from eulernet.schedules import FALLING, transfer
 
 _HALF = (torch.float16, torch.bfloat16)
 _LEAST = 8  # times the dtype's epsilon: below it a branch as large as the state is rounded to a few bits
@@ -23,6 +27,18 @@ def kept_at_one(long: Sequence[Step]) -> Iterator[str]:
             "through other steps, so that the factors would multiply. To scale them as well: eulernet.patch(model, h, "
             'include="*")'
         )
+
+
+def not_supported(lines: Iterable[str]) -> Iterator[str]:
+    """The sums that cannot be scaled, those of one place in the source together, and what can be done."""
+    groups: dict[str, list[str]] = {}
+    for line in lines:
+        name, _, place_and_reason = line.partition(" (")
+        groups.setdefault(place_and_reason, []).append(name)
+    for place_and_reason, names in groups.items():
+        yield f"not scaled, because not supported: {together(names)} ({place_and_reason}"
+    if groups:
+        yield "To scale these as well, write eulernet.functional.euler_step(skip, branch, h) in the model's source"
 
 
 def trained(model: nn.Module) -> Iterator[str]:
@@ -49,6 +65,17 @@ def _trained(model: nn.Module, sign: str) -> str:
         "preserve=True), or begin where it is, eulernet.patch(model, h=1.0), and move h while it trains on "
         "(eulernet.set_h)."
     )
+
+
+def depth_twice(model: nn.Module, search: Search, h: Any) -> Iterator[str]:
+    """That a rule of depth meets branches whose initial values fall with depth, or are zero, themselves."""
+    if h == "auto" if isinstance(h, str) else isinstance(h, FALLING):
+        starts = relative_starts(model, search)
+        rule = '"auto"' if isinstance(h, str) else f"eulernet.schedules.{h!r}"
+        if said := counted_twice(search, starts, rule):
+            yield said
+        if isinstance(h, transfer) and (said := empty(search, starts)):
+            yield said
 
 
 def rounded_away(model: nn.Module, steps: Iterable[tuple[Any, float]]) -> Iterator[str]:

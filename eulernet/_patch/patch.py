@@ -21,7 +21,7 @@ from eulernet._errors import EulernetError, EulernetWarning
 from eulernet._find.absorb import absorbing, check_scalable, refusal, scale_parameters
 from eulernet._find.apart import apart
 from eulernet._find.search import FoundStep, Search, search
-from eulernet._patch.cautions import kept_at_one, rounded_away, trained
+from eulernet._patch.cautions import depth_twice, kept_at_one, not_supported, rounded_away, trained
 from eulernet._patch.select import HLike, Selector, names_given, select, values
 from eulernet._patch.subclass import patched_class
 from eulernet._run.factor import LearnedFactor, StepFactor
@@ -108,7 +108,8 @@ def patch(
 
     Warns:
         EulernetWarning: something was seen that is not scaled; the model seems to be trained, and its function is not
-            preserved; h is lost to rounding in half precision.
+            preserved; h falls with depth, and so do the initial values of the branches; h is lost to rounding in half
+            precision.
 
     Example:
         >>> import torch, eulernet
@@ -130,9 +131,11 @@ def patch(
         by_index = {f.step.index: f for f in result.found}
         if not by_index:
             seen = "".join(f"\n  seen and not supported: {line}" for line in result.steps.unsupported)
+            reasons = ", ".join(result.steps.reasons())
+            others = f"\n  sums that are no steps: {reasons}" if reasons else ""
             raise EulernetError(
                 f"no residual step was found in {type(model).__name__}: no addition of a tensor and a function "
-                f"of it{' that can be scaled' if seen else ''}.{seen}\n"
+                f"of it{' that can be scaled' if seen else ''}.{seen}{others}\n"
                 "eulernet.find_steps(model, example_inputs=...) shows what was seen; "
                 "eulernet.functional.euler_step(skip, branch, h) writes a step by hand."
             )
@@ -152,12 +155,14 @@ def patch(
             raise EulernetError(f"{type(model).__name__} cannot be patched: {reason}; exclude= that step") from reason
         blocks = [(change.module, change.steps, change.hs) for change in changes]
         learned = [] if sharing is None else plan_learned(model, blocks, sharing)
+        twice = [] if preserve else list(depth_twice(model, result, h))
         apart(lambda: _prove(result, changes))
     check_scalable(model, scales)
     cautions = [
         *kept_at_one([f.step for f in ordered if f.step.index in result.main and f.step.index not in hs]),
-        *(f"not scaled, because not supported: {line}" for line in result.steps.unsupported),
+        *not_supported(result.steps.unsupported),
         *result.steps.notes,
+        *twice,
     ]
     if not preserve:
         if not isinstance(h, Steps) and any(value != 1 for value in hs.values()):  # Steps restore what was there

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
@@ -78,42 +80,58 @@ class Norm(NamedTuple):
     eps: float
     written_out: bool = False  # in operations that autocast leaves alone, rounded to float32 at most
 
+    @property
+    def pays(self) -> kernels.Pays:
+        if self.written_out:
+            return kernels.WRITTEN_OUT
+        return kernels.LAYER_NORM if self.kind == "layer_norm" else kernels.RMS_NORM
+
 
 def norm(module: Any) -> Norm | None:
     """What a module normalizes a new state with, None where it is no norm that a step knows."""
-    if _proven(type(module), "RMSNorm"):
+    cls = type(module)
+    kind = _NORMS.get((cls.__module__, cls.__qualname__))
+    if kind is None:
+        if not _proven(cls, "RMSNorm"):
+            return None
         return Norm("rms_norm", module.weight.numel(), module.weight, None, module.variance_epsilon, written_out=True)
-    kind = _NORMS.get((type(module).__module__, type(module).__qualname__))
-    if kind is None or len(module.normalized_shape) != 1 or getattr(module, "_fast_norm", False) or module.eps is None:
+    # The RmsNorm of timm before 1.0.13 divides by the variance.
+    if not (cls.__module__.startswith("torch.") or _proof(cls, kind)):
+        return None
+    if len(module.normalized_shape) != 1 or getattr(module, "_fast_norm", False) or module.eps is None:
         return None
     return Norm(kind, module.normalized_shape[0], module.weight, getattr(module, "bias", None), module.eps)
 
 
 def _proven(cls: type, name: str) -> bool:
     """Whether a class of this name computes what Hugging Face's do, which each model has of its own."""
-    if not (cls.__name__.endswith(name) and issubclass(cls, nn.Module)):
-        return False
+    return cls.__name__.endswith(name) and issubclass(cls, nn.Module) and _proof(cls, name)
+
+
+def _proof(cls: type[nn.Module], what: str) -> bool:
+    """Whether the forward of a class computes this, found once."""
     if cls not in _proofs:
-        _proofs[cls] = _computes(cls, name)
+        _proofs[cls] = _computes(cls, what)
     return _proofs[cls]
 
 
 _proofs: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
 
 
-def _computes(cls: type[nn.Module], name: str) -> bool:
+def _computes(cls: type[nn.Module], what: str) -> bool:
     """The proof: its forward, called once with a stand-in for the module that has no more than what is known."""
     x = torch.linspace(-2, 2, 64, device="cpu", dtype=torch.float32).view(16, 4)
     gamma, keep, eps = x[5], 0.75, 1e-3
     module: Any = SimpleNamespace(lambda1=gamma, drop_prob=1 - keep, training=True, weight=gamma, variance_epsilon=eps)
-
-    def expected() -> Tensor:
-        if name == "LayerScale":
-            return x * gamma
-        if name == "DropPath":
-            return x.div(keep) * torch.rand(16, 1, device="cpu").add_(keep).floor_()
-        return nn.functional.rms_norm(x, (4,), gamma, eps)
-
+    if what in _NORMS.values():
+        module = SimpleNamespace(normalized_shape=(4,), weight=gamma, bias=gamma, eps=eps, _fast_norm=False)
+    expected: dict[str, Callable[[], Tensor]] = {
+        "LayerScale": lambda: x * gamma,
+        "DropPath": lambda: x.div(keep) * torch.rand(16, 1, device="cpu").add_(keep).floor_(),
+        "RMSNorm": lambda: F.rms_norm(x, (4,), gamma, eps),
+        "rms_norm": lambda: F.rms_norm(x, (4,), gamma, eps),
+        "layer_norm": lambda: F.layer_norm(x, (4,), gamma, gamma, eps),
+    }
     with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.autocast("cpu", enabled=False):
         torch.default_generator.manual_seed(0)
         try:
@@ -121,14 +139,16 @@ def _computes(cls: type[nn.Module], name: str) -> bool:
         except Exception:
             return False
         torch.default_generator.manual_seed(0)
-        return isinstance(result, Tensor) and result.shape == x.shape and torch.allclose(result, expected(), atol=1e-6)
+        same = isinstance(result, Tensor) and result.shape == x.shape
+        return same and torch.allclose(result, expected[what](), atol=1e-6)
 
 
 def _bare(module: nn.Module) -> bool:
     """Whether calling the module runs its class's forward and nothing else."""
-    state = vars(module)
-    hooked = any(state.get(name) for name in _HOOKS) or _has_any_global_hook()  # type: ignore[no-untyped-call]
-    return "forward" not in state and not hooked
+    state = module.__dict__
+    before, after, backward_pre, backward = [state[name] for name in _HOOKS]
+    hooked = before or after or backward_pre or backward or _has_any_global_hook()  # type: ignore[no-untyped-call]
+    return not hooked and "forward" not in state
 
 
 # ---- before the addition
@@ -137,19 +157,19 @@ def _bare(module: nn.Module) -> bool:
 class DeferredBranch:
     """A branch, and what is yet to be done to it."""
 
+    norm: tuple[Any, ...] | None = None  # statistics, weight, bias and eps of batch norm
+    scale: Tensor | None = None
+    mask: Tensor | None = None
+    number = 1.0  # by which the branch is multiplied too
+    result: Any = None
+
     def __init__(self, branch: Tensor) -> None:
         self.branch = branch
         self.version = _version(branch)
         self.calls: list[Callable[[Any], Any]] = []
-        self.norm: nn.Module | None = None
-        self.scale: Tensor | None = None
-        self.mask: Tensor | None = None
-        self.number = 1.0  # by which the branch is multiplied too
-        self.result: Any = None
 
-    def take(self, module: Any) -> bool:
-        """Put off one more module, if it can be part of the step."""
-        role = before(module)
+    def take(self, module: Any, role: str | None) -> bool:
+        """Put off one more module, which does this to a branch, if it can be part of the step."""
         if role is None or self.mask is not None or not _bare(module):
             return False
         if role == "batch norm":
@@ -170,17 +190,17 @@ class DeferredBranch:
         return True
 
     def _take_norm(self, module: Any) -> bool:
-        small = (module.weight, module.bias, module.running_mean, module.running_var)
         if self.calls or module.training or self.branch.dim() not in _DIMENSIONS[type(module)]:
             return False
-        if module.running_mean is None or not all(t is None or kernels.plain(t) for t in small):
+        small = (module.running_mean, module.running_var, module.weight, module.bias)
+        if small[0] is None:
             return False
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (self.branch, *small)):
+        if torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in (self.branch, *small)]):
             return False
         last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(self.branch.dim(), torch.contiguous_format)
         if not (self.branch.is_contiguous() or self.branch.is_contiguous(memory_format=last)):
             return False  # what batch norm makes of it would have other strides
-        self.norm = module
+        self.norm = (*small, module.eps)
         self.calls.append(module)
         return True
 
@@ -232,36 +252,40 @@ def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def _waiting(branch: Any, factor: Any) -> DeferredBranch | None:
+def _waiting(branch: Tensor, factor: Any, pays: kernels.Pays) -> DeferredBranch | None:
     """A branch to put something off for, None where nothing is put off."""
-    if type(branch) is DeferredBranch:
-        return branch
-    if torch.compiler.is_compiling() or not kernels.chosen(branch, branch):
+    if isinstance(factor, StepFactor) and factor.value == 1:
         return None
-    return None if isinstance(factor, StepFactor) and factor.value == 1 else DeferredBranch(branch)
+    return DeferredBranch(branch) if kernels.chosen(branch, branch, pays) else None
 
 
 def defer(module: Any, branch: Any, factor: Any) -> Any:
     """`module(branch)`, put off if a kernel may do it together with the addition of this step factor."""
-    waiting = _waiting(branch, factor)
-    if waiting is None:
+    if type(branch) is DeferredBranch:
+        return branch if branch.take(module, before(module)) else defer(module, branch.run(), factor)
+    if not kernels.possible(branch):
         return module(branch)
-    if waiting.take(module):
-        return waiting
-    return defer(module, branch.run(), factor) if waiting is branch else module(branch)
+    role = before(module)
+    if role is None or role == "identity" or (role != "LayerScale" and module.training == (role == "batch norm")):
+        return module(branch)  # there is nothing to put off: drop path does nothing in inference
+    waiting = _waiting(branch, factor, kernels.BATCH_NORM if role == "batch norm" else kernels.LAYER_SCALE)
+    return waiting if waiting is not None and waiting.take(module, role) else module(branch)
 
 
 def defer_mul(left: Any, right: Any, gamma_first: bool, factor: Any) -> Any:
     """`left * right`, one of which is gamma, put off likewise."""
     branch, gamma = (right, left) if gamma_first else (left, right)
-    waiting = _waiting(branch, factor)
+    waiting = branch if type(branch) is DeferredBranch else None
+    if waiting is None and kernels.possible(branch):
+        waiting = _waiting(branch, factor, kernels.LAYER_SCALE)
     if waiting is None:
         return left * right
-
-    def product(branch: Any) -> Any:
-        return gamma * branch if gamma_first else branch * gamma
-
+    product = partial(_times, gamma=gamma, gamma_first=gamma_first)
     return waiting if waiting.multiply(gamma, product) else product(materialize(branch))
+
+
+def _times(branch: Any, gamma: Any, gamma_first: bool) -> Any:
+    return gamma * branch if gamma_first else branch * gamma
 
 
 def materialize(value: Any) -> Any:
@@ -283,16 +307,15 @@ def step(
 ) -> Any:
     """`then(left + alpha * right)` with the branch scaled, in one operation where that is possible."""
     skip, branch = (materialize(left), right) if skip_is_left else (materialize(right), left)
-    if not torch.compiler.is_compiling():
+    if kernels.possible(skip):
         result = _fused(then, skip, branch, h, skip_is_left, alpha, in_place)
         if result is None and type(branch) is DeferredBranch:
             branch = materialize(branch)
             result = _fused(then, skip, branch, h, skip_is_left, alpha, in_place)
         if result is not None:
             return result[-1]
-    left, right = (skip, branch) if skip_is_left else (branch, skip)
-    add = scaled_add_ if in_place else scaled_add
-    state = add(left, right, h, skip_is_left, alpha)
+    left, right = (skip, materialize(branch)) if skip_is_left else (materialize(branch), skip)
+    state = (scaled_add_ if in_place else scaled_add)(left, right, h, skip_is_left, alpha)
     return state if then is None else then(state)
 
 
@@ -306,17 +329,16 @@ class PrecomputedNorm:
 
 
 def add_norm(
-    module: Any, left: Any, right: Any, h: float | Tensor, skip_is_left: bool, alpha: float
+    owner: Any, name: str, left: Any, right: Any, h: float | Tensor, skip_is_left: bool, alpha: float
 ) -> tuple[Any, PrecomputedNorm | None]:
-    """`left + alpha * right` with the branch scaled, and what `module` makes of it if one operation gives both."""
-    if not torch.compiler.is_compiling():
-        skip, branch = (materialize(left), right) if skip_is_left else (materialize(right), left)
+    """`left + alpha * right` with the branch scaled, and the owner's norm of it if one operation does both."""
+    skip, branch = (materialize(left), right) if skip_is_left else (materialize(right), left)
+    if kernels.possible(skip):
+        module: Any = getattr(owner, name, None)
         both = _fused(module, skip, branch, h, skip_is_left, alpha, in_place=False)
         if both is not None:
             return both[0], PrecomputedNorm(module, *both)
-    if type(left) is DeferredBranch or type(right) is DeferredBranch:
-        return step(None, left, right, h, skip_is_left, alpha), None
-    return scaled_add(left, right, h, skip_is_left, alpha), None
+    return step(None, left, right, h, skip_is_left, alpha), None
 
 
 def take_norm(module: Any, state: Any, known: PrecomputedNorm | None) -> Any:
@@ -337,12 +359,18 @@ def _fused(
     if waiting is not None:
         branch = waiting.branch
         scale, mask, number, batch_norm = waiting.scale, waiting.mask, waiting.number, waiting.norm
-    learned = isinstance(h, Tensor)
-    worth = then is not None or learned or any(x is not None for x in (scale, mask, batch_norm))
-    if not kernels.chosen(skip, branch, worth):
+    name = None if then is None else activation(then)
+    after_norm = None if then is None or name is not None else norm(then)
+    if then is not None and ((name is None and after_norm is None) or not _bare(then)):
         return None
-    name, after_norm = activation(then), norm(then)
-    if then is not None and not ((name is not None or after_norm is not None) and _bare(then)):
+    pays = kernels.ACTIVATION if name is not None else None  # without, one kernel of ATen's does the same
+    if batch_norm is not None:
+        pays = kernels.BATCH_NORM
+    elif after_norm is not None:
+        pays = after_norm.pays
+    elif scale is not None or mask is not None or isinstance(h, Tensor):
+        pays = kernels.LAYER_SCALE
+    if not kernels.chosen(skip, branch, pays):
         return None
     if not isinstance(h, Tensor) and h == 1 and (waiting is not None or name not in (None, "relu") or after_norm):
         return None
@@ -364,9 +392,8 @@ def _fused(
             return None
         from eulernet.kernels import _bn
 
-        known: Any = batch_norm
-        small = (known.running_mean, known.running_var, known.weight, known.bias)
-        result = _bn.step_bn(skip, branch, alpha * h, *small, known.eps, name)
+        mean, var, weight, bias, eps = batch_norm
+        result = _bn.step_bn(skip, branch, alpha * h, mean, var, weight, bias, eps, name)
         return None if result is None else (result,)
     factor, scale = _factors(h, scale, dtype, skip.device)
     factor *= alpha * number
@@ -385,10 +412,8 @@ def _step_norm(
         return None
     from eulernet.kernels import _norm
 
-    given = (skip, branch, h, scale, mask, known.weight, known.bias, known.eps, known.kind, dtype)
-    if not known.written_out:
-        return _norm.step_norm(*given)
-    if dtype == torch.float64:
+    if known.written_out and dtype == torch.float64:
         return None
-    with torch.autocast(skip.device.type, enabled=False):
-        return _norm.step_norm(*given)
+    autocast = not known.written_out and torch.is_autocast_enabled(skip.device.type)
+    affine = known.weight, known.bias, known.eps, known.kind
+    return _norm.step_norm(skip, branch, h, scale, mask, *affine, dtype, autocast)

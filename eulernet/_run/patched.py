@@ -51,14 +51,14 @@ class Patched:
     def _euler_step(self, left: Any, right: Any, place: int, alpha: float = 1) -> Any:
         slot, skip_is_left, sign = self._euler_places[place]
         h = self._euler[slot].current(self)
-        if fuse.DeferredBranch in (type(left), type(right)):
+        if type(left) is fuse.DeferredBranch or type(right) is fuse.DeferredBranch or type(h) is not float:
             return fuse.step(None, left, right, h, skip_is_left, sign * alpha)
         return scaled_add(left, right, h, skip_is_left, sign * alpha)
 
     def _euler_step_(self, left: Any, right: Any, place: int, alpha: float = 1) -> Any:
         slot, skip_is_left, sign = self._euler_places[place]
         h = self._euler[slot].current(self)
-        if fuse.DeferredBranch in (type(left), type(right)):
+        if type(left) is fuse.DeferredBranch or type(right) is fuse.DeferredBranch:
             return fuse.step(None, left, right, h, skip_is_left, sign * alpha, in_place=True)
         return scaled_add_(left, right, h, skip_is_left, sign * alpha)
 
@@ -73,7 +73,7 @@ class Patched:
     def _euler_add_norm(self, norm: str, left: Any, right: Any, place: int) -> tuple[Any, fuse.PrecomputedNorm | None]:
         slot, skip_is_left, sign = self._euler_places[place]
         h = self._euler[slot].current(self)
-        return fuse.add_norm(getattr(self, norm, None), left, right, h, skip_is_left, sign)
+        return fuse.add_norm(self, norm, left, right, h, skip_is_left, sign)
 
     def _euler_take_norm(self, norm: Any, state: Any, known: fuse.PrecomputedNorm | None) -> Any:
         return fuse.take_norm(norm, state, known)

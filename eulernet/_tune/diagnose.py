@@ -10,8 +10,11 @@ from typing import Any
 
 from torch import nn
 
-from eulernet._checks import positive
+from eulernet._checks import positive, unwrapped
 from eulernet._errors import EulernetError
+from eulernet._find.search import search
+from eulernet._find.starts import counted_twice, relative_starts
+from eulernet._plot import new_figure
 from eulernet._step import as_text
 from eulernet._tune.calibrate import BOUNDS, solve_for_h
 from eulernet._tune.meter import LossFn, MeasuredCall, Noise, StepMeter, growth, most_frequent, stream
@@ -149,16 +152,13 @@ class Diagnosis:
             The `matplotlib.figure.Figure`.
 
         Raises:
-            EulernetError: matplotlib is not installed.
+            EulernetError: matplotlib is not installed, or the file's ending or folder is wrong.
         """
-        try:
-            from matplotlib import ticker
-            from matplotlib.figure import Figure
-        except ModuleNotFoundError as error:
-            raise EulernetError("matplotlib, which draws, is not installed; run: pip install matplotlib") from error
         panels = [("‖∂L/∂x‖", "gradient"), ("‖hF‖ / ‖x‖", "step_size"), ("‖x‖", "skip"), ("W", "gain")]
         panels = [p for p in panels if any(getattr(row, p[1]) is not None for row in self.rows)]
-        figure = Figure(figsize=(8, 1 + 1.7 * len(panels)), layout="constrained")
+        figure = new_figure(8, 1 + 1.7 * len(panels), path, layout="constrained")
+        from matplotlib import ticker
+
         all_axes: Any = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0] if panels else []
         for axes, (title, name) in zip(all_axes, panels, strict=True):
             for number in sorted({row.stream for row in self.rows}):
@@ -246,6 +246,7 @@ def diagnose(
         meter.notes.append(f"the gradient was not measured at {', '.join(names)}: its input is not known, or got none")
     if disturbed is None:
         meter.notes.append("the amplification of noise was not measured: no noise in the input reaches the first step")
+    meter.notes += _twice(model, meter, mine)
     equation_6, log10_proposition_1 = _gradient_bounds(mine)
     return Diagnosis(
         model=meter.name,
@@ -259,6 +260,15 @@ def diagnose(
         advice=_advice(mine, growth(calls), meter),
         notes=tuple(meter.notes),
     )
+
+
+def _twice(model: nn.Module, meter: StepMeter, calls: list[MeasuredCall]) -> list[str]:
+    """That depth is in the initial values of the branches, with how large these are beside the state."""
+    with search(unwrapped(model), meter.args or meter.kwargs) as result:
+        said = counted_twice(result, relative_starts(unwrapped(model), result), "eulernet.schedules.inverse()")
+    sizes = [c.increment / c.skip / c.h for c in calls if c.increment is not None and c.skip]
+    measured = f" (the branches F measure {min(sizes):.2g} to {max(sizes):.2g} of the state)" if sizes else ""
+    return [said + measured] if said else []
 
 
 def _rows(calls: list[MeasuredCall]) -> tuple[Row, ...]:

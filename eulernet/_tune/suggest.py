@@ -10,9 +10,10 @@ from typing import Any
 
 from torch import nn
 
-from eulernet._checks import positive, unwrapped, whole_number
+from eulernet._checks import check_model, positive, unwrapped, whole_number
 from eulernet._errors import EulernetError
-from eulernet._patch.patch import find_steps
+from eulernet._find.search import search
+from eulernet._find.starts import counted_twice, relative_starts
 from eulernet._step import Step, as_text
 from eulernet.schedules import constant, decreasing, inverse, inverse_sqrt
 
@@ -126,14 +127,17 @@ def suggest_h(model_or_depth: nn.Module | int, *, example_inputs: Any = None, ga
     gain = positive(gain, "gain", "gain=1.0")
     if isinstance(model_or_depth, nn.Module):
         model = unwrapped(model_or_depth)
-        steps = find_steps(model, example_inputs=example_inputs)
+        check_model(model, "suggest_h")
+        with search(model, example_inputs) as result:
+            steps = result.steps
+            twice = counted_twice(result, relative_starts(model, result), "eulernet.schedules.inverse()")
         if not len(steps):
             raise EulernetError(
                 f"{type(model).__name__} has no residual steps, so there is no h to choose; "
                 "print(eulernet.find_steps(model, example_inputs=...)) shows what was seen"
             )
         streams = _streams(steps)
-        notes = _notes_of_model(model, steps)
+        notes = [*([twice[0].upper() + twice[1:] + "."] if twice else []), *_notes_of_model(model, steps)]
     else:
         what = "suggest_h takes a model or the number of its residual steps, which"
         depth = whole_number(model_or_depth, what, "eulernet.suggest_h(54)", least=1)

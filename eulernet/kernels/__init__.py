@@ -1,4 +1,4 @@
-"""Triton kernels of `eulernet.functional`, and who uses them: eager mode on a GPU, where the tensors are large enough.
+"""Triton kernels of `eulernet.functional`, and who uses them: eager mode on a GPU, where it pays.
 
 Nothing here imports Triton until a kernel is to run.
 """
@@ -9,8 +9,9 @@ import importlib.util
 import os
 import warnings
 from functools import cache
+from subprocess import SubprocessError
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,20 +21,36 @@ from eulernet._errors import EulernetError, EulernetWarning
 
 __all__ = ["mode"]
 
-# Below this many bytes of a state the launch of a Triton kernel costs more than it saves. Not measured yet: a guess.
-MIN_BYTES = 1 << 19
-_MODES = ("auto", "torch", "triton")
+
+class Pays(NamedTuple):
+    """From how many MiB of a state on a kernel pays in eager mode: the host's time that it adds is what it saves."""
+
+    without: float  # gradients
+    backward: float  # with them
+
+
+# What an H200 said: `benchmarks.gpu.pays` makes these of benchmarks/results/gpu.json.
+ACTIVATION, LAYER_SCALE, BATCH_NORM = Pays(4, 64), Pays(8, 64), Pays(16, 16)
+LAYER_NORM, RMS_NORM = Pays(32, 128), Pays(64, 64)
+# An RMSNorm that is written out is eight launches in eager mode. At 16 MiB Llama was measured, and it paid.
+WRITTEN_OUT = Pays(1, 16)
+LEAST = 1 << 20  # bytes: nothing pays below
+
+Mode = Literal["auto", "torch", "triton"]
 _KEY = "eulernet.kernels.mode"
 _STRIDED = torch.strided
+_TENSORS = (Tensor, nn.Parameter)
 
 
 class mode:
     """Choose by hand what computes the steps of this thread: from here on, or within a `with` block.
 
     Args:
-        name: `"auto"`: the kernels in eager mode on a GPU for tensors of some size, ATen elsewhere; `"torch"`: ATen;
-            `"triton"`: the kernels at any size, and on the CPU under Triton's interpreter. Where a kernel can't compute
-            what is asked (shapes that broadcast, transposed operands, `torch.compile`, `torch.func`), ATen does.
+        name: `"auto"`: the kernels in eager mode on a GPU for states so large that they save more of its time than
+            they cost of the host's (a few MiB without gradients, 64 and more with them), ATen elsewhere; `"torch"`:
+            ATen; `"triton"`: the kernels at any size, and on the CPU under Triton's interpreter. Where a kernel can't
+            compute what is asked (shapes that broadcast, transposed operands, `torch.compile`, `torch.func`), ATen
+            does.
 
     Another thread has a mode of its own; the threads in which PyTorch runs a backward pass, and checkpointing the
     forward again, have that of the thread that called it.
@@ -48,9 +65,9 @@ class mode:
         tensor([1.5000, 1.5000])
     """
 
-    def __init__(self, name: str) -> None:
-        if name not in _MODES:
-            raise EulernetError(f"mode({name!r}) is not known; use one of {', '.join(map(repr, _MODES))}")
+    def __init__(self, name: Mode) -> None:
+        if name not in get_args(Mode):
+            raise EulernetError(f"mode({name!r}) is not known; use one of {', '.join(map(repr, get_args(Mode)))}")
         if name == "triton" and not _triton():
             raise EulernetError('Triton is not installed: pip install triton, or leave eulernet.kernels.mode("auto")')
         self._before = current()
@@ -65,9 +82,10 @@ class mode:
         torch._C._stash_obj_in_tls(_KEY, self._before)
 
 
-def current() -> str:
+def current() -> Mode:
     """The mode of this thread. Not a context variable, since autograd's threads inherit what is kept here only."""
-    return torch._C._get_obj_in_tls(_KEY) if torch._C._is_key_in_tls(_KEY) else "auto"
+    mode: Mode = torch._C._get_obj_in_tls(_KEY) if torch._C._is_key_in_tls(_KEY) else "auto"
+    return mode
 
 
 @cache
@@ -98,9 +116,13 @@ _broken = False  # a kernel did not compile; it is not tried again
 
 
 def failed(error: Exception) -> None:
-    """A kernel did not compile, or did not start: raise where the kernels were asked for, else leave them alone."""
+    """A kernel did not start: raise what is a bug, and where the kernels were asked for; else leave them alone."""
     global _broken
-    if current() == "triton":
+    from triton import TritonError
+
+    # Triton's own errors, and those of the compilers that it calls; no subclass, of which one is want of memory.
+    made = isinstance(error, TritonError | OSError | SubprocessError) or type(error) is RuntimeError
+    if not made or current() == "triton":
         raise error
     if not _broken:
         _broken = True
@@ -116,23 +138,39 @@ def _warn(what: str) -> None:
     )
 
 
-def chosen(skip: Any, branch: Any, worth: bool = True) -> bool:
-    """Whether a kernel is to compute a step of these operands. `worth`: it does more than one kernel of ATen's."""
+def possible(state: Any) -> Mode | None:
+    """The mode in which a kernel may be chosen for a state, whatever it does: asked first, for it costs almost nothing.
+
+    None for most: in a compiled graph, off the GPU, and where the state is small.
+    """
     if torch.compiler.is_compiling():
-        return False
+        return None
     mode = current()
-    if mode == "torch" or not (plain(skip) and plain(branch)):
+    if mode == "auto":
+        large: bool = type(state) in _TENSORS and state.is_cuda and state.nbytes >= LEAST
+        return mode if large else None
+    return mode if mode == "triton" else None
+
+
+def chosen(skip: Any, branch: Any, pays: Pays | None) -> bool:
+    """Whether a kernel is to compute a step of these operands. None pays: one kernel of ATen's does the same."""
+    mode = possible(skip)
+    if mode is None or not (plain(skip) and plain(branch)):
         return False
     if mode == "auto":
-        if not (worth and skip.is_cuda and not _broken and skip.nbytes >= MIN_BYTES and _works(skip.get_device())):
+        if pays is None or _broken:
             return False
-    elif skip.device.type not in ("cuda", "cpu"):
-        return False  # on the meta device there is nothing to compute
-    elif skip.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise EulernetError(
-            "Triton runs on the CPU only under its interpreter: set TRITON_INTERPRET=1 before Python starts, or "
-            'call eulernet.kernels.mode("auto")'
-        )
+        gradients = torch.is_grad_enabled() and (skip.requires_grad or branch.requires_grad)
+        if skip.nbytes < (pays.backward if gradients else pays.without) * 2**20 or not _works(skip.get_device()):
+            return False
+    elif not skip.is_cuda:
+        if not skip.is_cpu:
+            return False  # on the meta device there is nothing to compute
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            raise EulernetError(
+                "Triton runs on the CPU only under its interpreter: set TRITON_INTERPRET=1 before Python starts, or "
+                'call eulernet.kernels.mode("auto")'
+            )
     return not transformed()
 
 
@@ -146,16 +184,17 @@ def transformed() -> bool:
     )
 
 
-def first_order(*gradients: Any) -> bool:
+def first_order(first: Tensor | None, second: Tensor | None = None) -> bool:
     """Whether a kernel may compute with these gradients: nobody is to differentiate what it makes of them."""
     if torch.is_grad_enabled() or transformed():
         return False
-    # One that `is_grads_batched` batches looks like any other, but has no memory.
-    return all(g is None or (plain(g) and torch._C._has_storage(g)) for g in gradients)
+    return (first is None or plain(first)) and (second is None or plain(second))
 
 
 def plain(tensor: Any) -> bool:
-    """A tensor whose memory holds its elements: none of a subclass, which would have to be asked first."""
-    kind = type(tensor)
-    known = kind is Tensor or kind is nn.Parameter
-    return known and tensor.layout is _STRIDED and not (tensor.is_nested or tensor.is_neg())
+    """A tensor whose memory holds its elements: none of a subclass, which would have to be asked first.
+
+    One that `torch.func` or `is_grads_batched` made looks like any other, but has no memory.
+    """
+    known = type(tensor) in _TENSORS and tensor.layout is _STRIDED and not (tensor.is_nested or tensor.is_neg())
+    return known and torch._C._has_storage(tensor)

@@ -31,7 +31,7 @@ def step_bn(
     for t in small:
         if t is not None and not (plain(t) and t.device == skip.device):
             return None
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (skip, branch, *small)):
+    if torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in (skip, branch, *small)]):
         return None
     key = (
         skip.shape, skip.stride(), branch.shape, branch.stride(), skip.dtype, branch.dtype, skip.device, branch.device,

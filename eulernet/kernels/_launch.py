@@ -16,6 +16,11 @@ class Unavailable(Exception):
     """A kernel that Triton cannot make for this GPU."""
 
 
+def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """`function.apply` without what it does for `torch.func`, which `kernels.chosen` has seen to be absent."""
+    return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
+
+
 class Launch:
     """A kernel with all its arguments but the tensors and h, which are of the same kinds each time.
 

@@ -138,7 +138,7 @@ def walk(skip: Tensor, branch: Tensor, *small: Tensor | None) -> Layout | None:
 
 def room(way: Layout, like: Tensor, dtype: torch.dtype) -> Tensor:
     """Room for the result of a walk."""
-    return torch.empty_strided(like.shape, way.strides, dtype=dtype, device=like.device)
+    return like.new_empty_strided(way.shape, way.strides, dtype=dtype)
 
 
 def ordered(tensor: Tensor, strides: Strides) -> Tensor:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eulernet.kernels import _device, _formulas, first_order, plain
-from eulernet.kernels._launch import Launch, Unavailable
+from eulernet.kernels._launch import Launch, Unavailable, apply
 from eulernet.kernels._layout import (
     INNER,
     SINGLE,
@@ -41,7 +41,7 @@ class Plan:
         self, way: Layout, normed: Strides, device: torch.device, eps: float, centred: bool,
         dtype: torch.dtype, normed_dtype: torch.dtype,
     ) -> None:  # fmt: skip
-        self.way, self.normed, self.device = way, normed, device
+        self.way, self.normed, self.device, self.rows = way, normed, device, way.rows
         self.eps, self.centred, self.dtype, self.normed_dtype = eps, centred, dtype, normed_dtype
         self.wide = torch.promote_types(dtype, torch.float32)
         block = _block(way)
@@ -86,8 +86,9 @@ def step_norm(
     eps: float,
     kind: str,
     dtype: torch.dtype,
+    autocast: bool,
 ) -> tuple[Tensor, Tensor] | None:
-    """The state in `dtype` and its norm; None where the kernel does not take these operands."""
+    """The state in `dtype` and its norm, which autocast may widen; None where the kernel does not take the operands."""
     for small in (scale, mask, weight, bias):
         if small is not None and not (plain(small) and small.device == skip.device):
             return None
@@ -95,13 +96,13 @@ def step_norm(
         return None
     if dtype == torch.float64 and h != 1:  # a number reaches a kernel in fp32
         scale, h = in_double(h, scale, skip), 1.0
-    plan = _plan(skip, branch, scale, mask, weight, bias, eps, kind, dtype)
+    plan = _plan(skip, branch, scale, mask, weight, bias, eps, kind, dtype, autocast)
     if plan is None:
         return None
     learned = (skip, branch, scale, weight, bias)
     try:
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in learned):
-            both: tuple[Tensor, Tensor] = _StepNorm.apply(*learned, mask, float(h), plan)
+        if torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in learned]):
+            both: tuple[Tensor, Tensor] = apply(_StepNorm, *learned, mask, float(h), plan)
             return both
         return _forward(skip, branch, scale, mask, weight, bias, float(h), plan)[:2]
     except Unavailable:
@@ -118,10 +119,10 @@ def _plan(
     eps: float,
     kind: str,
     dtype: torch.dtype,
+    autocast: bool,
 ) -> Plan | None:
     if skip.shape != branch.shape:
         return None
-    autocast = torch.is_autocast_enabled(skip.device.type)
     key = (
         skip.shape, skip.stride(), branch.stride(), skip.dtype, branch.dtype, skip.device, branch.device, dtype,
         eps, kind, autocast, described(scale), described(mask), described(weight), described(bias),
@@ -199,9 +200,9 @@ def _forward(
     """The state, its norm, and what the norm divided and subtracted."""
     way = plan.way
     state = room(way, skip, plan.dtype)
-    normed = torch.empty_strided(skip.shape, plan.normed, dtype=plan.normed_dtype, device=skip.device)
-    rstd = torch.empty(way.rows, dtype=plan.wide, device=skip.device)
-    mean = torch.empty_like(rstd) if plan.centred else None
+    normed = skip.new_empty_strided(way.shape, plan.normed, dtype=plan.normed_dtype)
+    rstd = skip.new_empty(plan.rows, dtype=plan.wide)
+    mean = skip.new_empty(plan.rows, dtype=plan.wide) if plan.centred else None
     small = (dense(scale), dense(mask), dense(weight), dense(bias))
     plan.forward((skip, branch, *small, state, normed, mean, rstd), h)
     return state, normed, mean, rstd

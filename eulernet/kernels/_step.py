@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from eulernet.kernels import _device, _formulas, first_order, plain
-from eulernet.kernels._launch import Launch, Unavailable
+from eulernet.kernels._launch import Launch, Unavailable, apply
 from eulernet.kernels._layout import (
     INNER,
     MIDDLE,
@@ -115,9 +115,9 @@ def step(
         if out is not None and (plan.smooth or scale is not None or out.is_leaf or out._is_view()):
             return None
         into = None if out is None else out is branch
-        stepped: Any = _Step.apply(skip, branch, scale, mask, h, plan, into)
-        state: Tensor = stepped[0] if plan.smooth else stepped
-        return state
+        stepped = apply(_Step, skip, branch, scale, mask, h, plan, into)
+        with_gradients: Tensor = stepped[0] if plan.smooth else stepped
+        return with_gradients
     except Unavailable:
         return None
 

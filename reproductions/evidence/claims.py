@@ -2,8 +2,9 @@
 
 Fixed before anything was run:
 
-- a difference counts when its 95 % interval excludes 0; what is to be the same, or no more than a little worse, when
-  the interval lies within a margin that is named; spreads are compared over pooled cells alone;
+- fewer than three seeds decide nothing; a difference counts when its 95 % interval excludes 0; what is to be the
+  same, or no more than a little worse, when the interval lies within a margin that is named; spreads are compared
+  over pooled cells alone;
 - a training has failed when its loss is not finite or above 0.95 ln(classes) at the end, which is that of guessing;
 - accuracies and losses are not judged where half of the trainings of an arm have failed: that arm is at chance;
 - a theorem is checked: it holds, or is violated by one number.
@@ -22,6 +23,7 @@ import numpy as np
 from reproductions.errors import DataError
 from reproductions.evidence.statistics import Estimate, share_interval, share_p, shares_p
 from reproductions.records import Record
+from reproductions.training.depth_cells import Cell
 from reproductions.trial import Trial
 
 SEEDS = range(10)
@@ -42,7 +44,8 @@ OF_CLASSES: dict[tuple[str, int, tuple[int, ...]], int] = {
     ("cifar10", 50_000, (0, 5)): 25_000,
     ("cifar10", 50_000, (5, 10)): 25_000,
 }
-NOT_PERFORMANCE = ("log/", "feature_steps", "seconds", "failed")  # of these an arm at chance is judged as well
+FEWEST = 3  # seeds that decide something
+NOT_PERFORMANCE = ("log/", "feature_steps", "failed")  # of these an arm at chance is judged as well
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ class Results:
         """The records of a study that is no grid of trials."""
         return [record for record in self._all if record["study"] == study]
 
-    def values(self, cell: Trial, name: str) -> dict[int, float]:
+    def values(self, cell: Trial | Cell, name: str) -> dict[int, float]:
         """By seed, one number of the trials that differ from `cell` in the seed alone; what is null is not a number."""
         found = {}
         for seed in SEEDS:
@@ -108,12 +111,8 @@ class Results:
         keys = (replace(cell, seed=seed).key for seed in SEEDS)
         return [self.records[key] for key in keys if key in self.records]
 
-    def column(self, cell: Trial, name: str) -> list[float]:
+    def column(self, cell: Trial | Cell, name: str) -> list[float]:
         return list(self.values(cell, name).values())
-
-    def device(self, one: Trial) -> str:
-        """On which device a trial ran; nothing where its record does not say, or is not there."""
-        return str(self.records.get(one.key, {}).get("environment", {}).get("device", ""))
 
     def has(self, cells: Iterable[Trial]) -> bool:
         return any(self.values(cell, "failed") for cell in cells)
@@ -121,7 +120,7 @@ class Results:
 
 def _look_up(record: Record, name: str) -> float | None:
     """`a/b` is the entry b of the entry a; a list counts with its mean."""
-    value: Any = record if name == "seconds" else record["result"]
+    value: Any = record["result"]
     for part in name.split("/"):
         value = value.get(part) if value is not None else None
     return float(np.mean([math.nan if v is None else v for v in value])) if isinstance(value, list) else value
@@ -204,9 +203,14 @@ def compare(
     word, p = row.verdict, row.p
     if any(math.isinf(gap) and (gap > 0) != (Estimate.of(finite).mean > 0) for gap in found):
         word, p = UNDECIDED, None
+    return _decided(replace(base, outcome=outcome, verdict=word, p=p), results, pairs, name, len(found))
+
+
+def _decided(row: Row, results: Results, pairs: Sequence[Pair], name: str, seeds: int) -> Row:
+    """The row, without a verdict where an arm is at chance or there are too few seeds."""
     if _at_chance(results, pairs, name):
-        word, p = AT_CHANCE, None
-    return replace(base, outcome=outcome, verdict=word, p=p)
+        return replace(row, verdict=AT_CHANCE, p=None)
+    return row if seeds >= FEWEST else replace(row, verdict=UNDECIDED, p=None)
 
 
 def compare_unpaired(
@@ -226,8 +230,8 @@ def compare_unpaired(
     found = Estimate.of_difference(*sides)
     row = judge(claim, base.run, found, levels(results, pairs, name), higher, margin, form="{:+.3f}")
     outcome = "; ".join(filter(None, [row.outcome, failed, *_beside(results, pairs, name)]))
-    word, p = (AT_CHANCE, None) if _at_chance(results, pairs, name) else (row.verdict, row.p)
-    return replace(base, outcome=outcome, verdict=word, p=p)
+    row = replace(base, outcome=outcome, verdict=row.verdict, p=row.p)
+    return _decided(row, results, pairs, name, min(map(len, sides)))
 
 
 def compare_drops(
@@ -262,8 +266,8 @@ def compare_drops(
     each = [np.median([drop[side] for drops in lost.values() for drop in drops]) for side in (0, 1)]
     row = judge(claim, base.run, found, f"drops {each[0]:.3g} -> {each[1]:.3g}, saved by the second", form="{:+.3f}")
     outcome = "; ".join(filter(None, [row.outcome, failed_of(results, pairs)]))
-    word, p = (AT_CHANCE, None) if _at_chance(results, pairs, name) else (row.verdict, row.p)
-    return replace(base, outcome=outcome, verdict=word, p=p)
+    row = replace(base, outcome=outcome, verdict=row.verdict, p=row.p)
+    return _decided(row, results, pairs, name, len(by_seed))
 
 
 def _drops(results: Results, clean: Trial, noisy: Trial, before: str, after: str) -> dict[int, float]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from types import ModuleType
 
 from reproductions.studies import (
+    depth_transfer,
     fig1_euler,
     fig2_dynamics,
     fig3_depth,
@@ -37,6 +38,7 @@ STUDIES: dict[str, ModuleType] = {
     "finetune": finetuning,
     "bounds": propositions,
     "cifar10": timm_on_cifar10,
+    "transfer": depth_transfer,
     "throughput": throughput,
 }
 

@@ -16,7 +16,7 @@ from torch import nn
 from reproductions.data.batches import load
 from reproductions.evidence.claims import NOT_RUN, SEEDS, Results, Row, compare, describe, judge, network
 from reproductions.evidence.statistics import Estimate
-from reproductions.evidence.style import BLUE, BOTH, LOOKS, VERMILLION, finish
+from reproductions.evidence.style import BLUE, BOTH, LOOKS, VERMILLION, finish, ran, subtitled
 from reproductions.presets import AUTO, BRIEF, EULER, IMAGES, PLAIN, PRESETS, RATE, START, TEXTS, Part
 from reproductions.records import Record, environment
 from reproductions.training.loop import feature_steps
@@ -117,7 +117,7 @@ def claims(results: Results, preset: str) -> list[Row]:
 def _plateau(results: Results, claim: str, one: Trial) -> Row:
     """Whether the norm has gone more than half of its way after a tenth of the iterations."""
     shares = []
-    for _, key in _keys(one):
+    for key in _keys(one):
         log = results.records.get(key, {}).get("result", {}).get("log", {})
         weights = log.get("layer 2", {}).get("weight", [])
         if len(weights) > 1 and None not in weights:
@@ -210,12 +210,17 @@ def _start(records: Sequence[Record]) -> Figure:
         axes.plot(depths, [np.median(v) for v in values], color=color, marker=marker, label=f"h = {h:g}")
         for depth, some in zip(depths, values, strict=True):
             axes.scatter([depth] * len(some), some, s=10, color=color, alpha=0.4, linewidths=0)
-    axes.set(xscale="log", yscale="log", xlabel="depth")
+    axes.set(xscale="log", yscale="log", xlabel="depth (layers)", ylabel="gradient of layer 2, norm")
     axes.set_xticks(depths, [str(depth) for depth in depths])
     axes.minorticks_off()
-    axes.set_title("Norm of layer 2's gradient before training", loc="left")
+    axes.set_title("Before training", loc="left")
     axes.legend()
-    return figure
+    config, seeds = records[0]["config"], len({record["config"]["seed"] for record in records})
+    size = f"{config['size']} x {config['size']}"
+    figure.tight_layout()
+    return subtitled(
+        figure, f"ResNets, a batch of {config['batch_size']} images of {size} pixels, {seeds} seeds (dots)"
+    )
 
 
 def _dynamics(results: Results, cells: Sequence[Trial]) -> Figure | None:
@@ -226,21 +231,24 @@ def _dynamics(results: Results, cells: Sequence[Trial]) -> Figure | None:
     for column, cell in enumerate(cells):
         for label in BOTH:
             arm, (color, _, _) = LOOKS[label]
-            for seed, key in _keys(Trial(**{**vars(cell), **arm})):
-                log = results.records.get(key, {}).get("result", {}).get("log")
+            for key in _keys(Trial(**{**vars(cell), **arm})):
+                result = results.records.get(key, {}).get("result", {})
+                log, failed = result.get("log"), result.get("failed", False)
                 if log:
                     at = np.array(log["iterations"]) + 1
                     for row, name in enumerate(("weight", "gradient")):
                         values = [np.nan if v is None else v for v in log["layer 2"][name]]
-                        style = {"color": color, "alpha": 0.8, "linewidth": 1.1}
-                        grid[row, column].plot(at, values, label=label if not seed else None, **style)
-        grid[0, column].set_title(f"{network(cell)}: weights of layer 2, norm", loc="left")
-        grid[1, column].set_title("gradients of layer 2, norm", loc="left")
-        grid[1, column].set_xlabel("iteration")
+                        words = f"{label}, {'failed' if failed else 'trained'}"
+                        style = {"color": color, "alpha": 0.8, "linewidth": 1.1, "linestyle": ":" if failed else "-"}
+                        grid[row, column].plot(at, values, label=words, **style)
+        grid[0, column].set_title(network(cell), loc="left")
+        grid[0, column].set_ylabel("weights of layer 2, norm")
+        grid[1, column].set(ylabel="gradients of layer 2, norm", xlabel="iteration (a line is a training)")
         grid[0, column].set(xscale="log", ylim=(0, None))
         grid[1, column].set(xscale="log", yscale="log")
-    return finish(figure, list(grid.flat))
+    both = [Trial(**{**vars(cell), **LOOKS[label][0]}) for cell in cells for label in BOTH]
+    return finish(figure, list(grid.flat), ran(results, both))
 
 
-def _keys(cell: Trial) -> list[tuple[int, str]]:
-    return [(seed, Trial(**{**vars(cell), "seed": seed}).key) for seed in SEEDS]
+def _keys(cell: Trial) -> list[str]:
+    return [Trial(**{**vars(cell), "seed": seed}).key for seed in SEEDS]

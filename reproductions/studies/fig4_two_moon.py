@@ -27,7 +27,7 @@ from reproductions.data.two_moons import two_moons
 from reproductions.errors import DataError
 from reproductions.evidence.claims import AT_CHANCE, NOT_RUN, Results, Row, judge, judge_failures
 from reproductions.evidence.statistics import Estimate
-from reproductions.evidence.style import BLUE, GREEN, GREY, ORANGE, VERMILLION
+from reproductions.evidence.style import BLUE, GREEN, GREY, ORANGE, VERMILLION, finish, subtitled
 from reproductions.models import ResidualMLP
 from reproductions.records import Record, environment
 from reproductions.training.two_moon import Arm, Protocol, Trial, build, train
@@ -191,9 +191,8 @@ def load_networks(folder: Path) -> dict[str, tuple[ResidualMLP, dict[str, Any]]]
     try:
         stored = torch.load(folder / NETWORKS, weights_only=True)
     except Exception as error:  # a damaged file raises almost anything
-        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         raise DataError(
-            f"{folder / NETWORKS} is damaged ({reason}); make it anew with two-moon --out {folder}"
+            f"{folder / NETWORKS} is damaged ({type(error).__name__}); make it anew with two-moon --out {folder}"
         ) from error
     for name, saved in stored.items():
         config = saved["config"]
@@ -298,15 +297,15 @@ def _learning_rates(records: Sequence[Record]) -> Figure:
     rates = sorted({record["config"]["learning_rate"] for record in records})
     number = len(select(records, PLAIN, rates[0]))
     panels = (
-        ("failed", f"Failed trainings, of {number}"),
-        ("test_accuracy", "Test accuracy after the last epoch"),
-        ("noise_amplification", "Noise amplification"),
-        ("relative_noise_amplification", "Noise amplification relative to the features' spread"),
+        ("failed", f"failed trainings, of {number}"),
+        ("test_accuracy", "test accuracy, last epoch"),
+        ("noise_amplification", "noise amplification (times),\nof what did not fail"),
+        ("relative_noise_amplification", "the same, relative to\nthe features' spread (times)"),
     )
     looks = zip(ARMS, ((VERMILLION, "o"), (BLUE, "s"), (GREY, "^"), (GREEN, "v")), strict=True)
     figure, grid = plt.subplots(2, 2, figsize=(10, 6.6))
-    for offset, (arm, (color, marker)) in zip((-0.06, -0.02, 0.02, 0.06), looks, strict=True):
-        own, at = select(records, arm), np.log10(rates) + offset
+    for arm, (color, marker) in looks:
+        own, at = select(records, arm), np.log10(rates)
         style = {"color": color, "marker": marker, "linestyle": "-" if arm.h != 1 or arm == PLAIN else ":"}
         for axes, (quantity, _) in zip(grid.flat, panels, strict=True):
             if quantity == "failed":
@@ -316,8 +315,9 @@ def _learning_rates(records: Sequence[Record]) -> Figure:
             axes.plot(at, [np.median(row) if row else math.nan for row in rows], **style)
             for x, row in zip(at, rows, strict=True):
                 axes.scatter([x] * len(row), row, s=9, color=color, alpha=0.35, linewidths=0)
+    grid[0, 1].axhline(0.5, color=GREY, linewidth=0.9, linestyle="--", zorder=0, label="chance")
     for axes, (_, title) in zip(grid.flat, panels, strict=True):
-        axes.set_title(title, loc="left")
+        axes.set_ylabel(title)
         axes.set_xticks(np.log10(rates), [f"{rate:g}" for rate in rates])
         axes.set_xlim(math.log10(rates[0]) - 0.15, math.log10(rates[-1]) + 0.15)
     for axes in grid[1]:
@@ -325,9 +325,11 @@ def _learning_rates(records: Sequence[Record]) -> Figure:
     grid[1, 0].set(yscale="log", yticks=(1, 2, 5, 10, 20, 50), yticklabels=("1", "2", "5", "10", "20", "50"))
     grid[1, 0].minorticks_off()
     grid[1, 1].set_ylim(bottom=0)
-    figure.legend(*grid[0, 0].get_legend_handles_labels(), ncols=4, loc="upper center", bbox_to_anchor=(0.5, 0.02))
-    figure.tight_layout(h_pad=1.5, w_pad=2.0)
-    return figure
+    config = records[0]["config"]
+    run = (
+        f"Two moons: {config['steps']} blocks without BN, {config['train_points']} points, {config['epochs']} epochs, "
+    )
+    return finish(figure, list(grid.flat), f"{run}{number} seeds; medians, and each training as a dot")
 
 
 def _at_a_glance(records: Sequence[Record]) -> Figure:
@@ -335,20 +337,25 @@ def _at_a_glance(records: Sequence[Record]) -> Figure:
     rates = sorted({record["config"]["learning_rate"] for record in records})
     number = len(select(records, PLAIN, rates[0]))
     figure, (failures, accuracies) = plt.subplots(1, 2, figsize=(9.6, 3.4))
-    looks = ((PLAIN, VERMILLION, "o", -0.02), (EULER, BLUE, "s", 0.02))
-    for arm, color, marker, offset in looks:
-        own, at = select(records, arm), np.log10(rates) + offset
+    for arm, color, marker in ((PLAIN, VERMILLION, "o"), (EULER, BLUE, "s")):
+        own, at = select(records, arm), np.log10(rates)
         style = {"color": color, "marker": marker, "linewidth": 2.5, "markersize": 7, "label": str(arm)}
         failures.plot(at, [sum(values(own, "failed", rate)) for rate in rates], **style)
         rows = [values(own, "test_accuracy", rate) for rate in rates]
         accuracies.plot(at, [np.median(row) for row in rows], **style)
         for x, row in zip(at, rows, strict=True):
             accuracies.scatter([x] * len(row), row, s=12, color=color, alpha=0.35, linewidths=0)
-    failures.set_title(f"Trainings that failed, of {number}", loc="left")
-    accuracies.set_title("Test accuracy: each training, and the median", loc="left")
+    accuracies.axhline(0.5, color=GREY, linewidth=0.9, linestyle="--", zorder=0)
+    accuracies.annotate(
+        "chance", (1.0, 0.5), (0, 4), ("axes fraction", "data"), "offset points", ha="right", color=GREY
+    )
+    failures.set_ylabel(f"trainings that failed, of {number}")
+    accuracies.set_ylabel("test accuracy: each training, median")
     for axes in (failures, accuracies):
         axes.set_xticks(np.log10(rates), [f"{rate:g}" for rate in rates])
         axes.set_xlabel("learning rate")
     failures.legend(loc="upper left", fontsize=12)
     figure.tight_layout(w_pad=2.5)
-    return figure
+    config = records[0]["config"]
+    points = f"{config['train_points']} points of two moons, {config['epochs']} epochs, {number} seeds"
+    return subtitled(figure, f"{config['steps']} residual blocks without BN; {points}")

@@ -8,7 +8,7 @@ from itertools import product
 from matplotlib.figure import Figure
 
 from reproductions.evidence.claims import Pair, Results, Row, compare, compare_drops, compare_spreads
-from reproductions.evidence.style import BOTH, LOOKS, by_preset, finish, points, row_of_panels, ticks
+from reproductions.evidence.style import BOTH, LOOKS, by_preset, chance, finish, points, ran, row_of_panels, ticks
 from reproductions.presets import EULER, IMAGES, PLAIN, TEXTS, Part
 from reproductions.trial import Trial
 
@@ -19,6 +19,12 @@ LEVELS: dict[str, tuple[float, ...]] = {
     "gaussian": (0, 0.05, 0.1, 0.2, 0.4),
     "labels": (0, 0.1, 0.2, 0.4, 0.6),
     "letters": (0, 0.1, 0.3, 0.5, 0.8),
+}
+UNITS = {
+    "mosaic": "side of a tile (pixels); 0: clean",
+    "gaussian": "standard deviation (share of a pixel's range)",
+    "labels": "share of wrong labels",
+    "letters": "share of random letters",
 }
 PROBES = (("mosaic", 2.0), ("mosaic", 4.0), ("gaussian", 0.05), ("gaussian", 0.1), ("gaussian", 0.2))
 TEXT_PROBES = (("letters", 0.1), ("letters", 0.3), ("letters", 0.5))
@@ -104,12 +110,15 @@ def _figure(results: Results, preset: str) -> Figure | None:
     if not shown:
         return None
     figure, panels = row_of_panels(len(shown))
+    drawn: list[Trial] = []
     for axes, (kind, levels) in zip(panels, shown.items(), strict=True):
-        for number, label in enumerate(BOTH):
+        for label in BOTH:
             arm, look = LOOKS[label]
             cells = {float(x): cell(preset, kind, level, arm) for x, level in enumerate(levels)}
-            points(axes, results, cells, "test_accuracy", label, look, shift=0.06 * (number - 0.5))
+            points(axes, results, cells, "test_accuracy", label, look)
+            drawn += cells.values()
+        chance(axes, cell(preset, kind, 0, EULER), "test_accuracy")
         ticks(axes, levels)
-        axes.set_title(f"trained with {kind}: test accuracy", loc="left")
-        axes.set_xlabel("level")
-    return finish(figure, panels)
+        axes.set_title(f"trained with {kind}, tested on clean data", loc="left")
+        axes.set(xlabel=UNITS[kind], ylabel="test accuracy, last epoch")
+    return finish(figure, panels, ran(results, dict.fromkeys(drawn)))

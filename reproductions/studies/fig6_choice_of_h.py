@@ -26,9 +26,21 @@ from reproductions.evidence.claims import (
     describe,
     fails_often,
     failures,
+    network,
 )
 from reproductions.evidence.statistics import Estimate
-from reproductions.evidence.style import BLUE, GREY, VERMILLION, by_preset, finish, points, row_of_panels, ticks
+from reproductions.evidence.style import (
+    BLUE,
+    GREY,
+    VERMILLION,
+    by_preset,
+    chance,
+    finish,
+    points,
+    ran,
+    row_of_panels,
+    ticks,
+)
 from reproductions.presets import IMAGES, TEXTS, Part
 from reproductions.trial import CALIBRATE, RULES, Trial
 
@@ -219,25 +231,34 @@ def _figure(results: Results, preset: str) -> Figure | None:
     ]
     if not networks:
         return None
-    figure, panels = row_of_panels(len(networks))
-    for axes, (model, n) in zip(panels, networks, strict=True):
+    figure, panels = row_of_panels(len(networks), 4.0)
+    rights = [axes.twinx() for axes in panels]
+    drawn: list[Trial] = []
+    for axes, right, (model, n) in zip(panels, rights, networks, strict=True):
         grid = [h for h in grid_of(preset, model) if not isinstance(h, str)]
         cells = {float(x): cell(preset, model, n, h) for x, h in enumerate(grid)}
-        points(axes, results, cells, "test_accuracy", "test accuracy", (BLUE, "s", "-"))
+        points(axes, results, cells, "test_accuracy", "test accuracy (left)", (BLUE, "s", "-"))
+        drawn += [*cells.values(), *(short(preset, model, n, h) for h in grid)]
+        chance(axes, cells[0.0], "test_accuracy")
         counts = [failures(results, short(preset, model, n, h)) for h in grid]
         shares = [failed / total if total else np.nan for failed, total in counts]
-        axes.bar(range(len(grid)), shares, color=VERMILLION, alpha=0.25, label="share of failed trainings")
+        label = "share of failed trainings (right)"
+        right.bar(range(len(grid)), shares, color=VERMILLION, alpha=0.25, hatch="//", edgecolor=VERMILLION, label=label)
         uncounted = [x for x, share in enumerate(shares) if np.isnan(share)]
         if uncounted:
-            axes.scatter(uncounted, [0.03] * len(uncounted), color=GREY, marker="$?$", label="failures not counted")
+            right.scatter(uncounted, [0.03] * len(uncounted), color=GREY, marker="$?$", label="failures not counted")
         for rule in CHOICES[model]:
             landed = [h for h in results.column(cell(preset, model, n, rule), "h") if np.isfinite(h)]
             if landed:
                 x = float(np.interp(np.log(np.median(landed)), np.log(grid), range(len(grid))))
                 axes.axvline(x, color=GREY, linewidth=0.8, linestyle=":")
-                axes.text(x, 0.99, f" {rule}", rotation=90, ha="right", va="top", fontsize=7, color=GREY)
+                axes.text(x, 0.99, f" {rule}", rotation=90, ha="right", va="top", fontsize=7, color=GREY,
+                          transform=axes.get_xaxis_transform())  # fmt: skip
         ticks(axes, grid)
         axes.tick_params(axis="x", labelrotation=60)
-        axes.set(xlabel="h", ylim=(0, 1))
-        axes.set_title(f"{model} {n}", loc="left")
-    return finish(figure, panels)
+        axes.set(xlabel="h", ylabel="test accuracy, last epoch", ylim=(0, None), zorder=2)
+        axes.patch.set_visible(False)
+        right.set(ylabel="failed, of short trainings", ylim=(0, 1.05))
+        right.spines["right"].set_visible(True)
+        axes.set_title(f"{network(cells[0.0])}", loc="left")
+    return finish(figure, [*panels, *rights], ran(results, dict.fromkeys(drawn)))

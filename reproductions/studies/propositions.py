@@ -30,7 +30,7 @@ import eulernet
 from reproductions.data.batches import load
 from reproductions.evidence.claims import HOLDS, NOT_RUN, REFUTED, SUPPORTED, VIOLATED, Results, Row, judge
 from reproductions.evidence.statistics import Estimate
-from reproductions.evidence.style import BLUE, GREEN, ORANGE, VERMILLION
+from reproductions.evidence.style import BLUE, GREEN, ORANGE, VERMILLION, finish
 from reproductions.models import CifarResNet, ConvBlock
 from reproductions.presets import IMAGES
 from reproductions.records import Record, environment
@@ -256,7 +256,7 @@ def figures(results: Results) -> Iterator[tuple[str, Figure]]:
 def _figure(records: Sequence[Record]) -> Figure:
     """Measured growth of gradients and of noise over the first stage (lines), and the bounds (dotted)."""
     figure, panels = plt.subplots(1, 2, figsize=(9.6, 3.8))
-    for h, color in zip((1.0, 0.3, 0.1, 0.01), (VERMILLION, ORANGE, BLUE, GREEN), strict=True):
+    for h, color, marker in zip((1.0, 0.3, 0.1, 0.01), (VERMILLION, ORANGE, BLUE, GREEN), "o^sD", strict=True):
         own = [record for record in records if record["config"]["h"] == h]
         blocks = sorted({record["result"]["blocks"] for record in own})
 
@@ -266,13 +266,14 @@ def _figure(records: Sequence[Record]) -> Figure:
         growth_bounds = [10**exponent for exponent in medians("log10_growth_bound")]
         pairs = ((medians("growth"), growth_bounds), (medians("noise"), medians("noise_bound")))
         for axes, (measured, bound) in zip(panels, pairs, strict=True):
-            axes.plot(blocks, measured, color=color, marker="o", label=f"h = {h:g}")
-            axes.plot(blocks, bound, color=color, linestyle=":")
-            axes.set(xscale="log", yscale="log", xlabel="blocks")
+            axes.plot(blocks, measured, color=color, marker=marker, label=f"h = {h:g}, measured")
+            hollow = {"marker": marker, "markerfacecolor": "white", "linestyle": ":"}
+            axes.plot(blocks, bound, color=color, label=f"h = {h:g}, bound", **hollow)
+            axes.set(xscale="log", yscale="log", xlabel="blocks of the first stage", ylabel="after all blocks / before")
             axes.set_xticks(blocks, [str(n) for n in blocks])
             axes.minorticks_off()
-    panels[0].set_title("Growth of the gradient, and Proposition 1 (dotted)", loc="left")
-    panels[1].set_title("Growth of noise, and Proposition 2 (dotted)", loc="left")
-    panels[0].legend()
-    figure.tight_layout(w_pad=2.0)
-    return figure
+    panels[0].set_title("Gradient, and Proposition 1 (hollow, dotted)", loc="left")
+    panels[1].set_title("Noise, and Proposition 2 (hollow, dotted)", loc="left")
+    seeds, size = len({r["config"]["seed"] for r in records}), records[0]["config"]["size"]
+    run = f"ResNets before training, {SAMPLES} images of {size} x {size} pixels; medians of {seeds} seeds"
+    return finish(figure, list(panels), run)

@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from reproductions.evidence.claims import NOT_RUN, POINT, Results, Row, compare, compare_failures, describe
-from reproductions.evidence.style import BOTH, LOOKS, by_preset, finish, points, row_of_panels, ticks
+from reproductions.evidence.style import BOTH, LOOKS, by_preset, chance, finish, points, ran, row_of_panels, ticks
 from reproductions.presets import EULER, IMAGES, PLAIN, Part
 from reproductions.trial import Trial
 
@@ -133,12 +133,15 @@ def _figure(results: Results, preset: str) -> Figure | None:
     if not shown:
         return None
     figure, panels = row_of_panels(len(shown))
+    drawn: list[Trial] = []
     for axes, (title, changes) in zip(panels, shown.items(), strict=True):
-        for number, label in enumerate(BOTH):
+        for label in BOTH:
             arm, look = LOOKS[label]
             cells = {float(x): cell(preset, arm, *changes, {"learning_rate": r}) for x, r in enumerate(rates)}
-            points(axes, results, cells, "test_accuracy", label, look, shift=0.06 * (number - 0.5))
+            points(axes, results, cells, "test_accuracy", label, look)
+            drawn += cells.values()
+        chance(axes, cell(preset, EULER), "test_accuracy")
         ticks(axes, rates)
-        axes.set_title(f"ResNet-{DEPTH[preset]} {title}: test accuracy", loc="left")
-        axes.set_xlabel("learning rate")
-    return finish(figure, panels)
+        axes.set_title(f"ResNet-{DEPTH[preset]} {title}", loc="left")
+        axes.set(xlabel="learning rate", ylabel="test accuracy, last epoch")
+    return finish(figure, panels, ran(results, dict.fromkeys(drawn)))

@@ -266,9 +266,8 @@ def _load(path: Path) -> Any:
 
 
 def _damaged(path: Path, error: Exception) -> DataError:
-    reason = str(error).partition("\n")[0]
     return DataError(
-        f"{path} is damaged, or of another version: {type(error).__name__}: {reason}. Delete it (rm {path}) and give "
+        f"{path} is damaged, or of another version: {type(error).__name__}. Delete it (rm {path}) and give "
         "the command again: what it was kept of begins anew."
     )
 

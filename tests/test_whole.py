@@ -1,0 +1,275 @@
+"""An operation that is interrupted, at any line, leaves the model as it was or as it was to be, and can be repeated.
+
+A sample of the lines is tried; EULERNET_POINTS=1000000 tries all.
+"""
+
+import ast
+import contextlib
+import logging
+import os
+import random
+import signal
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+import eulernet
+from tests.helpers.blocks import Block, Closed, Frozen, chain
+
+X = torch.linspace(-1, 1, 16).view(2, 8)
+ROOT = str(Path(eulernet.__file__).parent)
+POINTS = int(os.environ.get("EULERNET_POINTS", "16"))
+
+
+def patched(h: float = 0.5, **options: Any) -> nn.Module:
+    return eulernet.patch(chain(), h, example_inputs=X, **options)
+
+
+def scheduled() -> tuple[nn.Module, eulernet.HScheduler]:
+    model = patched()
+    return model, eulernet.HScheduler(model, start=1.0, end=0.5, total_steps=4)
+
+
+def patching(model: nn.Module, h: float, **options: Any) -> tuple[nn.Module, Callable[[], Any]]:
+    return model, lambda: eulernet.patch(model, h, example_inputs=X, **options)
+
+
+def stepping() -> tuple[nn.Module, Callable[[], Any]]:
+    model, schedule = scheduled()
+
+    def step_to_two() -> None:
+        if schedule.last_step < 1:
+            schedule.step()
+
+    return model, step_to_two
+
+
+def loading() -> tuple[nn.Module, Callable[[], Any]]:
+    model, schedule = scheduled()
+    state = {**schedule.state_dict(), "last_step": 3, "kind": "cosine"}
+    return model, lambda: schedule.load_state_dict(state)
+
+
+def on(model: nn.Module, operation: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, Callable[[], Any]]:
+    return model, lambda: operation(model, *args, **kwargs)
+
+
+OPERATIONS: dict[str, Callable[[], tuple[nn.Module, Callable[[], Any]]]] = {
+    "patch": lambda: patching(chain(), 0.5),
+    "patch, preserve": lambda: patching(chain(), 0.5, preserve=True),
+    "patch, trainable": lambda: patching(chain(), 0.5, trainable=True),
+    "patch again": lambda: patching(patched(), 0.25),
+    "patch again, from trainable": lambda: patching(patched(trainable=True), 0.25),
+    "patch again, to trainable": lambda: patching(patched(trainable="model"), 0.25, trainable=True),
+    "unpatch": lambda: on(patched(), eulernet.unpatch),
+    "unpatch, trainable": lambda: on(patched(trainable=True), eulernet.unpatch),
+    "set_h": lambda: on(patched(), eulernet.set_h, [0.1, 0.2]),
+    "set_h, trainable": lambda: on(patched(trainable=True), eulernet.set_h, [0.1, 0.2]),
+    "HScheduler.step": stepping,
+    "HScheduler.load_state_dict": loading,
+    "fold": lambda: folding(),
+    "fold, trainable": lambda: folding(trainable=True),
+}
+
+
+def folding(**options: Any) -> tuple[nn.Module, Callable[[], Any]]:
+    model = patched(**options)
+    return model, lambda: eulernet.fold(model, example_inputs=X) if eulernet.is_patched(model) else None
+
+
+def state(model: nn.Module) -> Any:
+    """Classes, attributes, parameters in their order, h, hooks, and what the model computes."""
+    modules = [
+        (
+            type(module),
+            sorted(vars(module)),
+            [(key, value.tolist()) for key, value in module._parameters.items() if value is not None],
+            [hook for hooks in (module._forward_hooks, module._forward_pre_hooks) for hook in hooks],
+        )
+        for module in model.modules()
+    ]
+    hs = [step.h for step in eulernet.steps(model)] if eulernet.is_patched(model) else None
+    return modules, hs, model(X).tolist()
+
+
+def process() -> Any:
+    """What is the process's, or the thread's."""
+    return (
+        list(warnings.filters),
+        logging.getLogger("torch._subclasses.fake_tensor").filters[:],
+        len(_get_current_function_mode_stack()),
+        len(_get_current_dispatch_mode_stack()),
+        random.random,
+        torch.manual_seed,
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+    )
+
+
+@cache
+def withs(filename: str) -> frozenset[int]:
+    tree = ast.parse(Path(filename).read_text())
+    return frozenset(n.lineno for n in ast.walk(tree) if isinstance(n, ast.With))
+
+
+def below_torch(frame: Any) -> bool:
+    """Whether torch has called back from C++, which an error may end. The trace runs in a thread that none reaches."""
+    while frame is not None:
+        if frame.f_code.co_name == "__torch_dispatch__":
+            return True
+        frame = frame.f_back
+    return False
+
+
+def run(operation: Callable[[], Any], at: int = 0, error: type[BaseException] = KeyboardInterrupt) -> list[Any]:
+    """The lines that run in eulernet's own files; at the one of that number (from 1) an error is raised."""
+    seen: list[Any] = []
+
+    def trace(frame: Any, event: str, arg: Any) -> Any:
+        filename = frame.f_code.co_filename
+        if not filename.startswith(ROOT):
+            return None
+        entered: set[int] = set()
+
+        def line(frame: Any, event: str, arg: Any) -> Any:
+            number = frame.f_lineno
+            # The end of a `with` runs its line once more. No signal is handled there, so nothing is raised.
+            if event == "line" and not (number in entered and number in withs(filename)) and not below_torch(frame):
+                entered.add(number)
+                seen.append((filename, number))
+                if len(seen) == at:
+                    raise error
+            return line
+
+        return line
+
+    before = sys.gettrace()
+    threading.settrace(trace)
+    sys.settrace(trace)
+    try:
+        operation()
+    finally:
+        sys.settrace(before)
+        threading.settrace(None)  # type: ignore[arg-type]
+    return seen
+
+
+def points(lines: list[Any]) -> list[int]:
+    """The first and the last time that each line runs; of these a sample, most of it from the commit on."""
+    chosen = {line: i for i, line in enumerate(lines, 1)}.values()
+    first = {line: i for i, line in reversed(list(enumerate(lines, 1)))}.values()
+    every = sorted({*chosen, *first})
+    commit = next((i for i, (file, _) in enumerate(lines) if file.endswith("_commit.py")), 0)
+    rng = random.Random(0)
+    late, early = [p for p in every if p > commit], [p for p in every if p <= commit]
+    return [*rng.sample(late, min(POINTS, len(late))), *rng.sample(early, min(POINTS // 3, len(early)))]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of the first line of a thread
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_an_error_at_any_line_leaves_the_model_old_or_new(name: str) -> None:
+    model, operation = OPERATIONS[name]()
+    operation()
+    after = state(model)
+    lines = run(OPERATIONS[name]()[1])
+    outside = process()
+    for number, point in enumerate(points(lines)):
+        model, operation = OPERATIONS[name]()
+        before = state(model)
+        error = (KeyboardInterrupt, MemoryError)[number % 2]
+        with contextlib.suppress(KeyboardInterrupt, MemoryError, eulernet.EulernetError):
+            run(operation, point, error)
+        where = lines[point - 1]
+        assert state(model) in (before, after), where
+        assert process() == outside, where
+        operation()
+        assert state(model) == after, where
+
+
+def test_a_parameter_that_is_refused_leaves_all_blocks_as_they_were() -> None:
+    model = chain(Block(), Closed(), Block())
+    before = state(model)
+    with pytest.raises(eulernet.EulernetError, match=r"Closed does not take the parameter log_h.*exclude=Closed"):
+        eulernet.patch(model, 0.5, example_inputs=X, trainable=True)
+    assert state(model) == before
+    assert [step.h for step in eulernet.steps(eulernet.patch(model, 0.5, example_inputs=X))] == [0.5] * 3
+
+
+def test_a_class_that_its_module_does_not_let_go_is_exchanged() -> None:
+    model = eulernet.patch(chain(Block(), Frozen()), 0.5, example_inputs=X)
+    assert [step.h for step in eulernet.steps(model)] == [0.5, 0.5]
+    assert type(eulernet.unpatch(model)[1]) is Frozen
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_memory_that_ends_in_the_middle_leaves_the_model_as_it_was(
+    trainable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = patched(trainable=trainable)
+    before = state(model)
+    made: list[None] = []
+    real = torch.tensor if not trainable else torch.full
+
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        made.append(None)
+        if len(made) % 7 == 6:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(torch, real.__name__, fails)
+    for _ in range(8):
+        try:
+            eulernet.patch(model, 0.25, example_inputs=X, trainable=trainable)
+        except torch.OutOfMemoryError:
+            assert state(model) == before
+        before = state(model)
+    assert len(made) >= 6
+
+
+@pytest.fixture
+def alarm() -> Iterator[list[bool]]:
+    armed = [False]
+
+    def interrupt(*_: Any) -> None:
+        if armed[0]:
+            armed[0] = False
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    yield armed
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timers here")
+@pytest.mark.parametrize("name", ["patch", "patch again, to trainable", "unpatch, trainable", "fold"])
+def test_an_interrupt_at_any_time_leaves_the_model_old_or_new(name: str, alarm: list[bool]) -> None:
+    model, operation = OPERATIONS[name]()
+    began = time.perf_counter()
+    operation()
+    duration, after, rng = time.perf_counter() - began, state(model), random.Random(0)
+    for _ in range(POINTS // 3):
+        model, operation = OPERATIONS[name]()
+        before = state(model)
+        try:
+            alarm[0] = True
+            signal.setitimer(signal.ITIMER_REAL, max(rng.uniform(0, 1) * duration, 1e-5))
+            operation()
+            alarm[0] = False
+        except KeyboardInterrupt:
+            pass
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        assert state(model) in (before, after)
+        operation()
+        assert state(model) == after
