@@ -18,7 +18,7 @@ QUICK = "bert llama t5 clip".split()
 # Reformer, whose layers run in an autograd function with a backward of its own; ZAYA, whose skip has a learned bias
 # besides its scale.
 WITHOUT_STEPS = """
-    deepseek_v4 glm5_next glm5_next_text ibert mobilenet_v1 pp_lcnet reformer slanet superpoint zaya
+    mobilenet_v1 pp_lcnet reformer slanet superpoint
 """.split()
 
 # What the original itself cannot do: run in float64, since it computes some of it in float32 whatever it is given; run

@@ -41,6 +41,23 @@ def test_a_dict_is_arguments_by_name() -> None:
     assert len(eulernet.find_steps(Residual(), example_inputs={"scale": 2.0, "x": torch.zeros(3, 4)})) == 1
 
 
+@pytest.mark.parametrize(
+    ("name", "arguments", "size"),
+    [
+        ("csatv2", {}, (3, 512, 512)),  # names no first convolution
+        ("tresnet_m", {}, (3, 224, 224)),  # makes blocks of 4 by 4 pixels into channels first
+        ("tresnet_m", {"in_chans": 1}, (1, 224, 224)),
+        ("vitamin_xlarge_336", {}, (3, 336, 336)),  # its configuration says 256, its patch embedding 336
+    ],
+)
+def test_timm_size_is_the_models_own(name: str, arguments: dict[str, int], size: tuple[int, int, int]) -> None:
+    timm = pytest.importorskip("timm")
+    with torch.device("meta"):
+        model = timm.create_model(name, **arguments)
+    args, _ = guess_inputs(model)
+    assert args[0].shape[1:] == size
+
+
 def test_timm_in_channels_and_size() -> None:
     timm = pytest.importorskip("timm")
     args, _ = guess_inputs(timm.create_model("test_vit", img_size=96, in_chans=1))

@@ -7,11 +7,10 @@ step that `s` is the result of (parallel). A step whose branch runs through othe
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from eulernet._find.graph import SQUASHES, UPSAMPLES, Graph, MatchKind, StepCall
+from eulernet._find.graph import REARRANGES, SQUASHES, UPSAMPLES, Graph, MatchKind, StepCall
 from eulernet._find.streams import number_streams, steps_of
 from eulernet._find.trace import FUSED_ADDITIONS, SLICES, Addition, Trace
 from eulernet._step import Reason
@@ -159,13 +158,13 @@ def _projection(graph: Graph, skip: int, branch: int, start: int) -> Match | Non
     chain = list(graph.matched(skip, start))
     multiples = set(graph.same(skip, start, scaled=True))
     ancestors = graph.ancestors(branch, start, chain[-1][0])
-    for (after, _), (state, maps) in itertools.pairwise(chain):
+    for state, maps in chain[1:]:
         if state in ancestors:
             path = graph.path(state, branch, ancestors)
             deeper = path and (path[branch] > maps or (state in multiples and graph.mixes(path, state)))
             skipped = [node for node, _ in chain[: chain.index((state, maps)) + 1]]
             resized = deeper and _passes_other_resolution(graph, path, skipped)
-            if deeper and not resized and not _are_other_parts(graph, state, after, path):
+            if deeper and not resized and not _are_other_parts(graph, skipped, path):
                 return Match("projection", state, set(path) - {state})
     return None
 
@@ -201,8 +200,11 @@ def _is_score(graph: Graph, branch: int, start: int) -> bool:
     return any(graph.nodes[node].op == "softmax" for node in graph.same(branch, start, scaled=True))
 
 
-def _are_other_parts(graph: Graph, state: int, skip: int, path: dict[int, int]) -> bool:
-    """Whether the skip is one part of the state and the branch begins at other parts only, as in Res2Net."""
+def _are_other_parts(graph: Graph, skipped: list[int], path: dict[int, int]) -> bool:
+    """Whether the skip is one part of the state, or of its flip, and the branch begins at others: Res2Net, flows."""
+    *rest, skip, state = skipped
+    while rest and graph.nodes[skip].op in REARRANGES and skip in path:
+        skip, state = rest.pop(), skip
 
     def part(node: int) -> bool:
         return graph.nodes[node].op in SLICES and graph.size(node) < graph.size(state)

@@ -31,7 +31,7 @@ NORMS = frozenset(
 )
 _JOINS = frozenset("cat concat concatenate".split())
 _PADS = frozenset("pad constant_pad_nd zeropad2d".split()) | _JOINS
-_REARRANGES = frozenset(
+REARRANGES = frozenset(
     "pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle repeat repeat_interleave tile index_select "
     "gather take_along_dim flip fliplr flipud roll rot90 expand expand_as broadcast_to".split()
 )
@@ -45,7 +45,7 @@ _REDUCTIONS = frozenset("max amax mean".split())  # pooling by hand, over a resh
 UPSAMPLES = re.compile(r"interpolate|upsample|conv_transpose|pixel_shuffle")
 SQUASHES = frozenset("sigmoid hardsigmoid logsigmoid tanh softmax log_softmax softmin".split())
 _SAME = VIEWS | CASTS | _DROPOUTS | _ACTIVATIONS
-_MATCHING = _SAME | NORMS | _PADS | _SCALES | _REDUCTIONS | _REARRANGES
+_MATCHING = _SAME | NORMS | _PADS | _SCALES | _REDUCTIONS | REARRANGES
 
 
 # A decomposition, x - pool(x), is seen here and is no step.

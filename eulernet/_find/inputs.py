@@ -138,9 +138,11 @@ def _timm(model: nn.Module, training: bool) -> Arguments | None:
         return None
     channels, height, width = settings["input_size"]
     stem = settings.get("first_conv")
-    stem = stem[0] if isinstance(stem, tuple | list) else stem
+    stem = next(iter(stem), None) if isinstance(stem, tuple | list) else stem
     if stem and any(name == stem for name, _ in model.named_modules()):
-        channels = _in_channels(model, stem)
+        # A first layer that makes blocks of pixels into channels multiplies what the convolution takes.
+        blocks = (m.bs for m in model.modules() if type(m).__name__ == "SpaceToDepth")
+        channels = _in_channels(model, stem) // next(blocks, 1) ** 2
     # A model that was built for another size than its weights keeps that size in its patch embedding.
     for module in model.modules():
         if getattr(module, "img_size", None) is not None:

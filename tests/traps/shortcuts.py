@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.traps.base import DIM, PROJECTION, Trap, each, linear, trap
+from tests.traps.base import DIM, PROJECTION, Block, Trap, each, linear, trap
 
 
 class Shortcut(Trap):
@@ -228,3 +228,33 @@ class ABranchUnderVmap(Trap):
 
     def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
         return x + h[0] * self.a(x)
+
+
+class Coupling(nn.Module):
+    """One half is shifted by a map of the other; between two couplings the halves change places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(DIM // 2, DIM // 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = x.flip(-1).chunk(2, dim=-1)
+        return torch.cat((a, b + self.f(torch.tanh(a))), dim=-1)
+
+
+@trap
+class HalvesOfAFlow(Trap):
+    """The shift of a flow is made of the other half only: no step."""
+
+    expected = each("block")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Block()
+        self.flows = nn.Sequential(Coupling(), Coupling())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.flows(self.block(x))
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        return self.flows(self.block.reference(x, h[0]))
