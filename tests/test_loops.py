@@ -24,7 +24,7 @@ NAMES = [f"layers.{i}.{j}" for i in range(3) for j in range(2)]
 FACTORS = [0.3 + 0.1 * i for i in range(6)]
 
 
-def patched(**options: Any) -> tuple[TransformerLoop, tuple[Any, ...]]:
+def patched(**options: Any) -> tuple[Any, tuple[Any, ...]]:
     model, inputs = build(TransformerLoop, torch.float64)
     h = dict(zip(NAMES, FACTORS, strict=True))
     return eulernet.patch(model, lambda step: h[step.name], example_inputs=inputs, **options), inputs

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -19,7 +19,6 @@ from eulernet._find.classify import Sums, classify
 from eulernet._find.graph import StepCall
 from eulernet._find.inputs import as_arguments, guess_inputs
 from eulernet._find.locate import Location, locate, nowhere
-from eulernet._find.prove import with_other_callees
 from eulernet._find.sandbox import Sandbox, no_fakes_left
 from eulernet._find.sites import Group, TracedSite, grouped, pair_modes, step_calls_of
 from eulernet._find.trace import Addition, Trace, all_modules
@@ -71,12 +70,16 @@ class Search:
     step_calls: dict[int, list[tuple[int, StepCall]]]  # the index of a step -> the runs it was seen in, and as what
 
 
+# Which of these sites lead through a call that calls, in these runs, something else than was seen: `_patch.prove`.
+Unproven = Callable[[Sequence[TracedSite], Sequence[Run]], list[TracedSite]]
+
+
 @contextlib.contextmanager
-def search(model: nn.Module, example_inputs: Any) -> Iterator[Search]:
+def search_by(model: nn.Module, example_inputs: Any, unproven: Unproven) -> Iterator[Search]:
     """Find the steps of a model that is not patched, or of the original of one that is."""
     sandboxes: list[Sandbox] = []
     with alone(), no_fakes_left(model, sandboxes):
-        result = apart(lambda: _search(model, example_inputs, sandboxes))
+        result = apart(lambda: _search(model, example_inputs, sandboxes, unproven))
         try:
             yield result
         finally:
@@ -84,9 +87,9 @@ def search(model: nn.Module, example_inputs: Any) -> Iterator[Search]:
                 kept.clear()
 
 
-def _search(model: nn.Module, example_inputs: Any, sandboxes: list[Sandbox]) -> Search:
+def _search(model: nn.Module, example_inputs: Any, sandboxes: list[Sandbox], unproven: Unproven) -> Search:
     runs, traces, notes = _run(model, example_inputs, sandboxes)
-    return _collect(model, runs, traces, notes)
+    return _collect(model, runs, traces, notes, unproven)
 
 
 def _run(model: nn.Module, example_inputs: Any, sandboxes: list[Sandbox]) -> tuple[list[Run], list[Trace], list[str]]:
@@ -176,7 +179,7 @@ def _guessed(model: nn.Module, training: bool) -> tuple[tuple[Any, ...], dict[st
     return guess
 
 
-def _collect(model: nn.Module, runs: list[Run], traces: list[Trace], notes: list[str]) -> Search:
+def _collect(model: nn.Module, runs: list[Run], traces: list[Trace], notes: list[str], unproven: Unproven) -> Search:
     names = _names(model)
     sites: dict[Any, TracedSite] = {}
     unsupported: dict[str, None] = {}
@@ -200,7 +203,7 @@ def _collect(model: nn.Module, runs: list[Run], traces: list[Trace], notes: list
                 at = origin_of(step_call.addition, trace, run.sandbox.original, model)
                 unsupported[f"{names[at.module]} ({at.file}:{at.line}): {reason}"] = None
                 refused.add(id(step_call.addition))
-    for site in with_other_callees([s for s in sites.values() if any(s.step_calls.values())], runs):
+    for site in unproven([s for s in sites.values() if any(s.step_calls.values())], runs):
         for step_call in (*site.step_calls[False], *site.step_calls[True]):
             refused.add(id(step_call.addition))
         site.step_calls = {False: [], True: []}

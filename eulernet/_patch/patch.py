@@ -20,8 +20,9 @@ from eulernet._commit import commit
 from eulernet._errors import EulernetError, EulernetWarning
 from eulernet._find.absorb import absorbing, check_scalable, refusal, scale_parameters
 from eulernet._find.apart import apart
-from eulernet._find.search import FoundStep, Search, search
+from eulernet._find.search import FoundStep, Search
 from eulernet._patch.cautions import depth_twice, kept_at_one, not_supported, rounded_away, trained
+from eulernet._patch.prove import search
 from eulernet._patch.saved import read_steps
 from eulernet._patch.select import HLike, Selector, names_given, select, values
 from eulernet._patch.subclass import patched_class

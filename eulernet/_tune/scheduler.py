@@ -42,7 +42,6 @@ class HScheduler:
         start, end: step factors, each given as for `eulernet.patch`: a number, "auto", a rule, a list, a mapping.
         total_steps: how many calls of `step` lead from `start` to `end`, at least 1.
         kind: "linear", "cosine" (half a period, slow at both ends) or "exponential" (the same ratio at each call).
-        optimizer: for Lightning, which looks for it on what `configure_optimizers` returns; nothing is done with it.
 
     Raises:
         EulernetError: the model is not patched, a copy has other steps, its h is learned, or an argument is wrong; then
@@ -78,11 +77,10 @@ class HScheduler:
         *,
         total_steps: int,
         kind: Literal["linear", "cosine", "exponential"] = "linear",
-        optimizer: torch.optim.Optimizer | None = None,
     ) -> None:
         self.total_steps = _count(total_steps, "total_steps", 1)
         self.kind = _kind(kind)
-        self._optimizer, self._model = optimizer, each_of(model, "HScheduler")[0]
+        self._model = each_of(model, "HScheduler")[0]
         each = [bound(one, "HScheduler") for one in each_of(model, "HScheduler")]
         held = [one for copy in each for one in copy]
         if any(isinstance(factor, LearnedFactor) for _, _, factor in held):
@@ -114,13 +112,11 @@ class HScheduler:
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        """What was given, which Lightning asks for."""
-        if self._optimizer is None:
-            raise AttributeError(
-                "this HScheduler was given no optimizer, which Lightning looks for; write "
-                "eulernet.HScheduler(model, ..., optimizer=optimizer)"
-            )
-        return self._optimizer
+        """It has none; Lightning looks for one."""
+        raise AttributeError(
+            "an HScheduler has no optimizer; for Lightning's configure_optimizers write "
+            "eulernet.integrations.lightning.LightningHScheduler(schedule, optimizer)"
+        )
 
     def step(self) -> None:
         """Go on to the next h; call it after each step of the optimiser, or once an epoch.

@@ -34,15 +34,15 @@ class TransformerLoop(Trap):
         self.norm = nn.LayerNorm(DIM)
 
     def forward(self, x: Tensor) -> Tensor:
-        for attn, ff in self.layers:
-            x = attn(x) + x
-            x = ff(x) + x
+        for attn, ff in self.layers:  # type: ignore[misc, has-type]
+            x = attn(x) + x  # type: ignore[has-type]
+            x = ff(x) + x  # type: ignore[has-type]
         return self.norm(x)
 
     def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
         factors = iter(h)
         for pair in self.layers:
-            for layer in pair:
+            for layer in pair.children():
                 x = x + next(factors) * layer(x)
         return self.norm(x)
 

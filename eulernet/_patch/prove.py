@@ -7,12 +7,14 @@ Python frames shows nothing. So the copies run once more, with the calls asked f
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import nn
 
 from eulernet._errors import EulernetError
 from eulernet._find.sandbox import Sandbox
+from eulernet._find.search import Run, Search, search_by
 from eulernet._find.sites import TracedSite
 from eulernet._patch.subclass import patched_class
 from eulernet._run.factor import StepFactor
@@ -20,7 +22,12 @@ from eulernet._run.patched import CALL_VIA, FACTORS, STEPS, Patched, restore_cla
 from eulernet._source import VIA, Target, Unsupported
 
 
-def with_other_callees(sites: Sequence[TracedSite], runs: Sequence[Any]) -> list[TracedSite]:
+def search(model: nn.Module, example_inputs: Any) -> AbstractContextManager[Search]:
+    """Find the steps of a model that is not patched, or of the original of one that is, and prove what they call."""
+    return search_by(model, example_inputs, with_other_callees)
+
+
+def with_other_callees(sites: Sequence[TracedSite], runs: Sequence[Run]) -> list[TracedSite]:
     """The sites that lead through a call which calls, in these runs, something else than what was seen below it."""
     unnamed = [s for s in sites if _vias(s)]
     wrong: set[tuple[nn.Module, Target]] = set()
