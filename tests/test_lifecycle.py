@@ -1,7 +1,7 @@
 """The life of a model at random: all public operations in any order, against h kept by hand.
 
-Each sequence is a list of operations; hypothesis makes 300 of them, the same each time. EULERNET_SEQUENCES=5000 tries as
-many others.
+Each sequence is a list of operations; hypothesis makes 300 of them, the same each time. EULERNET_SEQUENCES=5000 tries
+as many others.
 """
 
 import copy
