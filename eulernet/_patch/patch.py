@@ -119,7 +119,8 @@ def patch(
 
     Raises:
         EulernetError: no step was found, a value or pattern is wrong, the source of a step that `include` names (or of
-            all) cannot be rewritten, or the function cannot be preserved. The model is then as it was.
+            all) cannot be rewritten, or the function cannot be preserved. The model is then as it was. After any other
+            error, an interrupt included, it is as it was or as it was to be, and the same call can be made again.
 
     Warns:
         EulernetWarning: something was seen that is not scaled; the model seems to be trained, and its function is not
@@ -265,6 +266,9 @@ def set_h(model: Models, h: HLike) -> Models:
     """Give the steps of a patched model new step factors; `h` as for `patch`. Compiled graphs are not compiled again.
 
     A copy of a model, such as the average of its weights, has an h of its own: `set_h([model, average], 0.1)`.
+
+    Another thread may run the model meanwhile: each addition takes the old h or the new one, never a mixture. Steps of
+    one forward pass may differ in which of the two they take.
 
     Raises:
         EulernetError: the model is not patched, or a value is wrong; then nothing is changed.
