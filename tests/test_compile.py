@@ -24,7 +24,10 @@ BREAKING = {"InPlaceAttribute": (False, True), "LayersDroppedAtRandom": (True,)}
 BREAKING_EARLIER = {"WorksInHooks"} if torch.__version__ < "2.14" else set()
 
 # Where Dynamo looks at the attributes of a tensor, torch warns of .grad; as an error that would stop the compilation.
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor:UserWarning",
+    "ignore:the stream from the model:eulernet.EulernetWarning",  # of long steps; test_traps.py asserts it
+)
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
 
 from eulernet._find.apart import Draws, OneDtype, alone, own_numbers, quiet, surely, without_global_hooks
-from eulernet._find.trace import DispatchTracer, Trace, Tracer, all_modules, tensors_in
+from eulernet._find.tensors import tensors_in
+from eulernet._find.trace import DispatchTracer, Trace, Tracer, all_modules
 
 _CACHE = functools._lru_cache_wrapper
 

@@ -21,9 +21,10 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from eulernet._find.tensors import is_float, is_made, layers_of, plain, storage_of, tensors_in, version_of
 
 # These read a tensor for its shape, dtype or device only: the values of their result do not come from it.
 _SHAPE_ONLY = frozenset(
@@ -140,18 +141,18 @@ class Tracer(TorchFunctionMode):
         return len(self.trace.nodes) - 1
 
     def set(self, tensor: Tensor, node: int) -> None:
-        for one in _layers(tensor):
+        for one in layers_of(tensor):
             if id(one) not in self._of:
                 self.alive.append(one)
             self._of[id(one)] = node
 
     def node(self, tensor: Tensor) -> int:
         """The node that made the value that `tensor` has now, writes through views of it included."""
-        node = next((self._of[id(t)] for t in _layers(tensor) if id(t) in self._of), None)
+        node = next((self._of[id(t)] for t in layers_of(tensor) if id(t) in self._of), None)
         if node is None:
             node = self._first(tensor)
             self.set(tensor, node)
-        write = self._writes.get(_storage(tensor), -1)
+        write = self._writes.get(storage_of(tensor), -1)
         if write > node:
             constant = self.trace.nodes[node].constant and self.trace.nodes[write].constant
             called: _Called = ((Ref(node), Ref(write)), {}, 0)
@@ -161,11 +162,11 @@ class Tracer(TorchFunctionMode):
 
     def _first(self, tensor: Tensor) -> int:
         """A node for a tensor that nothing in the trace has made: a parameter, an attribute, an input."""
-        of_model = next((t for t in _layers(tensor) if id(t) in self.parameters), None)
+        of_model = next((t for t in layers_of(tensor) if id(t) in self.parameters), None)
         if of_model is not None:
             self.trace.used[id(of_model)] = len(self.trace.nodes)
             return self.new("parameter", (), tuple(tensor.shape), True)
-        if self.stack and id(tensor) not in self.kept and _is_float(tensor) and _is_made(tensor):
+        if self.stack and id(tensor) not in self.kept and is_float(tensor) and is_made(tensor):
             name = type(self.trace.calls[self.stack[-1]].module).__name__
             self.trace.breaks[f"{name} reads a tensor that was computed out of sight, in a thread or an extension"] = (
                 None
@@ -191,15 +192,15 @@ class Tracer(TorchFunctionMode):
         tensors = list(tensors_in((args, kwargs)))
         if not tensors and name in ("size", "dim", "get"):
             return func(*args, **kwargs)
-        before = [(t, self.node(t), _version(t)) for t in tensors]
+        before = [(t, self.node(t), version_of(t)) for t in tensors]
         out = func(*args, **kwargs)
         results = list(tensors_in(out))
-        if name in _TO_NUMBERS and any(_is_float(t) and self._is_computed(n) for t, n, _ in before):
+        if name in _TO_NUMBERS and any(is_float(t) and self._is_computed(n) for t, n, _ in before):
             where = next(_frames(frame), None)
             line = where and list(where.code.co_positions())[where.lasti // 2][0]
             at = f" at {where.code.co_filename}:{line}" if where else ""
             self.trace.breaks[f"Tensor.{name}{at} takes the values out of PyTorch"] = None
-        if not results and not any(_version(t) != v for t, _, v in before):
+        if not results and not any(version_of(t) != v for t, _, v in before):
             return out
 
         nodes = {id(t): n for t, n, _ in before}
@@ -210,13 +211,13 @@ class Tracer(TorchFunctionMode):
             inputs = tuple(n for _, n, _ in before[:1])
             read = {id(t): n for t, n, _ in before[:1]}
         else:
-            inputs = tuple(dict.fromkeys(n for t, n, _ in before if _is_float(t)))
+            inputs = tuple(dict.fromkeys(n for t, n, _ in before if is_float(t)))
             read = nodes
         called = _referring(args, read), _referring(kwargs, read)
 
         constant = name in _SHAPE_ONLY or all(self.trace.nodes[n].constant for _, n, _ in before)
 
-        written = [t for t, _, v in before if _version(t) != v]
+        written = [t for t, _, v in before if version_of(t) != v]
         seen = set(nodes)
         for i, result in enumerate(results):
             if id(result) not in seen:
@@ -226,8 +227,8 @@ class Tracer(TorchFunctionMode):
             output = next((i for i, result in enumerate(results) if result is target), -1)
             node = self.new(name, inputs, tuple(target.shape), constant, (*called, output))
             self.set(target, node)
-            self._writes[_storage(target)] = node
-        operands = self._operands(name, args, kwargs, nodes) if results and _is_float(results[0]) else ()
+            self._writes[storage_of(target)] = node
+        operands = self._operands(name, args, kwargs, nodes) if results and is_float(results[0]) else ()
         if len(operands) > 1:
             self._addition(name, operands, results[0], bool(written), frame)
         return out
@@ -243,10 +244,10 @@ class Tracer(TorchFunctionMode):
         self, name: str, inputs: tuple[int, ...], constant: bool, arguments: Any, result: Tensor, called: _Called
     ) -> int:
         shape = tuple(result.shape)
-        if not _is_float(result):  # what went through integers is no longer a function to be trained
+        if not is_float(result):  # what went through integers is no longer a function to be trained
             return self.new(name, (), shape, constant, called)
         if len(inputs) == 1 and name in SLICES:
-            key = (name, inputs, repr(_plain(arguments)), shape)
+            key = (name, inputs, repr(plain(arguments)), shape)
             if key not in self._views:
                 self._views[key] = self.new(name, inputs, shape, constant, called)
             return self._views[key]
@@ -263,8 +264,8 @@ class Tracer(TorchFunctionMode):
             return next((parts for t in tensors if len(parts := self._stacked(nodes[id(t)])) > 1), ())
         else:
             return ()
-        if not all(isinstance(t, Tensor) and _is_float(t) for t in tensors):
-            tensors = [] if op in ADDITIONS else [t for t in tensors if _is_float(t)]
+        if not all(isinstance(t, Tensor) and is_float(t) for t in tensors):
+            tensors = [] if op in ADDITIONS else [t for t in tensors if is_float(t)]
         return tuple(nodes[id(t)] for t in tensors)
 
     def _stacked(self, node: int) -> tuple[int, ...]:
@@ -357,30 +358,6 @@ def _name(func: Any) -> str:
     return name.strip("_")
 
 
-def _layers(tensor: Tensor) -> Iterator[Tensor]:
-    """A tensor, and those that it wraps where a transform of `torch.func` runs, such as vmap."""
-    yield tensor
-    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        tensor = torch._C._functorch.get_unwrapped(tensor)
-        yield tensor
-
-
-def _is_made(tensor: Tensor) -> bool:
-    """Whether a tensor was computed in this run: it is fake, or autograd knows what made it."""
-    return isinstance(tensor, FakeTensor) or tensor.grad_fn is not None
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from tensors_in(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from tensors_in(item)
-
-
 def _referring(value: Any, nodes: dict[int, int]) -> Any:
     """Arguments with a `Ref` for each tensor in `nodes`, and without the others."""
     if isinstance(value, Tensor):
@@ -390,35 +367,6 @@ def _referring(value: Any, nodes: dict[int, int]) -> Any:
     if isinstance(value, dict):
         return {key: _referring(item, nodes) for key, item in value.items()}
     return value
-
-
-def _plain(value: Any) -> Any:
-    """Arguments without their tensors, to compare two calls."""
-    if isinstance(value, Tensor):
-        return f"<{id(value)}>" if not _is_float(value) else "<tensor>"
-    if isinstance(value, (tuple, list)):
-        return [_plain(item) for item in value]
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return value
-
-
-def _is_float(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() or tensor.is_complex()
-
-
-def _version(tensor: Tensor) -> int:
-    try:
-        return tensor._version
-    except RuntimeError:  # an inference tensor: nothing counts its writes
-        return 0
-
-
-def _storage(tensor: Tensor) -> int:
-    try:
-        return int(tensor.untyped_storage()._cdata)
-    except (RuntimeError, NotImplementedError):  # a tensor without storage has no views either
-        return -id(tensor)
 
 
 # Where a run is traced: here, and where it is begun.

@@ -1,0 +1,63 @@
+"""What the trace asks of a tensor, and of the arguments of an operation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from tensors_in(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_in(item)
+
+
+def layers_of(tensor: Tensor) -> Iterator[Tensor]:
+    """A tensor, and those that it wraps where a transform of `torch.func` runs, such as vmap."""
+    yield tensor
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+        yield tensor
+
+
+def is_made(tensor: Tensor) -> bool:
+    """Whether a tensor was computed in this run: it is fake, or autograd knows what made it."""
+    return isinstance(tensor, FakeTensor) or tensor.grad_fn is not None
+
+
+def plain(value: Any) -> Any:
+    """Arguments without their tensors, to compare two calls."""
+    if isinstance(value, Tensor):
+        return f"<{id(value)}>" if not is_float(value) else "<tensor>"
+    if isinstance(value, (tuple, list)):
+        return [plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return value
+
+
+def is_float(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def version_of(tensor: Tensor) -> int:
+    try:
+        return tensor._version
+    except RuntimeError:  # an inference tensor: nothing counts its writes
+        return 0
+
+
+def storage_of(tensor: Tensor) -> int:
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (RuntimeError, NotImplementedError):  # a tensor without storage has no views either
+        return -id(tensor)
