@@ -80,6 +80,8 @@ def by_key(site: TracedSite, runs: dict[bool, tuple[Trace, Originals]], model: n
     keys = dict.fromkeys(makers[best] for _, _, makers in made)
     if len(keys) < 2 or site.host in keys or not set(keys) <= set(model.modules()):
         return [site]
+    if len({id(e.first or e) for mode, e, _ in made if mode == made[0][0]}) < len(keys):  # branches of one step
+        return [site]
     location = keyed(made[0][1].addition, site.location, best)
     if location is None:
         return [site]

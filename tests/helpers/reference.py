@@ -72,14 +72,22 @@ class _Scale(TorchFunctionMode):
         while frame is not None:
             if frame.f_code.co_filename in self.files:
                 place = _place(frame.f_code, frame.f_lasti)
-                found = self.scaled.get((self._module(frame), place))
-                if found is not None:
+                found = self._of(self._module(frame), place)
+                if found:
                     found.rotate(-1)  # steps that share a function's addition take turns
                     return found[-1]
             if isinstance(_first_argument(frame), nn.Module):
                 return None
             frame = frame.f_back
         return None
+
+    def _of(self, module: str, place: _Place) -> deque[tuple[str, float]]:
+        """The steps of a module at a place: its own, or those that a loop there makes, named by the layers below it."""
+        if (module, place) not in self.scaled:
+            inside = "" if module == "<root>" else f"{module}."
+            layers = [found for (name, at), found in self.scaled.items() if at == place and name.startswith(inside)]
+            self.scaled[module, place] = deque(entry for found in layers for entry in found)
+        return self.scaled[module, place]
 
     def _module(self, frame: FrameType | None) -> str:
         """The name of the module whose method runs in this frame, or in the nearest one around it."""
