@@ -141,7 +141,7 @@ def _timm(model: nn.Module, training: bool) -> Arguments | None:
     stem = next(iter(stem), None) if isinstance(stem, tuple | list) else stem
     if stem and any(name == stem for name, _ in model.named_modules()):
         # A first layer that makes blocks of pixels into channels multiplies what the convolution takes.
-        blocks = (m.bs for m in model.modules() if type(m).__name__ == "SpaceToDepth")
+        blocks: Iterator[Any] = (m.bs for m in model.modules() if type(m).__name__ == "SpaceToDepth")
         channels = _in_channels(model, stem) // next(blocks, 1) ** 2
     # A model that was built for another size than its weights keeps that size in its patch embedding.
     for module in model.modules():
