@@ -55,6 +55,7 @@ def page(data: dict[str, Any], cpu: dict[str, Any] | None = None) -> str:
     if not data.get("rows"):
         return text + NOTHING
     text += MEASURED
+    text += f"\n{data['note']}\n" if data.get("note") else ""  # of this measurement; the next one drops it
     for i, on in enumerate(data["machines"]):
         mine = [row for row in data["rows"] if row["machine"] == i]
         text += f"\n### {gpu.machine(on)}\n"
@@ -102,7 +103,7 @@ def _plot_shares(rows: Sequence[Row], axes: Any) -> None:
     axes.set(yticks=range(len(names)), xlabel="share of clone()'s bytes a second, bfloat16", xlim=(0, None))
     axes.set_yticklabels(names, fontsize=8)
     if names:
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(0.4, -0.1))
 
 
 def _plot_ratios(rows: Sequence[Row], axes: Any) -> None:

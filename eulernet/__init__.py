@@ -2,7 +2,7 @@
 
 import sys
 
-from eulernet import _source, _step, functional, kernels, schedules
+from eulernet import _source, _step, functional, kernels, nn, schedules
 from eulernet._errors import EulernetError, EulernetWarning
 from eulernet._fold import fold, param_groups
 from eulernet._patch.patch import find_steps, is_patched, patch, set_h, steps, unpatch
@@ -48,6 +48,7 @@ __all__ = [
     "functional",
     "is_patched",
     "kernels",
+    "nn",
     "param_groups",
     "patch",
     "schedules",

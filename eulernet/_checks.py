@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -65,6 +66,16 @@ def check_module(model: object, caller: str) -> None:
         raise EulernetError(f"eulernet.{caller} takes a torch.nn.Module, not {type(model).__name__}")
 
 
+def each_of(models: nn.Module | Sequence[nn.Module], caller: str) -> list[nn.Module]:
+    """A model alone, or with its copies."""
+    each: list[Any] = list(models) if isinstance(models, list | tuple) else [models]
+    if not each:
+        raise EulernetError(f"eulernet.{caller}: the list of models is empty; for example [model, average]")
+    for model in each:
+        check_module(model, caller)
+    return each
+
+
 def check_model(model: nn.Module, caller: str) -> None:
     """A model that can be traced and patched: not wrapped, not sharded, made of Python."""
     check_module(model, caller)
@@ -111,6 +122,7 @@ def check_model(model: nn.Module, caller: str) -> None:
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside wrappers that leave its modules as they are."""
     wrappers = {"OptimizedModule", "DistributedDataParallel", "DataParallel"}
+    wrappers |= {"AveragedModel", "ModelEmaV2", "ModelEmaV3"}  # torch.optim.swa_utils, timm
     while any(cls.__name__ in wrappers for cls in type(model).__mro__):
         model = getattr(model, "_orig_mod", None) or model.module  # type: ignore[assignment]
     return model

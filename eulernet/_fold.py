@@ -16,8 +16,8 @@ from eulernet._checks import brief, check_model, positive, truth
 from eulernet._commit import commit
 from eulernet._errors import EulernetError
 from eulernet._find.absorb import absorbing, check_scalable, refusal, scale_parameters
-from eulernet._find.search import search
 from eulernet._patch.patch import Model, factors_now, is_patched, steps
+from eulernet._patch.prove import search
 from eulernet._patch.select import HLike, values
 from eulernet._patch.subclass import remove_steps
 from eulernet._run.learned import step_parameters

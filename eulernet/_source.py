@@ -14,7 +14,7 @@ import types
 import weakref
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from functools import lru_cache, wraps
+from functools import lru_cache, partial, wraps
 from types import CodeType, FunctionType
 from typing import Any, TypeVar
 
@@ -44,10 +44,12 @@ class Span:
     edits: tuple[tuple[str, Span], ...] = field(default=(), compare=False)
     add_norm: str | None = field(default=None, compare=False)
     epilogue: bool = field(default=False, compare=False)
+    # The call, in the same function, of the module that makes the branch, where each such module has an h of its own.
+    key: Span | None = None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Pickles from before 0.1.0 have other words for the surroundings."""
-        self.__dict__.update({_FORMER.get(name, name): value for name, value in state.items()})
+        self.__dict__.update({"key": None, **{_FORMER.get(name, name): value for name, value in state.items()}})
         self.__dict__["edits"] = tuple((_FORMER.get(kind, kind), at) for kind, at in self.edits)
 
 
@@ -56,7 +58,9 @@ class Target:
     """A function that holds an expression to rewrite.
 
     `owner` and `name` find it: the class (module, qualified name) and attribute, or a module and a qualified name for a
-    free function, which becomes a method of the patched class. `path` leads through decorators' closures.
+    free function, which becomes a method of the patched class. `path` leads through decorators' closures, and where an
+    entry begins with `=` through the default of that keyword. What no name leads to is found when it is called: there
+    `name` is VIA and, for messages, a qualified name.
     """
 
     owner: tuple[str, str] | None
@@ -64,6 +68,8 @@ class Target:
     path: tuple[str, ...]
     digest: str
 
+
+VIA = "via "
 
 # The method first; in each the call of the next, in the last the addition.
 Targets = tuple[tuple[Target, Span], ...]
@@ -86,6 +92,39 @@ def free_function(address: str, packages: Collection[str] = ()) -> FunctionType 
 
 def address_of(function: FunctionType) -> str:
     return f"{function.__module__}:{function.__qualname__}"
+
+
+def stand_in(code: CodeType) -> FunctionType:
+    """A function with this code, of which nobody knows the closure and the globals: to read its source only."""
+    return _stand_in(code.co_filename, code)
+
+
+@lru_cache(maxsize=256)
+def _stand_in(filename: str, code: CodeType) -> FunctionType:
+    function = FunctionType(code, {}, code.co_name, None, tuple(types.CellType() for _ in code.co_freevars))
+    function.__qualname__ = code.co_qualname
+    return function
+
+
+def behind(callee: Any) -> tuple[FunctionType | None, tuple[Any, ...], dict[str, Any]]:
+    """The function that a call of `callee` runs, and the arguments that come before and beside those of the call.
+
+    Through partial objects, bound methods and objects with a `__call__`; None where that is no function in Python.
+    """
+    before: tuple[Any, ...] = ()
+    keywords: dict[str, Any] = {}
+    while type(callee) is not FunctionType:
+        if type(callee) is partial:
+            before, keywords = (*callee.args, *before), {**callee.keywords, **keywords}
+            callee = callee.func
+        elif type(callee) is types.MethodType:
+            before, callee = (callee.__self__, *before), callee.__func__
+        else:
+            call = getattr(type(callee), "__call__", None)  # noqa: B004 (of the class, as Python looks it up)
+            if type(call) is not FunctionType:
+                return None, (), {}
+            before, callee = (callee, *before), call
+    return callee, before, keywords
 
 
 def receiver_of(args: ast.arguments) -> str:
@@ -220,6 +259,13 @@ def expression_at(function: FunctionType, span: Span, kinds: tuple[type[ast.AST]
     raise Unsupported(f"line {span.line + first} of {function.__code__.co_filename} holds no addition at that column")
 
 
+def without_variables(definition: ast.FunctionDef) -> list[ast.AST]:
+    """What in a function cannot set a variable of it by `:=`: nested functions, and what a comprehension runs over."""
+    nested = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda
+    found: list[ast.AST] = [n for n in ast.walk(definition) if isinstance(n, nested) and n is not definition]
+    return found + [n.iter for n in ast.walk(definition) if isinstance(n, ast.comprehension)]
+
+
 def stands_at(node: ast.AST, span: Span, first: int) -> bool:
     return (
         getattr(node, "lineno", None) == span.line + first
@@ -254,6 +300,14 @@ def rebuild(
     """A decorated function built anew around a changed inner one, which the cells named by `path` lead to."""
     if not path:
         return change(wrapper)
+    if path[0].startswith("="):
+        old = (wrapper.__kwdefaults__ or {})[path[0][1:]]
+        new = rebuild(old, path[1:], change)
+        built = bind(wrapper, wrapper.__code__)
+        built.__kwdefaults__ = {**(wrapper.__kwdefaults__ or {}), path[0][1:]: new}
+        if getattr(wrapper, "__wrapped__", None) is old:
+            built.__wrapped__ = new  # type: ignore[attr-defined]
+        return built
     cells = []
     for name, cell in zip(wrapper.__code__.co_freevars, wrapper.__closure__ or (), strict=True):
         if name == path[0]:

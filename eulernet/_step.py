@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from copy import copy
 from dataclasses import asdict, dataclass, replace
 from os import PathLike
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from types import UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints, overload
 
@@ -18,6 +18,7 @@ from eulernet._errors import EulernetError
 
 T = TypeVar("T")
 ROOT = "<root>"
+FILE = "eulernet.json"  # beside the weights of a model
 StepKind = Literal["identity", "projection", "parallel", "long"]
 
 
@@ -53,7 +54,7 @@ class Step:
         places: the additions in the source.
         calls: how often it runs in one forward pass.
         stream: the number of its residual stream, the chain from skip to result.
-        depth: D, the number of calls in that stream.
+        depth: D, the number of calls in that stream; 0 in a layer of `eulernet.nn` that `patch` has not seen.
         position: l, the place of its first call in that stream, from 1.
         parent: the name of the long step in whose branch it lies, if any.
         h: the step factor; None where the step is not patched.
@@ -289,12 +290,23 @@ class Steps(Sequence[Step]):
         return other
 
     def to_json(self) -> str:
-        """All of it as JSON: a `state_dict` does not hold h, so keep this beside it."""
+        """All of it as JSON, to keep beside the weights: see `save`."""
         rest = {"unsupported": self.unsupported, "unreached": self.unreached, "notes": self.notes}
         sums = {"left_out": [asdict(s) for s in self.left_out], "outside": asdict(self.outside)}
         return json.dumps(
             {"steps": [asdict(s) for s in self], "long": [asdict(s) for s in self.long], **rest, **sums}, indent=1
         )
+
+    def save(self, path: str | PathLike[str]) -> Path:
+        """Write `to_json()` to a file, or beside the weights in a folder, as `eulernet.json`; returns where.
+
+        `eulernet.patch(model, h=Path(FOLDER))` patches a model again from either.
+        """
+        file = Path(path) / FILE if Path(path).is_dir() else Path(path)
+        if not file.parent.is_dir():
+            raise EulernetError(f"path={str(path)!r}: there is no folder {file.parent}")
+        file.write_text(self.to_json())
+        return file
 
     @classmethod
     def from_json(cls, text: str) -> Steps:

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 import eulernet
 from eulernet import EulernetError, EulernetWarning, Steps
 from eulernet._find.classify import classify
-from eulernet._find.search import search
+from eulernet._patch.prove import search
 from eulernet._plot import picture, together
 from tests.helpers.trapped import build
 from tests.traps import TRAPS, UNSUPPORTED, Trap

@@ -1,5 +1,6 @@
 """Every error says what is wrong and what to call instead, and leaves no half-patched model behind."""
 
+import functools
 import importlib
 import os
 import re
@@ -309,7 +310,11 @@ def test_a_forward_without_source() -> None:
     namespace: dict[str, Any] = {"__name__": "typed_in"}
     exec(compile(MODULE, "<string>", "exec"), namespace)
     model = nn.Sequential(Block(), namespace["Block"]())
-    refused(model, lambda: eulernet.patch(model, 0.1, example_inputs=X), "Block", r"(?i)source", "'?1'?", "exclude")
+    call = functools.partial(eulernet.patch, model, 0.1, example_inputs=X)
+    refused(model, lambda: call(include="1"), "Block", r"(?i)source", "'?1'?", "exclude")
+    with pytest.warns(eulernet.EulernetWarning, match=r"not scaled: 1 \(Block\)"):
+        call()
+    assert [step.name for step in eulernet.steps(model)] == ["0"]
     eulernet.patch(model, 0.5, example_inputs=X, exclude="1")
     assert [step.name for step in eulernet.steps(model)] == ["0"]
 
@@ -318,7 +323,7 @@ def test_a_file_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     module, path = written(tmp_path, monkeypatch)
     path.unlink()
     model = nn.Sequential(Block(), module.Block())
-    refused(model, lambda: eulernet.patch(model, 0.1, example_inputs=X), path.name, r"(?i)source")
+    refused(model, lambda: eulernet.patch(model, 0.1, example_inputs=X, include="1"), path.name, r"(?i)source")
 
 
 @pytest.mark.parametrize(
@@ -339,10 +344,11 @@ def test_a_file_that_changed_since_import(
     path.write_text(edit(MODULE))
     model = nn.Sequential(Block(), module.Block())
     output = model(X)
-    refused(
-        model, lambda: eulernet.patch(model, 0.1, example_inputs=X), path.name, r"(?i)changed|edited|differs", "import"
-    )
+    call = functools.partial(eulernet.patch, model, 0.1, example_inputs=X)
+    refused(model, lambda: call(include="1"), path.name, r"(?i)changed|edited|differs", "import")
     assert torch.equal(model(X), output)
+    with pytest.warns(eulernet.EulernetWarning, match=r"not scaled: 1 \(Block\)"):
+        call()
 
 
 class Asserting(nn.Module):
@@ -475,7 +481,9 @@ def test_a_patch_that_cannot_be_proven_is_rolled_back(monkeypatch: pytest.Monkey
     searching = Fickle.runs
     monkeypatch.setattr(Fickle, "runs", 0)
     monkeypatch.setattr(Fickle, "steady", searching)
-    refused(model, lambda: eulernet.patch(model, 0.1, example_inputs=X), "<root>", "Fickle")
+    refused(
+        model, lambda: eulernet.patch(model, 0.1, example_inputs=X, include=["<root>", "block"]), "<root>", "Fickle"
+    )
     assert type(model.block) is Block
 
 

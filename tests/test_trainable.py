@@ -40,9 +40,11 @@ pytestmark = pytest.mark.filterwarnings(
 X = torch.linspace(-1, 1, 2 * DIM).view(2, DIM)
 
 
-def log_h(step: Step) -> str:
+def log_h(step: Step, keyed: bool = False) -> str:
     """The name of the parameter of a step, by the rule that the docstring of `patch` gives."""
     module, _, number = step.name.partition(":")
+    if keyed:
+        return "_".join(("log_h", *module.split("."), *([number] if number else [])))
     name = f"log_h_{number}" if number else "log_h"
     return name if module == "<root>" else f"{module}.{name}"
 
@@ -67,7 +69,7 @@ def test_values_and_gradients_are_those_of_the_reference(cls: type[Trap], traini
     outputs, gradients = run(learned, inputs)
     h = [torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in factors]
     references, reference_gradients = run(model, inputs, model.reference, h=h)
-    names = {log_h(step): h for step, h in zip(model.expected, h, strict=True)}
+    names = {log_h(step, cls.keyed): h for step, h in zip(model.expected, h, strict=True)}
     ours = dict(zip([name for name, _ in learned.named_parameters()], gradients[len(inputs) : -1], strict=True))
     theirs = dict(
         zip([name for name, _ in model.named_parameters()], reference_gradients[len(inputs) : -1], strict=True)

@@ -1,12 +1,13 @@
 """Each kernel in every dtype, forward and backward, against a few lines of float64.
 
 A case fails where the relative error ||result - reference|| / ||reference|| of a result or a gradient is above what its
-dtype allows; eager PyTorch's error of the same case stands beside it.
+dtype allows; up to twice that where eager PyTorch, which stands beside it, has two thirds of the error or more.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -118,13 +119,27 @@ def check(case: Case, sizes: Sizes) -> Iterator[Row]:
         eager = _run(case.kernel, operands)
     exact = _run(case.kernel, {name: t.double() for name, t in operands.items()}, reference=True)
     errors = {name: _error(t, exact[name]) for name, t in ours.items()}
-    worst = max(errors, key=lambda name: errors[name] / BOUNDS[ours[name].dtype])
+    eagers = {name: _error(t, exact[name]) for name, t in eager.items()}
+    bounds = {name: _bound(case.kernel, t, ours["result 0"]) for name, t in ours.items()}
+    bounds = {name: max(bound, min(1.5 * eagers[name], 2 * bound)) for name, bound in bounds.items()}
+    worst = max(errors, key=lambda name: errors[name] / bounds[name])
     yield {
         "table": "correctness", "name": str(case.kernel), "layout": case.layout, "dtype": case.dtypes,
-        "worst": worst, "error": errors[worst], "eager error": _error(eager[worst], exact[worst]),
-        "bound": BOUNDS[ours[worst].dtype],
-        "right": all(errors[name] <= BOUNDS[t.dtype] and t.dtype == eager[name].dtype for name, t in ours.items()),
+        "worst": worst, "error": errors[worst], "eager error": eagers[worst], "bound": bounds[worst],
+        "right": all(errors[name] <= bounds[name] and t.dtype == eager[name].dtype for name, t in ours.items()),
     }  # fmt: skip
+
+
+def _bound(kernel: Kernel, x: Tensor, result: Tensor) -> float:
+    """What the dtype of a result or a gradient allows.
+
+    The derivative of a smooth activation is taken at the state as it is kept, in the dtype of the result. So a gradient
+    that is a sum over n elements has n independent errors of that dtype, though the sum itself is made in float32.
+    """
+    bound = BOUNDS[x.dtype]
+    if kernel.activation in ("silu", "gelu"):
+        bound = max(bound, BOUNDS[result.dtype] / math.sqrt(result.numel() / x.numel()))
+    return bound
 
 
 def _error(x: Tensor, exact: Tensor) -> float:

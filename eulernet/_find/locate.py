@@ -16,6 +16,7 @@ from eulernet._errors import EulernetError
 from eulernet._find.surroundings import surroundings
 from eulernet._find.trace import Addition, Frame
 from eulernet._source import (
+    VIA,
     Span,
     Target,
     Targets,
@@ -28,6 +29,8 @@ from eulernet._source import (
     operands_of,
     receiver_of,
     span_of,
+    stand_in,
+    without_variables,
 )
 
 
@@ -55,7 +58,7 @@ def locate(addition: Addition, skip_is_left: bool) -> tuple[nn.Module, Location]
                 "made from, and trace that again"
             )
         found = frame.module is not None and _method(type(frame.module), frame.code)
-        if not found:
+        if not found or _is_attribute(frame):
             continue
         assert frame.module is not None
         owner, name, path, function = found
@@ -79,10 +82,13 @@ def locate(addition: Addition, skip_is_left: bool) -> tuple[nn.Module, Location]
         targets.append((Target((owner.__module__, owner.__qualname__), name, path, digest(function)), span))
         if not inner:
             for j in range(i - 1, -1, -1):
-                callee = _callee(frames[j + 1], function, frames[j], frame.module)
-                function = callee
-                target = Target(None, address_of(callee), (), digest(callee))
-                targets.append((target, _span(frames[j], callee)))
+                try:
+                    function = _callee(frames[j + 1], function, frames[j], frame.module)
+                    name = address_of(function)
+                except Unsupported:
+                    function = _callee_at_run_time(frames[j + 1], function, frames[j])
+                    name = VIA + function.__qualname__
+                targets.append((Target(None, name, (), digest(function)), _span(frames[j], function)))
         _check(addition, function, targets[-1][1])
         if len(targets) == 1 and not inner:
             targets = [(targets[0][0], _with_surroundings(span, function, frame.module, skip_is_left))]
@@ -98,6 +104,40 @@ def locate(addition: Addition, skip_is_left: bool) -> tuple[nn.Module, Location]
     )
 
 
+def sole_addition(method: FunctionType, module: Any) -> Location:
+    """The place of a method's one addition, whose skip is the left operand, without a trace.
+
+    `module` has what the method calls around it.
+    """
+    definition, code = definition_of(method)[2], method.__code__
+    (node,) = (n for n in ast.walk(definition) if isinstance(n, ast.BinOp) and isinstance(n.op, ast.Add))
+    span = _with_surroundings(span_of(node, code.co_firstlineno), method, module, skip_is_left=True)
+    owner = (method.__module__, method.__qualname__.rpartition(".")[0])
+    assert node.end_lineno is not None and node.end_col_offset is not None
+    position = (node.lineno, node.end_lineno, node.col_offset, node.end_col_offset)
+    target = Target(owner, method.__name__, (), digest(method))
+    return Location(((target, span),), code.co_filename, position, code.co_qualname)
+
+
+def keyed(addition: Addition, location: Location, lasti: int) -> Location | None:
+    """The same place, with the call (at an instruction of the same code) whose callee tells its steps apart.
+
+    None where the callee cannot be kept in a variable from the call to the addition.
+    """
+    ((target, span),) = location.targets
+    holders = (_method(type(f.module), f.code) for f in addition.frames if f.module is not None)
+    function = next(found[3] for found in holders if found)
+    definition = definition_of(function)[2]
+    try:
+        key = _span(Frame(addition.frames[0].code, lasti, None), function)
+        call = expression_at(function, key, (ast.Call,))
+    except (Unsupported, EulernetError):
+        return None
+    if any(call in ast.walk(scope) for scope in without_variables(definition)):
+        return None
+    return replace(location, targets=((target, replace(span, key=key)),))
+
+
 def nowhere(addition: Addition) -> tuple[nn.Module, Location]:
     """What is known of an addition whose source cannot be had."""
     code = addition.frames[0].code
@@ -106,6 +146,12 @@ def nowhere(addition: Addition) -> tuple[nn.Module, Location]:
     if module is None:
         raise Unsupported("it is not made by a method of a module")
     return module, Location((), code.co_filename, (line, line, 0, addition.frames[0].lasti), code.co_qualname)
+
+
+def _is_attribute(frame: Frame) -> bool:
+    """Whether the module keeps the method itself in an attribute, which another method of its class does not reach."""
+    held = (value for name, value in vars(frame.module).items() if name != "forward")
+    return any(getattr(getattr(value, "__func__", None), "__code__", None) is frame.code for value in held)
 
 
 def _method(cls: type, code: CodeType) -> tuple[type, str, tuple[str, ...], FunctionType] | None:
@@ -133,6 +179,10 @@ def _wrapped(function: FunctionType, depth: int = 6) -> Iterator[tuple[tuple[str
             if isinstance(content, FunctionType):
                 for path, inner in _wrapped(content, depth - 1):
                     yield (name, *path), inner
+        for name, content in (function.__kwdefaults__ or {}).items():  # beartype keeps it there
+            if isinstance(content, FunctionType):
+                for path, inner in _wrapped(content, depth - 1):
+                    yield (f"={name}", *path), inner
 
 
 def _contains(outer: CodeType, inner: CodeType) -> bool:
@@ -150,7 +200,7 @@ def _callee(caller: Frame, function: FunctionType, frame: Frame, module: nn.Modu
             receiver = caller.code.co_varnames[0] if caller.code.co_argcount else None
             holder = type(module) if base == receiver and caller.module is module else _lookup(function, base)
             value = inspect.getattr_static(holder, attribute, None)
-            value = value.__func__ if isinstance(value, staticmethod) else value
+            value = value.__func__ if isinstance(value, staticmethod) else None if holder is type(module) else value
     if (
         not isinstance(value, FunctionType)
         or value.__code__ is not frame.code
@@ -160,6 +210,22 @@ def _callee(caller: Frame, function: FunctionType, frame: Frame, module: nn.Modu
             f"it is made by {frame.code.co_qualname}, which {function.__qualname__} does not call by name"
         )
     return value
+
+
+def _callee_at_run_time(caller: Frame, function: FunctionType, frame: Frame) -> FunctionType:
+    """What stands for the function that `caller` calls by whatever expression, and whose frame is `frame`."""
+    where = f"it is made by {frame.code.co_qualname}"
+    if frame.code.co_name == "<lambda>":
+        raise Unsupported(f"{where}, a lambda; write it as a function with def")
+    expression_at(function, _span(caller, function), (ast.Call,))
+    callee = stand_in(frame.code)
+    try:
+        definition = definition_of(callee)[2]
+    except EulernetError as error:
+        raise Unsupported(f"{where}, which {function.__qualname__} calls: {error}") from error
+    if any(isinstance(n, ast.Yield | ast.YieldFrom) for n in ast.walk(definition)):
+        raise Unsupported(f"{where}, a generator")
+    return callee
 
 
 def _lookup(function: FunctionType, name: str) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -20,6 +20,7 @@ from eulernet._find.graph import StepCall
 from eulernet._find.inputs import as_arguments, guess_inputs
 from eulernet._find.locate import Location, locate, nowhere
 from eulernet._find.sandbox import Sandbox, no_fakes_left
+from eulernet._find.sites import Group, TracedSite, grouped, pair_modes, step_calls_of
 from eulernet._find.trace import Addition, Trace, all_modules
 from eulernet._run.patched import restore_class
 from eulernet._source import Unsupported
@@ -53,6 +54,7 @@ class FoundStep:
     step: Step
     module: nn.Module
     sites: tuple[Site, ...]
+    host: nn.Module  # that makes the additions; where it is not `module`, that is the one that made the branch
     error: EulernetError | None = None  # why its source cannot be rewritten
 
 
@@ -68,12 +70,16 @@ class Search:
     step_calls: dict[int, list[tuple[int, StepCall]]]  # the index of a step -> the runs it was seen in, and as what
 
 
+# Which of these sites lead through a call that calls, in these runs, something else than was seen: `_patch.prove`.
+Unproven = Callable[[Sequence[TracedSite], Sequence[Run]], list[TracedSite]]
+
+
 @contextlib.contextmanager
-def search(model: nn.Module, example_inputs: Any) -> Iterator[Search]:
+def search_by(model: nn.Module, example_inputs: Any, unproven: Unproven) -> Iterator[Search]:
     """Find the steps of a model that is not patched, or of the original of one that is."""
     sandboxes: list[Sandbox] = []
     with alone(), no_fakes_left(model, sandboxes):
-        result = apart(lambda: _search(model, example_inputs, sandboxes))
+        result = apart(lambda: _search(model, example_inputs, sandboxes, unproven))
         try:
             yield result
         finally:
@@ -81,9 +87,9 @@ def search(model: nn.Module, example_inputs: Any) -> Iterator[Search]:
                 kept.clear()
 
 
-def _search(model: nn.Module, example_inputs: Any, sandboxes: list[Sandbox]) -> Search:
+def _search(model: nn.Module, example_inputs: Any, sandboxes: list[Sandbox], unproven: Unproven) -> Search:
     runs, traces, notes = _run(model, example_inputs, sandboxes)
-    return _collect(model, runs, traces, notes)
+    return _collect(model, runs, traces, notes, unproven)
 
 
 def _run(model: nn.Module, example_inputs: Any, sandboxes: list[Sandbox]) -> tuple[list[Run], list[Trace], list[str]]:
@@ -173,23 +179,9 @@ def _guessed(model: nn.Module, training: bool) -> tuple[tuple[Any, ...], dict[st
     return guess
 
 
-@dataclass(eq=False)
-class _TracedSite:
-    location: Location
-    module: nn.Module
-    skip_is_left: bool
-    subtracts: bool
-    step_calls: dict[bool, list[StepCall]]  # training -> its runs
-    error: EulernetError | None = None
-
-    @property
-    def calls(self) -> tuple[int, int]:
-        return len(self.step_calls[False]), len(self.step_calls[True])
-
-
-def _collect(model: nn.Module, runs: list[Run], traces: list[Trace], notes: list[str]) -> Search:
+def _collect(model: nn.Module, runs: list[Run], traces: list[Trace], notes: list[str], unproven: Unproven) -> Search:
     names = _names(model)
-    sites: dict[Any, _TracedSite] = {}
+    sites: dict[Any, TracedSite] = {}
     unsupported: dict[str, None] = {}
     refused: set[int] = set()  # ids of the additions that are not supported
     sums = [classify(trace) for trace in traces]
@@ -211,19 +203,30 @@ def _collect(model: nn.Module, runs: list[Run], traces: list[Trace], notes: list
                 at = origin_of(step_call.addition, trace, run.sandbox.original, model)
                 unsupported[f"{names[at.module]} ({at.file}:{at.line}): {reason}"] = None
                 refused.add(id(step_call.addition))
+    for site in unproven([s for s in sites.values() if any(s.step_calls.values())], runs):
+        for step_call in (*site.step_calls[False], *site.step_calls[True]):
+            refused.add(id(step_call.addition))
+        site.step_calls = {False: [], True: []}
+        location = site.location
+        unsupported[
+            f"{names[site.host]} ({location.file}:{location.line}): it is made by {location.function}, which something "
+            "in between calls that is not written in Python"
+        ] = None
     account = _account(model, runs[0], traces[0], sums[0], refused, names)
     notes.extend(account.twins)
     breaks = dict.fromkeys(at for trace in traces for at in trace.breaks)
     notes.extend(f"{at}: what is made of it is not traced back to the model's input" for at in breaks)
-    groups = _group([s for s in sites.values() if any(s.step_calls.values())])
-    _pair_modes(groups, runs, traces, names, notes)
+    traced = {run.training: (trace, run.sandbox.original) for run, trace in zip(runs, traces, strict=True)}
+    groups = grouped([s for s in sites.values() if any(s.step_calls.values())], traced, model)
+    notes.extend(pair_modes(groups, [{of.get(c.module) for c in trace.calls} for trace, of in traced.values()], names))
     # Long steps last, so that those which `patch` scales by default are numbered without gaps.
-    numbers = {id(g): i for i, g in enumerate(sorted(groups, key=lambda g: any(e.long for e in _step_calls(g))))}
+    numbers = {id(g): i for i, g in enumerate(sorted(groups, key=lambda g: any(e.long for e in step_calls_of(g))))}
     found = [
         FoundStep(
             _step(numbers[id(group)], group, groups, names),
             group[0].module,
             tuple(Site(s.location, s.skip_is_left, s.subtracts, s.calls) for s in group),
+            group[0].host,
             next((s.error for s in group if s.error is not None), None),
         )
         for group in groups
@@ -286,7 +289,7 @@ def _origin(addition: Addition) -> Any:
     return tuple((f.code, f.lasti, id(f.module)) for f in frames[: last + 1])
 
 
-def _site(step_call: StepCall, sandbox: Sandbox, sites: dict[Any, _TracedSite]) -> _TracedSite:
+def _site(step_call: StepCall, sandbox: Sandbox, sites: dict[Any, TracedSite]) -> TracedSite:
     if not step_call.supported:
         if step_call.coupled:
             raise Unsupported(
@@ -307,8 +310,8 @@ def _site(step_call: StepCall, sandbox: Sandbox, sites: dict[Any, _TracedSite]) 
     module = sandbox.original.get(twin)
     if module is None:
         raise Unsupported(f"the {type(twin).__name__} that makes it is no part of the model")
-    new = _TracedSite(
-        location, module, step_call.skip_is_left, "sub" in step_call.addition.op, {False: [], True: []}, error
+    new = TracedSite(
+        location, module, module, step_call.skip_is_left, "sub" in step_call.addition.op, {False: [], True: []}, error
     )
     site = sites.setdefault((id(module), location.targets or location.position), new)
     if site.skip_is_left != step_call.skip_is_left:
@@ -316,50 +319,8 @@ def _site(step_call: StepCall, sandbox: Sandbox, sites: dict[Any, _TracedSite]) 
     return site
 
 
-def _group(sites: list[_TracedSite]) -> list[list[_TracedSite]]:
-    """One step a site, but the places of parallel branches in one module are one step."""
-    group_of: dict[int, list[_TracedSite]] = {}
-    groups: list[list[_TracedSite]] = []
-    for site in sites:
-        step_calls = [*site.step_calls[False], *site.step_calls[True]]
-        group = group_of.get(id(step_calls[0].first))
-        if group is None or group[0].module is not site.module:
-            group = []
-            groups.append(group)
-        group.append(site)
-        group_of.update((id(step_call), group) for step_call in step_calls)
-    return groups
-
-
-def _pair_modes(
-    groups: list[list[_TracedSite]], runs: list[Run], traces: list[Trace], names: dict[nn.Module, str], notes: list[str]
-) -> None:
-    """Eval and train mode may add at different places of one module: those are one step, place by place."""
-    if len(runs) < 2:
-        return
-    called = [{r.sandbox.original.get(c.module) for c in trace.calls} for r, trace in zip(runs, traces, strict=True)]
-    for module in {id(g[0].module): g[0].module for g in groups}.values():
-        if not all(module in modules for modules in called):
-            continue
-        mine = [g for g in groups if g[0].module is module]
-        only_eval = [g for g in mine if not any(s.step_calls[True] for s in g)]
-        only_train = [g for g in mine if not any(s.step_calls[False] for s in g)]
-        if len(only_eval) == len(only_train):
-            for one, other in zip(only_eval, only_train, strict=True):
-                one.extend(other)
-                groups.remove(other)
-            continue
-        for mode, missing in (("training", only_eval), ("eval mode", only_train)):
-            for group in missing:
-                location = group[0].location
-                notes.append(
-                    f"{names[module]} ({type(module).__name__}) runs in both modes, but in {mode} not the step at "
-                    f"{location.file}:{location.line}: there h has no effect on it"
-                )
-
-
-def _step(index: int, group: list[_TracedSite], groups: list[list[_TracedSite]], names: dict[nn.Module, str]) -> Step:
-    step_calls = _step_calls(group)
+def _step(index: int, group: Group, groups: list[Group], names: dict[nn.Module, str]) -> Step:
+    step_calls = step_calls_of(group)
     module = group[0].module
     if any(e.long for e in step_calls):
         kind: StepKind = "long"
@@ -368,7 +329,7 @@ def _step(index: int, group: list[_TracedSite], groups: list[list[_TracedSite]],
     else:
         kind = "projection" if step_calls[0].kind == "projection" else "identity"
     around = [
-        g for g in groups if any(o.long and e.addition.result in o.within for o in _step_calls(g) for e in step_calls)
+        g for g in groups if any(o.long and e.addition.result in o.within for o in step_calls_of(g) for e in step_calls)
     ]
     module_name, number = _named(group, groups, names)
     return Step(
@@ -387,24 +348,17 @@ def _step(index: int, group: list[_TracedSite], groups: list[list[_TracedSite]],
     )
 
 
-def _named(
-    group: list[_TracedSite], groups: list[list[_TracedSite]], names: dict[nn.Module, str]
-) -> tuple[str, int | None]:
+def _named(group: Group, groups: list[Group], names: dict[nn.Module, str]) -> tuple[str, int | None]:
     """The name of a step's module, and the step's number where the module has several."""
     module = group[0].module
     mine = [g for g in groups if g[0].module is module]
     return "" if names[module] == ROOT else names[module], mine.index(group) if len(mine) > 1 else None
 
 
-def _place(site: _TracedSite) -> Place:
+def _place(site: TracedSite) -> Place:
     line, end_line, column, end_column = site.location.position
     skip: Literal["left", "right"] = "left" if site.skip_is_left else "right"
     return Place(site.location.file, line, column, site.location.function, skip, end_line, end_column)
-
-
-def _step_calls(group: list[_TracedSite]) -> list[StepCall]:
-    """What ran, in eval mode where anything did."""
-    return [e for s in group for e in s.step_calls[False]] or [e for s in group for e in s.step_calls[True]]
 
 
 def _names(model: nn.Module) -> dict[nn.Module, str]:

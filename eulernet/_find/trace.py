@@ -97,6 +97,7 @@ class ModuleCall:
     parent: int
     start: int
     end: int = sys.maxsize
+    site: tuple[CodeType, int] | None = None  # the code and the instruction that called it
 
 
 @dataclass
@@ -294,7 +295,8 @@ class Tracer(TorchFunctionMode):
         for tensor in tensors_in((args, kwargs)):
             self.node(tensor)  # what comes from the caller is older than the call
         self.inside = inside
-        self.trace.calls.append(ModuleCall(module, self.stack[-1] if self.stack else -1, len(self.trace.nodes)))
+        parent, site = self.stack[-1] if self.stack else -1, _calling(sys._getframe(1))
+        self.trace.calls.append(ModuleCall(module, parent, len(self.trace.nodes), site=site))
         self.stack.append(len(self.trace.calls) - 1)
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -436,6 +438,13 @@ def _frames(frame: Any) -> Iterator[Frame]:
             first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
             yield Frame(code, frame.f_lasti, first if isinstance(first, nn.Module) else None)
         frame = frame.f_back
+
+
+def _calling(frame: Any) -> tuple[CodeType, int] | None:
+    """Where a module is called, from a hook of its own."""
+    while frame is not None and frame.f_code.co_filename == _MODULE_CALL:
+        frame = frame.f_back
+    return None if frame is None else (frame.f_code, frame.f_lasti)
 
 
 def _codes(frame: Any) -> Iterator[CodeType]:

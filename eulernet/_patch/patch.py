@@ -9,27 +9,40 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
-from eulernet._checks import brief, check_model, check_module, is_sharded
+from eulernet._checks import brief, check_model, check_module, each_of, is_sharded
 from eulernet._commit import commit
 from eulernet._errors import EulernetError, EulernetWarning
 from eulernet._find.absorb import absorbing, check_scalable, refusal, scale_parameters
 from eulernet._find.apart import apart
-from eulernet._find.search import FoundStep, Search, search
+from eulernet._find.search import FoundStep, Search
 from eulernet._patch.cautions import depth_twice, kept_at_one, not_supported, rounded_away, trained
+from eulernet._patch.prove import search
+from eulernet._patch.saved import read_steps
 from eulernet._patch.select import HLike, Selector, names_given, select, values
 from eulernet._patch.subclass import patched_class
 from eulernet._run.factor import LearnedFactor, StepFactor
-from eulernet._run.hooks import StepInputs, add_step_hook
+from eulernet._run.hooks import StepInputs, add_step_hook, remove_step_hooks
 from eulernet._run.learned import Slot, check_shared, checked, plan_learned
-from eulernet._run.patched import Become, Factor, Patched, bound, check_names, original, original_class, slots
-from eulernet._source import Unsupported
-from eulernet._step import Step, Steps
+from eulernet._run.patched import (
+    Become,
+    Factor,
+    Patched,
+    bound,
+    check_names,
+    original,
+    original_class,
+    places_of,
+    restore_class,
+    slots,
+)
+from eulernet._source import Targets, Unsupported
+from eulernet._step import ROOT, Step, Steps
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -82,6 +95,7 @@ def patch(
             on step names to numbers (the first match wins, the rest get 1); a function of a `Step`, such as the rules
             in `eulernet.schedules`; "auto", which is `inverse_sqrt()` of them, 1 / sqrt(D); or `Steps`, for example
             those that `Steps.from_json` read: without `include` and `exclude` these steps, and no others, get their h.
+            Likewise the steps that a checkpoint of a patched model holds: a folder (`Path`), a file, a state dict.
         example_inputs: as for `find_steps`.
         include, exclude: which steps: a pattern on names (`"layer1"`, `"blocks.*.attn"`), a module class, a function
             `(step) -> bool`, or a list of these. Long steps are scaled only where `include` names them.
@@ -93,7 +107,8 @@ def patch(
             whose names are equal up to their last number, such as all of `layer1` in a ResNet or all `blocks` of a ViT;
             "model": one for all. Each is h = exp(log_h), so positive, and log_h a parameter of the block, of shape (1,)
             (FSDP2 takes no scalars) and of the block's dtype: `layer1.0.log_h`, or `blocks.0.log_h_0` and
-            `blocks.0.log_h_1` where a block has several steps. Blocks that share an h hold the same parameter, as tied
+            `blocks.0.log_h_1` where a block has several steps; where one line of a loop adds for all layers, of the
+            module with the loop: `log_h_layers_0`. Blocks that share an h hold the same parameter, as tied
             weights do (and as with these, FSDP2 refuses to shard them apart, and Hugging Face's `save_pretrained` to
             write them). log_h must have no weight decay, which would pull h to 1. In float16 and bfloat16 it is rounded
             like any parameter. The branch is kept for the gradient of h, and copied where it is the left operand of an
@@ -103,8 +118,9 @@ def patch(
         The same model.
 
     Raises:
-        EulernetError: no step was found, a value or pattern is wrong, a source cannot be rewritten, or the function
-            cannot be preserved. The model is then as it was.
+        EulernetError: no step was found, a value or pattern is wrong, the source of a step that `include` names (or of
+            all) cannot be rewritten, or the function cannot be preserved. The model is then as it was. After any other
+            error, an interrupt included, it is as it was or as it was to be, and the same call can be made again.
 
     Warns:
         EulernetWarning: something was seen that is not scaled; the model seems to be trained, and its function is not
@@ -127,6 +143,7 @@ def patch(
             f'preserve must be True, False or "where_possible", not {brief(preserve)}; for example preserve=True'
         )
     sharing = checked(trainable)
+    h = read_steps(h, model)
     with search(model, example_inputs) as result:
         by_index = {f.step.index: f for f in result.found}
         if not by_index:
@@ -141,33 +158,37 @@ def patch(
             )
         ordered = [by_index[i] for i in sorted(by_index)]
         chosen = select([f.step for f in ordered], [f.module for f in ordered], include, exclude, h)
-        for step in chosen:
-            if (error := by_index[step.index].error) is not None:
-                raise EulernetError(
-                    f"{step.name} ({step.module_class}): {error} Or leave it out: "
-                    f"eulernet.patch(model, ..., exclude={step.name!r})"
-                )
         hs = dict(zip([s.index for s in chosen], values(h, chosen), strict=True))
-        scales = _preserving(model, result, hs, preserve) if preserve else {}
-        try:
-            changes = _changes([by_index[s.index] for s in chosen], hs, model)
-        except Unsupported as reason:
-            raise EulernetError(f"{type(model).__name__} cannot be patched: {reason}; exclude= that step") from reason
-        blocks = [(change.module, change.steps, change.hs) for change in changes]
-        learned = [] if sharing is None else plan_learned(model, blocks, sharing)
+        refused = {i: str(error) for i in hs if (error := by_index[i].error) is not None}
+        wrong = dict(refused)
+        while True:  # what cannot be scaled is left out, until the rest is proven
+            _leave_out([by_index[i].step for i in wrong], refused, hs, include)
+            scales = _preserving(model, result, hs, preserve) if preserve else {}
+            try:
+                changes = _changes([by_index[i] for i in hs], hs, model, result.found)
+            except Unsupported as reason:
+                raise EulernetError(
+                    f"{type(model).__name__} cannot be patched: {reason}; exclude= that step"
+                ) from reason
+            blocks = [(change.module, [f.step for f in change.found], change.hs) for change in changes]
+            learned = [] if sharing is None else plan_learned(model, blocks, sharing)
+            wrong = apart(lambda: _prove(result, changes))  # noqa: B023 (called at once)
+            if not wrong:
+                break
+            refused |= wrong
         twice = [] if preserve else list(depth_twice(model, result, h))
-        apart(lambda: _prove(result, changes))
     check_scalable(model, scales)
     cautions = [
         *kept_at_one([f.step for f in ordered if f.step.index in result.main and f.step.index not in hs]),
         *not_supported(result.steps.unsupported),
+        *(f"not scaled: {(s := by_index[i].step).name} ({s.module_class}): {why}" for i, why in refused.items()),
         *result.steps.notes,
         *twice,
     ]
     if not preserve:
         if not isinstance(h, Steps) and any(value != 1 for value in hs.values()):  # Steps restore what was there
             cautions += trained(model)
-        cautions += rounded_away(model, ((c.module, value) for c in changes for value in c.hs))
+        cautions += rounded_away(model, ((f.module, hs[f.step.index]) for c in changes for f in c.found))
     if cautions:  # before anything is changed, since whoever calls may have made errors of warnings
         warnings.warn("\n".join(cautions), EulernetWarning, stacklevel=2)
     taken = {change.module for change in changes}
@@ -176,7 +197,7 @@ def patch(
             *scale_parameters(scales),
             *(original(m) for m in model.modules() if isinstance(m, Patched) and m not in taken),
             *(
-                change.of(change.module, [slot for slot in learned if slot.module is change.module])
+                change.of(lambda module: module, [slot for slot in learned if slot.module is change.module])
                 for change in changes
             ),
         ]
@@ -211,7 +232,7 @@ def factors_now(model: nn.Module, result: Search) -> dict[int, float]:
     found = {f.step.name: f for f in result.found}
     factors = {}
     for module, slot, step in slots(model):
-        patched = {targets for targets, number, *_ in module._euler_plan if number == slot}
+        patched = {module._euler_plan[place][0] for place in places_of(module, slot)}
         if step.name not in found or patched != {site.location.targets for site in found[step.name].sites}:
             raise EulernetError(
                 f"{step.name} ({type(module).__name__}) is patched, but these example inputs do not lead to the same "
@@ -238,8 +259,16 @@ def steps(model: nn.Module) -> Steps:
     return Steps([step for _, step, _ in bound(model, "steps")])
 
 
-def set_h(model: Model, h: HLike) -> Model:
+Models = TypeVar("Models", bound=nn.Module | Sequence[nn.Module])
+
+
+def set_h(model: Models, h: HLike) -> Models:
     """Give the steps of a patched model new step factors; `h` as for `patch`. Compiled graphs are not compiled again.
+
+    A copy of a model, such as the average of its weights, has an h of its own: `set_h([model, average], 0.1)`.
+
+    Another thread may run the model meanwhile: each addition takes the old h or the new one, never a mixture. Steps of
+    one forward pass may differ in which of the two they take.
 
     Raises:
         EulernetError: the model is not patched, or a value is wrong; then nothing is changed.
@@ -254,10 +283,12 @@ def set_h(model: Model, h: HLike) -> Model:
         >>> [step.h for step in eulernet.steps(eulernet.set_h(layer, {"<root>:0": 0.5, "*": 0.25}))]
         [0.5, 0.25]
     """
-    planned = _planned(model, h)
-    for caution in rounded_away(model, [(module, value) for module, _, value in planned]):
-        warnings.warn(caution, EulernetWarning, stacklevel=2)
-    commit([change for _, factor, value in planned for change in factor.set(value)])
+    models = each_of(model, "set_h")
+    planned = [(one, *plan) for one in models for plan in _planned(one, h)]
+    for one in models:
+        for caution in rounded_away(one, [(module, value) for of, module, _, value in planned if of is one]):
+            warnings.warn(caution, EulernetWarning, stacklevel=2)
+    commit([change for _, _, factor, value in planned for change in factor.set(value)])
     return model
 
 
@@ -270,6 +301,7 @@ def _planned(model: nn.Module, h: HLike) -> list[tuple[nn.Module, Factor, float]
     """For each step of a patched model its module, its factor and the new value, after all checks."""
     held = bound(model, "set_h")
     steps = [step for _, step, _ in held]
+    h = read_steps(h, model)
     names_given(h, steps)
     hs = values(h, steps)
     check_shared([(step, factor, value) for (_, step, factor), value in zip(held, hs, strict=True)])
@@ -315,46 +347,79 @@ def is_patched(model: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class _Change:
-    """What happens to one module: its new class, its steps, and their h."""
+    """What happens to one module: its new class, its steps, their h, and who made the branches of which of them."""
 
     module: nn.Module
     cls: type[nn.Module]
-    steps: list[Step]
-    hs: list[float]
     found: list[FoundStep]
+    hs: list[float]
+    places: dict[Targets, int] = field(default_factory=dict)
+    keys: dict[nn.Module, dict[int, int | None]] = field(default_factory=dict)  # place -> step, None: not chosen
 
-    def of(self, module: nn.Module, learned: Sequence[Slot] = ()) -> Become:
-        """The change, of the module or of a copy of it, with these parameters for its h."""
-        like = next((p for p in (*module.parameters(), *module.buffers()) if p.is_floating_point()), None)
-        factors: list[Factor] = [StepFactor(h, like) for h in self.hs]
+    def of(self, twin: Callable[[nn.Module], nn.Module], learned: Sequence[Slot] = ()) -> Become:
+        """The change, of the module or of its `twin` in a copy, with these parameters for its h."""
+        factors: list[Factor] = [StepFactor(h, _like(twin(f.module))) for f, h in zip(self.found, self.hs, strict=True)]
         for slot in learned:
             factors[slot.number] = LearnedFactor(slot.name)
-        return Become(module, self.cls, factors, self.steps, {slot.name: slot.parameter for slot in learned})
+        parameters = {slot.name: slot.parameter for slot in learned}
+        keys = {twin(key): at for key, at in self.keys.items()}
+        return Become(twin(self.module), self.cls, factors, [f.step for f in self.found], parameters, keys)
 
 
-def _changes(found: Sequence[FoundStep], hs: dict[int, float], model: nn.Module) -> list[_Change]:
+def _like(module: nn.Module) -> Tensor | None:
+    return next((p for p in (*module.parameters(), *module.buffers()) if p.is_floating_point()), None)
+
+
+def _changes(
+    found: Sequence[FoundStep], hs: dict[int, float], model: nn.Module, everything: Sequence[FoundStep]
+) -> list[_Change]:
     changes = []
-    for module in {id(f.module): f.module for f in found}.values():
-        mine = [f for f in found if f.module is module]
-        plan = [(s.location.targets, slot, s.skip_is_left, s.subtracts) for slot, f in enumerate(mine) for s in f.sites]
+    for module in {id(f.host): f.host for f in found}.values():
+        mine = [f for f in found if f.host is module]
+        plan: dict[Targets, Any] = {}
+        for slot, f in enumerate(mine):
+            for s in f.sites:
+                own = slot if f.module is module else None
+                plan.setdefault(s.location.targets, (s.location.targets, own, s.skip_is_left, s.subtracts))
+        places = {targets: place for place, targets in enumerate(plan)}
+        slots = {f.step.index: slot for slot, f in enumerate(mine)}
+        keys: dict[nn.Module, dict[int, int | None]] = {}
+        for f in everything:
+            for s in f.sites if f.host is module and f.module is not module else ():
+                if s.location.targets in places:
+                    keys.setdefault(f.module, {})[places[s.location.targets]] = slots.get(f.step.index)
         check_names(module, mine[0].step)
-        cls = patched_class(original_class(module), tuple(plan))
-        changes.append(_Change(module, cls, [f.step for f in mine], [hs[f.step.index] for f in mine], mine))
+        cls = patched_class(original_class(module), tuple(plan.values()))
+        changes.append(_Change(module, cls, mine, [hs[f.step.index] for f in mine], places, keys))
     layers = {id(c.module) for c in changes if isinstance(c.module, nn.TransformerEncoderLayer)}
     for encoder in model.modules():
         if isinstance(encoder, nn.TransformerEncoder) and any(id(layer) in layers for layer in encoder.layers):
-            changes.append(_Change(encoder, patched_class(original_class(encoder), ()), [], [], []))
+            changes.append(_Change(encoder, patched_class(original_class(encoder), ()), [], []))
     return changes
 
 
-def _prove(search: Search, changes: Sequence[_Change]) -> None:
-    """Run the patched copies: each step must go through `_euler_step` as often as it was found."""
+def _leave_out(wrong: Sequence[Step], refused: dict[int, str], hs: dict[int, float], include: Selector) -> None:
+    """Take steps that cannot be scaled out of those that are; an error where `include` names one, or none is left."""
+    given = [include] if isinstance(include, str) else list(include) if isinstance(include, list | tuple | set) else []
+    for step in wrong:
+        if step.name in given or (step.module_name or ROOT) in given or hs.keys() <= refused.keys():
+            raise EulernetError(
+                f"{step.name} ({step.module_class}): {refused[step.index]} Or leave it out: "
+                f"eulernet.patch(model, ..., exclude={step.name!r})"
+            )
+    for step in wrong:
+        del hs[step.index]
+
+
+def _prove(search: Search, changes: Sequence[_Change]) -> dict[int, str]:
+    """Run the patched copies: each step must go through `_euler_step` as often as it was found. Those that do not."""
+    wrong: dict[int, str] = {}
     for sandbox in {id(run.sandbox): run.sandbox for run in search.runs}.values():
-        twins = {id(module): twin for twin, module in sandbox.original.items()}
-        counts: Counter[tuple[int, int]] = Counter()
+        twins = {module: twin for twin, module in sandbox.original.items()}
+        counts: Counter[tuple[int, int, int]] = Counter()
         for change in changes:
-            twin = twins[id(change.module)]
-            change.of(twin).make()
+            twin = twins[change.module]
+            change.of(twins.__getitem__).make()
             add_step_hook(twin, partial(_count, counts, id(change.module)))
         for run in search.runs:
             if run.sandbox is not sandbox:
@@ -362,18 +427,20 @@ def _prove(search: Search, changes: Sequence[_Change]) -> None:
             counts.clear()
             sandbox.run(run.args, run.kwargs, training=run.training)
             for change in changes:
-                sites = [(f, s) for f in change.found for s in f.sites]
-                for place, (found, site) in enumerate(sites):
-                    passed, expected = counts[id(change.module), place], site.calls[run.training]
+                for slot, found, site in ((i, f, s) for i, f in enumerate(change.found) for s in f.sites):
+                    place, expected = change.places[site.location.targets], site.calls[run.training]
+                    passed = counts[id(change.module), place, slot]
                     if passed != expected:
-                        raise EulernetError(
-                            f"{found.step.name} ({found.step.module_class}): the addition at "
-                            f"{site.location.file}:{site.location.line} ran {expected} times, but {passed} times as a "
-                            "step once it was rewritten; nothing was changed. Leave it out: eulernet.patch(model, ..., "
-                            f"exclude={found.step.name!r})"
+                        wrong[found.step.index] = (
+                            f"the addition at {site.location.file}:{site.location.line} ran {expected} times, but "
+                            f"{passed} times as a step once it was rewritten."
                         )
+        for change in changes:
+            remove_step_hooks(twins[change.module])
+            restore_class(twins[change.module])
+    return wrong
 
 
-def _count(counts: Counter[tuple[int, int]], module: int, seen: StepInputs, add: Callable[[], Any]) -> Any:
-    counts[module, seen.place] += 1
+def _count(counts: Counter[tuple[int, int, int]], module: int, seen: StepInputs, add: Callable[[], Any]) -> Any:
+    counts[module, seen.place, seen.slot] += 1
     return add()

@@ -16,6 +16,7 @@ from typing import Any
 from eulernet._find.surroundings import epilogue
 from eulernet._run.patched import (
     ADD_NORM,
+    CALL_VIA,
     DEFER,
     DEFER_MUL,
     EPILOGUE,
@@ -27,13 +28,25 @@ from eulernet._run.patched import (
     STEP_IN_PLACE,
     TAKE_NORM,
 )
-from eulernet._source import Span, bind, compiled, definition_of, operands_of, receiver_of, span_of, stands_at
+from eulernet._source import (
+    Span,
+    bind,
+    compiled,
+    definition_of,
+    operands_of,
+    receiver_of,
+    span_of,
+    stands_at,
+    without_variables,
+)
 
 _RECEIVER = "_euler_self"  # the first parameter that a free function gets
 
 
 def rewrite(function: FunctionType, edits: dict[Span, tuple[str, int]], free: bool) -> FunctionType:
     """The function with each addition ("step", place) made a step, each call ("call", k) led to a rewritten function.
+
+    ("via", k) is a call whose callee is asked for when it is called.
 
     A `free` function gets the module as a first parameter of its own.
     """
@@ -61,15 +74,50 @@ def rewrite(function: FunctionType, edits: dict[Span, tuple[str, int]], free: bo
             if block and call is not None:  # two statements become the second one, around what the first one adds
                 call.args = [node]  # type: ignore[list-item]
                 del block[i]
-    editor = _Editor(edits, function, receiver)
+    keys = _keep_keys(mine, edits, first)
+    editor = _Editor(edits, function, receiver, keys)
     mine.body = [editor.visit(node) for node in mine.body]
     code = compiled(tree, statement, ast.fix_missing_locations(copied), function)
     assert code is not None
     return bind(function, code)
 
 
+def _keep_keys(definition: ast.FunctionDef, edits: dict[Span, tuple[str, int]], first: int) -> dict[int, list[int]]:
+    """The calls, by their ids, whose callee is a key, and the places that it is the key of.
+
+    Calls of the same expression elsewhere, as in the other half of an `if`, are treated alike. The variable is None at
+    the start of each run of the innermost loop (or function) that holds both, so that it is never an earlier one's.
+    """
+    keys: dict[int, list[int]] = {}
+    for span, (_, place) in edits.items():
+        if span.key is None:
+            continue
+        nodes = list(ast.walk(definition))
+        call = next(n for n in nodes if isinstance(n, ast.Call) and stands_at(n, span.key, first))
+        sum_ = next(
+            n for n in nodes if isinstance(n, ast.BinOp | ast.AugAssign | ast.Call) and stands_at(n, span, first)
+        )
+        loops = (n.body for n in nodes if isinstance(n, ast.For | ast.AsyncFor | ast.While))
+        bodies = [definition.body, *loops]  # the outer ones first
+        inside = [[n for statement in body for n in ast.walk(statement)] for body in bodies]
+        number = max(i for i, held in enumerate(inside) if call in held and sum_ in held)
+        elsewhere = {id(n) for scope in without_variables(definition) for n in ast.walk(scope)}
+        for node in inside[number]:
+            if isinstance(node, ast.Call) and id(node) not in elsewhere and ast.dump(node.func) == ast.dump(call.func):
+                keys.setdefault(id(node), []).append(place)
+        unset = ast.Assign([ast.Name(_key_name(place), ast.Store())], ast.Constant(None))
+        line = bodies[number][0].lineno
+        unset.lineno, unset.end_lineno, unset.col_offset, unset.end_col_offset = line, line, 0, 0
+        bodies[number].insert(0, ast.fix_missing_locations(unset))
+    return keys
+
+
 class _Editor(ast.NodeTransformer):
-    def __init__(self, edits: dict[Span, tuple[str, int]], function: FunctionType, receiver: str) -> None:
+    def __init__(
+        self, edits: dict[Span, tuple[str, int]], function: FunctionType, receiver: str, keys: dict[int, list[int]]
+    ) -> None:
+        self.keys = keys
+        self.keyed = {place for span, (_, place) in edits.items() if span.key is not None}
         self.edits = edits
         self.function = function
         self.receiver = receiver
@@ -84,9 +132,18 @@ class _Editor(ast.NodeTransformer):
                 return self._with_add_norm(node, target, sum_, edit[1][1], edit[0].add_norm)
         edit = self._edit(node)
         self.generic_visit(node)
+        if isinstance(node, ast.Call):
+            for place in self.keys.get(id(node), ()):  # evaluated once, where it was, and kept until the addition
+                kept = ast.NamedExpr(ast.Name(_key_name(place), ast.Store()), node.func)
+                node.func = ast.copy_location(kept, node.func)
         if edit is None:
             return self._surrounding(node) if isinstance(node, ast.Call | ast.BinOp | ast.Name) else node
         _, (kind, index) = edit
+        if kind == "via":
+            assert isinstance(node, ast.Call)
+            call = ast.Call(self._attribute(CALL_VIA), [node.func, ast.Constant(index)], [])
+            node.func = ast.copy_location(call, node.func)
+            return node
         if kind == "call":
             assert isinstance(node, ast.Call)
             node.func = ast.copy_location(self._attribute(f"{FUNCTION}{index}"), node.func)
@@ -151,10 +208,16 @@ class _Editor(ast.NodeTransformer):
         return (name.endswith("_") and not name.endswith("__")) or name.strip("_") in ("iadd", "isub")
 
     def _call(self, method: str, operands: list[ast.expr], index: int, keywords: list[ast.keyword]) -> ast.Call:
+        if index in self.keyed:
+            keywords = [*keywords, ast.keyword("key", ast.Name(_key_name(index), ast.Load()))]
         return ast.Call(self._attribute(method), [*operands, ast.Constant(index)], keywords)
 
     def _attribute(self, name: str) -> ast.Attribute:
         return ast.Attribute(ast.Name(self.receiver, ast.Load()), name, ast.Load())
+
+
+def _key_name(place: int) -> str:
+    return f"_euler_key_{place}"
 
 
 def _normed_name(place: int) -> str:

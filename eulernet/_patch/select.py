@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from os import PathLike
 from typing import Any, Literal, TypeVar
 
 from torch import nn
@@ -20,7 +21,8 @@ _NUMBERED = re.compile(r"(.*?)(?::([\d*?!\[\]-]*))?", re.DOTALL)  # what stands 
 # Which steps: a pattern on names, a class of modules, a predicate, or several of these; None for what is the default.
 Selector = Pattern | type | Callable[[Step], bool] | Iterable["Selector"] | None
 # What `patch` takes as h.
-HLike = float | Literal["auto"] | Sequence[float] | Mapping[str, float] | Callable[[Step], float] | Steps
+Checkpoint = PathLike[str] | Mapping[str, Any]  # a folder, a file, or a state dict
+HLike = float | Literal["auto"] | Sequence[float] | Mapping[str, float] | Callable[[Step], float] | Steps | Checkpoint
 
 
 def matches(pattern: str, name: str, number: int | None = None) -> bool:
@@ -166,6 +168,12 @@ def values(h: Any, steps: Sequence[Step]) -> list[float]:
             f"h={h.__name__} is a class, not a rule: make one of it, as in eulernet.schedules.inverse()"
         )
     if callable(h) and not isinstance(h, nn.Module):
+        unknown = [s.name for s in steps if s.depth == 0]
+        if unknown:
+            raise EulernetError(
+                f"h: a rule needs the depth of {_list(unknown)}, which nobody has traced yet: layers of eulernet.nn. "
+                'Once for the whole model: eulernet.patch(model, h="auto", example_inputs=...)'
+            )
         example = "it is called with one Step and returns its h, h=lambda step: 1 / step.depth"
         return [_checked(_called(h, s, f"h={_shown(h)}", example), s.name) for s in steps]
     value = _checked(h, None)

@@ -7,8 +7,9 @@ import types
 import weakref
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from eulernet._checks import brief
@@ -16,8 +17,8 @@ from eulernet._commit import Change
 from eulernet._errors import EulernetError
 from eulernet._patch.rewrite import rewrite
 from eulernet._run.factor import LearnedFactor
-from eulernet._run.patched import FUNCTION, Become, Patched, Plan, original, original_class
-from eulernet._source import Span, Target, Unsupported, digest, expression_at, free_function, rebuild
+from eulernet._run.patched import FUNCTION, KEYS, SLOTS, Become, Patched, Plan, original, original_class, places_of
+from eulernet._source import VIA, Span, Target, Unsupported, digest, expression_at, free_function, rebuild
 
 # Weak, so that a class that was made in a function goes when its last patched model does.
 _classes: weakref.WeakValueDictionary[tuple[type[nn.Module], Plan], type[nn.Module]] = weakref.WeakValueDictionary()
@@ -41,13 +42,14 @@ def _build(original: type[nn.Module], plan: Plan) -> type[nn.Module]:
         level.setdefault(target, {})[span] = place
 
     functions: dict[str, types.FunctionType] = {}
+    vias: list[Callable[[Any], Any]] = []
     methods: dict[type, dict[str, Any]] = {}
     for target, edits in tree.items():
         owner = _owner(original, target)
         namespace = methods.setdefault(owner, {})
         value = namespace.get(target.name) or vars(owner)[target.name]
         packages = frozenset(cls.__module__.partition(".")[0] for cls in original.__mro__)
-        change = partial(_rewrite, target=target, edits=edits, functions=functions, packages=packages)
+        change = partial(_rewrite, target=target, edits=edits, called=_Called(functions, vias, packages))
         namespace[target.name] = rebuild(value, target.path, change)
 
     bases: list[type] = [Patched, original]
@@ -60,6 +62,7 @@ def _build(original: type[nn.Module], plan: Plan) -> type[nn.Module]:
         **functions,
         "_euler_original": original,
         "_euler_plan": plan,
+        "_euler_vias": tuple(vias),
         "_euler_restore": staticmethod(restore),
         "_euler_places": tuple((slot, left, -1 if subtracts else 1) for _, slot, left, subtracts in plan),
     }
@@ -88,12 +91,19 @@ def _subclass(of: type, bases: tuple[type, ...], namespace: dict[str, Any]) -> A
     return types.new_class(of.__name__, bases, exec_body=fill)
 
 
+class _Called(NamedTuple):
+    """What methods call: rewritten functions by their names, those found at run time, the packages they may be in."""
+
+    functions: dict[str, types.FunctionType]
+    vias: list[Callable[[Any], Any]]
+    packages: frozenset[str]
+
+
 def _rewrite(
     function: types.FunctionType,
     target: Target,
     edits: dict[Span, Any],
-    functions: dict[str, types.FunctionType],
-    packages: frozenset[str],
+    called: _Called,
 ) -> types.FunctionType:
     if digest(function) != target.digest:
         raise EulernetError(
@@ -101,21 +111,54 @@ def _rewrite(
             "changed. Install the version of the library with which the model was patched, or build the model anew, "
             "load its state_dict, and patch it with h=Steps.from_json(...)."
         )
+    for span in edits:
+        expression_at(function, span, (ast.BinOp, ast.AugAssign, ast.Call))
+    return rewrite(function, _spans(edits, called), free=target.owner is None)
+
+
+def _spans(edits: dict[Span, Any], called: _Called) -> dict[Span, tuple[str, int]]:
+    """What becomes of each expression of a function; the functions that it calls are rewritten on the way."""
     spans: dict[Span, tuple[str, int]] = {}
     for span, edit in edits.items():
-        expression_at(function, span, (ast.BinOp, ast.AugAssign, ast.Call))
         if isinstance(edit, int):
             spans[span] = ("step", edit)
             continue
         ((callee, inner),) = edit.items()
-        free = free_function(callee.name, packages)
+        if callee.name.startswith(VIA):
+            spans[span] = ("via", len(called.vias))
+            called.vias.append(lambda function: function)  # keeps the number
+            called.vias[spans[span][1]] = _via(callee, _spans(inner, called))
+            continue
+        free = free_function(callee.name, called.packages)
         if free is None:
             raise EulernetError(f"{callee.name}, which makes the addition of a patched step, does not exist any more")
-        number = len(functions)
-        functions[f"{FUNCTION}{number}"] = free  # keeps the number while the inner ones get theirs
-        functions[f"{FUNCTION}{number}"] = _rewrite(free, callee, inner, functions, packages)
+        number = len(called.functions)
+        called.functions[f"{FUNCTION}{number}"] = free  # keeps the number while the inner ones get theirs
+        called.functions[f"{FUNCTION}{number}"] = _rewrite(free, callee, inner, called)
         spans[span] = ("call", number)
-    return rewrite(function, spans, free=target.owner is None)
+    return spans
+
+
+def _via(target: Target, spans: dict[Span, tuple[str, int]]) -> Callable[[Any], Any]:
+    """What gives each function at a call, all of one source, with its addition rewritten."""
+    made: dict[int, types.FunctionType] = {}  # by the function's id, as long as it lives: a compiler looks it up here
+
+    def rewritten(function: Any) -> Any:
+        return made[id(function)] if id(function) in made else make(function)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def make(function: Any) -> types.FunctionType:
+        if function is None or digest(function) != target.digest:
+            called = getattr(function, "__qualname__", "something that is no function in Python")
+            raise EulernetError(
+                f"{called} is called where {target.name.removeprefix(VIA)} was when the model was patched; patch it "
+                "again: eulernet.patch(model, h=eulernet.steps(model), example_inputs=...)"
+            )
+        made[id(function)] = rewrite(function, spans, free=True)
+        weakref.finalize(function, made.pop, id(function), None).atexit = False
+        return made[id(function)]
+
+    return rewritten
 
 
 def _owner(cls: type, target: Target) -> type:
@@ -155,12 +198,12 @@ def _is_plan(plan: Any) -> bool:
     for targets, slot, left, subtracts in plan:
         pairs = [pair for pair in targets if isinstance(pair, tuple)] if isinstance(targets, tuple) else []
         flags = [type(flag) for flag in (slot, left, subtracts)]
-        if not pairs or len(pairs) < len(targets) or flags != [int, bool, bool]:
+        if not pairs or len(pairs) < len(targets) or flags[0] not in (int, type(None)) or flags[1:] != [bool, bool]:
             return False
         if not all(len(p) == 2 and isinstance(p[0], Target) and isinstance(p[1], Span) for p in pairs):
             return False
     slots = {slot for _, slot, _, _ in plan}
-    return slots == set(range(len(slots)))
+    return None in slots or slots == set(range(len(slots)))  # a key has the others
 
 
 def remove_steps(model: nn.Module, folded: set[tuple[int, int]]) -> list[Change]:
@@ -176,12 +219,23 @@ def remove_steps(model: nn.Module, folded: set[tuple[int, int]]) -> list[Change]
             if not kept and not around:
                 changes.append(original(module))
             elif len(kept) < len(module._euler):
-                plan = tuple(
-                    (t, kept.index(slot), left_, sub) for t, slot, left_, sub in module._euler_plan if slot in kept
-                )
-                cls = patched_class(original_class(module), plan)
-                factors, steps = [module._euler[slot] for slot in kept], [module._euler_steps[slot] for slot in kept]
-                names = [factor.name for factor in factors if isinstance(factor, LearnedFactor)]
-                parameters = {name: p for name in names if (p := module._parameters.get(name)) is not None}
-                changes.append(Become(module, cls, factors, steps, parameters))
+                changes.append(_keeping(module, kept))
     return changes
+
+
+def _keeping(module: Any, kept: list[int]) -> Become:
+    """The change that leaves these steps of a module, which are numbered anew, as are the places."""
+    number = {slot: i for i, slot in enumerate(kept)}
+    places = sorted({place for slot in kept for place in places_of(module, slot)})
+    entries = [module._euler_plan[place] for place in places]
+    plan = tuple((t, None if slot is None else number[slot], left, sub) for t, slot, left, sub in entries)
+    keys: dict[nn.Module, dict[int, int | None]] = {}
+    for key in module.__dict__.get(KEYS, ()):
+        held = {places.index(p): number.get(slot) for p, slot in key.__dict__[SLOTS].items() if p in places}
+        if held:
+            keys[key] = held
+    factors, steps = [module._euler[slot] for slot in kept], [module._euler_steps[slot] for slot in kept]
+    names = [factor.name for factor in factors if isinstance(factor, LearnedFactor)]
+    parameters = {name: p for name in names if (p := module._parameters.get(name)) is not None}
+    cls = patched_class(original_class(module), plan)
+    return Become(module, cls, factors, steps, parameters, keys)

@@ -22,6 +22,8 @@ class StepFactor:
     `.half()` would round it, and it would appear in the `state_dict`.
     """
 
+    scheduled = False  # whether an HScheduler moves it
+
     def __init__(self, value: float, like: Tensor | None = None) -> None:
         self.value = value
         self.move(like)
@@ -52,8 +54,40 @@ class StepFactor:
     def bound_to(self, module: Any) -> StepFactor:
         return self
 
+    @property
+    def saved(self) -> float | str:
+        """What stands for it beside the weights."""
+        return self.value
+
     def __str__(self) -> str:
         return f"{self.value:.4g}"
+
+
+class UnsettledFactor(StepFactor):
+    """The h of a layer of `eulernet.nn` that was given "auto", before the model that holds it is patched: none."""
+
+    def __init__(self) -> None:
+        """It has no number and no tensor."""
+
+    @property
+    def value(self) -> float:  # type: ignore[override]
+        raise EulernetError(
+            'the model holds layers of eulernet.nn with h="auto", which depends on the whole of it and is not settled '
+            'yet; call eulernet.patch(model, h="auto", example_inputs=...) once'
+        )
+
+    @property
+    def saved(self) -> str:
+        return str(self)
+
+    def current(self, module: Any) -> float | Tensor:
+        return self.value
+
+    def to_device_of(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """There is nothing to move."""
+
+    def __str__(self) -> str:
+        return "auto"
 
 
 class LearnedFactor:
@@ -77,6 +111,11 @@ class LearnedFactor:
 
     def to_device_of(self, fn: Callable[[Tensor], Tensor]) -> None:
         """The module has moved the parameter with all others."""
+
+    @property
+    def saved(self) -> str:
+        """Its value is among the weights."""
+        return self.name
 
     @property
     def parameter(self) -> nn.Parameter:

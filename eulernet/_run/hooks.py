@@ -43,29 +43,36 @@ def add_step_hook(module: Any, hook: StepHook) -> None:
 
     What stands around the addition is not fused with it meanwhile.
     """
-    here, cls = weakref.ref(module), type(module)  # not the module itself, which would then hold itself
+    here: Callable[[], Any] = weakref.ref(module)  # not the module itself, which would then hold itself
+    cls = type(module)
     places = cls._euler_places
 
     def around(method: Callable[..., Any]) -> Callable[..., Any]:
-        def step(left: Any, right: Any, place: int, alpha: float = 1) -> Any:
-            slot, skip_is_left, sign = places[place]
+        def step(left: Any, right: Any, place: int, alpha: float = 1, key: Any = None) -> Any:
+            _, skip_is_left, sign = places[place]
             skip, branch = (left, right) if skip_is_left else (right, left)
-            seen = StepInputs(place, slot, skip, branch, sign * alpha if skip_is_left else sign)
-            return hook(seen, lambda: method(here(), left, right, place, alpha))
+            times = sign * alpha if skip_is_left else sign
+            return see(place, key, skip, branch, times, lambda: method(here(), left, right, place, alpha, key))
 
         return step
 
-    def scale(branch: Any, place: int) -> Any:
-        method = getattr(cls, SCALE)
-        return hook(StepInputs(place, places[place][0], None, branch, 1), lambda: method(here(), branch, place))
+    def see(place: int, key: Any, skip: Any, branch: Any, times: float, add: Callable[[], Any]) -> Any:
+        slot = here()._euler_slot(place, key)
+        return add() if slot is None else hook(StepInputs(place, slot, skip, branch, times), add)
+
+    def scale(branch: Any, place: int, key: Any = None) -> Any:
+        return see(place, key, None, branch, 1, lambda: getattr(cls, SCALE)(here(), branch, place, key))
 
     def before_epilogue(step: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda then, left, right, place: then(step(left, right, place))
+        return lambda then, left, right, place, key=None: then(step(left, right, place, key=key))
 
     steps = {name: around(getattr(cls, name)) for name in (STEP, STEP_IN_PLACE)}
-    module.__dict__.update({**steps, SCALE: scale, DEFER: lambda before, branch, place: before(branch)})
-    module.__dict__[DEFER_MUL] = lambda left, right, gamma_first, place: left * right
-    module.__dict__[ADD_NORM] = lambda norm, left, right, place: (steps[STEP](left, right, place), None)
+    module.__dict__.update({**steps, SCALE: scale, DEFER: lambda before, branch, place, key=None: before(branch)})
+    module.__dict__[DEFER_MUL] = lambda left, right, gamma_first, place, key=None: left * right
+    module.__dict__[ADD_NORM] = lambda norm, left, right, place, key=None: (
+        steps[STEP](left, right, place, key=key),
+        None,
+    )
     module.__dict__[EPILOGUE] = before_epilogue(steps[STEP])
     module.__dict__[EPILOGUE_IN_PLACE] = before_epilogue(steps[STEP_IN_PLACE])
 

@@ -60,7 +60,7 @@ def plan_learned(
     model: nn.Module, blocks: Iterable[tuple[nn.Module, Sequence[Step], Sequence[float]]], sharing: str
 ) -> list[Slot]:
     """A parameter for the h of each step of these blocks; nothing is changed."""
-    registered = set(model.modules())
+    registered = {module: name for name, module in model.named_modules()}
     parameters: dict[object, nn.Parameter] = {}
     slots: list[Slot] = []
     shared: list[tuple[Step, object, float]] = []
@@ -71,7 +71,7 @@ def plan_learned(
                     f"{step.name}: the module is not registered in {type(model).__name__}, so that its h would not be "
                     f"in model.parameters(); patch without trainable=, or with exclude={step.name!r}"
                 )
-            like = _first_of(module, model)
+            like = _first_of(model.get_submodule(step.module_name), module, model)
             if like.device.type == "meta":
                 raise EulernetError(
                     f"{step.name} is on the meta device, where the parameter of a learned h has no value. Put the "
@@ -88,7 +88,7 @@ def plan_learned(
                     f'on {parameters[key].device}; use trainable="step"'
                 )
             shared.append((step, parameters[key], h))
-            slots.append(Slot(module, number, _free_name(module, step), parameters[key]))
+            slots.append(Slot(module, number, _free_name(module, registered[module], step, slots), parameters[key]))
     check_shared(shared)
     return slots
 
@@ -112,11 +112,15 @@ def check_shared(steps: Iterable[tuple[Step, object, float]]) -> None:
             )
 
 
-def _free_name(module: nn.Module, step: Step) -> str:
-    """`log_h`, or `log_h_1` for the step `:1` of its module."""
+def _free_name(module: nn.Module, module_name: str, step: Step, slots: Iterable[Slot]) -> str:
+    """`log_h`, `log_h_1` for the step `:1` of its module, `log_h_layers_0` where a loop has a step for each layer."""
     name = "log_h" if step.number is None else f"log_h_{step.number}"
+    if step.module_name != module_name:
+        key = step.module_name.removeprefix(f"{module_name}." if module_name else "").replace(".", "_")
+        name = name.replace("log_h", f"log_h_{key}")
+    taken = any(slot.module is module and slot.name == name for slot in slots)
     mine = [f.name for f in module.__dict__.get(FACTORS, ()) if isinstance(f, LearnedFactor)]
-    if hasattr(module, name) and name not in mine:
+    if taken or (hasattr(module, name) and name not in mine):
         raise EulernetError(
             f"{step.name} ({step.module_class}) has an attribute {name} of its own, the name that its learned h would "
             f"get; patch without trainable=, or with exclude={step.name!r}"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copyreg
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -12,10 +14,10 @@ from torch.nn.utils import parametrize
 
 from eulernet._checks import check_module, unwrapped
 from eulernet._commit import put_back
-from eulernet._errors import EulernetError
+from eulernet._errors import EulernetError, EulernetWarning
 from eulernet._run import fuse
 from eulernet._run.factor import LearnedFactor, StepFactor, scale, scaled_add, scaled_add_
-from eulernet._source import Targets
+from eulernet._source import Targets, behind
 from eulernet._step import Step, step_name
 
 # ---- the protocol: what rewritten source calls on the module that it belongs to
@@ -25,14 +27,20 @@ EPILOGUE, EPILOGUE_IN_PLACE = "_euler_epilogue", "_euler_epilogue_"
 ADD_NORM, TAKE_NORM = "_euler_add_norm", "_euler_take_norm"
 DEFER, DEFER_MUL, MATERIALIZE = "_euler_defer", "_euler_defer_mul", "_euler_materialize"
 FUNCTION = "_euler_function_"  # with a number: a free function that the addition stands in
+CALL_VIA = "_euler_via"  # with a callee and a number: a function that no name leads to
 # Those that a hook on the steps hides, by entries of the module's __dict__ with their names.
 OBSERVED = (STEP, STEP_IN_PLACE, SCALE, EPILOGUE, EPILOGUE_IN_PLACE, ADD_NORM, DEFER, DEFER_MUL)
-# The entries of a patched module's __dict__: the factors of its steps, and the steps.
-FACTORS, STEPS = "_euler", "_euler_steps"
+# The entries of a patched module's __dict__: the factors of its steps, and the steps. Where one addition in a loop is
+# a step for each module that makes its branch (a key), these modules too; each of them holds which step it is where.
+FACTORS, STEPS, KEYS = "_euler", "_euler_steps", "_euler_keys"
+SLOTS = "_euler_slots"
+KEY = "eulernet"  # under which the steps stand in the metadata of a state dict
 
-# What makes a patched class: for each place its targets, its step's number in the module, and its form.
-Plan = tuple[tuple[Targets, int, bool, bool], ...]
+# What makes a patched class: for each place its targets, its step's number in the module (None where each key has one),
+# and its form.
+Plan = tuple[tuple[Targets, int | None, bool, bool], ...]
 Factor = StepFactor | LearnedFactor
+_ONE = StepFactor(1.0)  # of a key that was not chosen
 
 
 class Patched:
@@ -40,7 +48,8 @@ class Patched:
 
     _euler_original: ClassVar[type[nn.Module]]
     _euler_plan: ClassVar[Plan]
-    _euler_places: ClassVar[tuple[tuple[int, bool, int], ...]]  # the step's number, skip is left, sign
+    _euler_places: ClassVar[tuple[tuple[int | None, bool, int], ...]]  # the step's number, skip is left, sign
+    _euler_vias: ClassVar[tuple[Callable[[Any], Any], ...]]  # each gives a function with its addition rewritten
     _euler_restore: ClassVar[Callable[..., Any]]  # makes the patched class again when a module is unpickled
     _euler: list[Factor]
     _euler_steps: list[Step]
@@ -48,47 +57,74 @@ class Patched:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """A patched class is not announced to the registries of its original's bases."""
 
-    def _euler_step(self, left: Any, right: Any, place: int, alpha: float = 1) -> Any:
+    def _euler_slot(self, place: int, key: Any) -> int | None:
+        """Which step of the module an addition is, None where it was not chosen."""
+        slot = self._euler_places[place][0]
+        if slot is not None:
+            return slot
+        slots = getattr(key.func if isinstance(key, partial) else key, SLOTS, None)
+        if slots is None or place not in slots:
+            what = "no module" if key is None else f"a {type(key).__name__} without an h"
+            raise EulernetError(
+                f"{type(self).__name__}: {what} made the branch of a step that has an h for each module that makes it. "
+                "Patch the model as it is now, with example_inputs that lead here: eulernet.patch(model, "
+                "h=eulernet.steps(model), example_inputs=...)"
+            )
+        return slots[place]  # type: ignore[no-any-return]
+
+    def _euler_factor(self, place: int, key: Any) -> Factor:
+        slot = self._euler_slot(place, key)
+        return _ONE if slot is None else self._euler[slot]
+
+    def _euler_step(self, left: Any, right: Any, place: int, alpha: float = 1, key: Any = None) -> Any:
         slot, skip_is_left, sign = self._euler_places[place]
-        h = self._euler[slot].current(self)
+        h = (self._euler_factor(place, key) if slot is None else self._euler[slot]).current(self)
         if type(left) is fuse.DeferredBranch or type(right) is fuse.DeferredBranch or type(h) is not float:
             return fuse.step(None, left, right, h, skip_is_left, sign * alpha)
         return scaled_add(left, right, h, skip_is_left, sign * alpha)
 
-    def _euler_step_(self, left: Any, right: Any, place: int, alpha: float = 1) -> Any:
+    def _euler_step_(self, left: Any, right: Any, place: int, alpha: float = 1, key: Any = None) -> Any:
         slot, skip_is_left, sign = self._euler_places[place]
-        h = self._euler[slot].current(self)
+        h = (self._euler_factor(place, key) if slot is None else self._euler[slot]).current(self)
         if type(left) is fuse.DeferredBranch or type(right) is fuse.DeferredBranch:
             return fuse.step(None, left, right, h, skip_is_left, sign * alpha, in_place=True)
         return scaled_add_(left, right, h, skip_is_left, sign * alpha)
 
-    def _euler_epilogue(self, then: Any, left: Any, right: Any, place: int) -> Any:
-        slot, skip_is_left, sign = self._euler_places[place]
-        return fuse.step(then, left, right, self._euler[slot].current(self), skip_is_left, sign)
+    def _euler_epilogue(self, then: Any, left: Any, right: Any, place: int, key: Any = None) -> Any:
+        _, skip_is_left, sign = self._euler_places[place]
+        return fuse.step(then, left, right, self._euler_factor(place, key).current(self), skip_is_left, sign)
 
-    def _euler_epilogue_(self, then: Any, left: Any, right: Any, place: int) -> Any:
-        slot, skip_is_left, sign = self._euler_places[place]
-        return fuse.step(then, left, right, self._euler[slot].current(self), skip_is_left, sign, in_place=True)
+    def _euler_epilogue_(self, then: Any, left: Any, right: Any, place: int, key: Any = None) -> Any:
+        _, skip_is_left, sign = self._euler_places[place]
+        h = self._euler_factor(place, key).current(self)
+        return fuse.step(then, left, right, h, skip_is_left, sign, in_place=True)
 
-    def _euler_add_norm(self, norm: str, left: Any, right: Any, place: int) -> tuple[Any, fuse.PrecomputedNorm | None]:
-        slot, skip_is_left, sign = self._euler_places[place]
-        h = self._euler[slot].current(self)
+    def _euler_add_norm(
+        self, norm: str, left: Any, right: Any, place: int, key: Any = None
+    ) -> tuple[Any, fuse.PrecomputedNorm | None]:
+        _, skip_is_left, sign = self._euler_places[place]
+        h = self._euler_factor(place, key).current(self)
         return fuse.add_norm(self, norm, left, right, h, skip_is_left, sign)
 
     def _euler_take_norm(self, norm: Any, state: Any, known: fuse.PrecomputedNorm | None) -> Any:
         return fuse.take_norm(norm, state, known)
 
-    def _euler_defer(self, module: Any, branch: Any, place: int) -> Any:
-        return fuse.defer(module, branch, self._euler[self._euler_places[place][0]])
+    def _euler_defer(self, module: Any, branch: Any, place: int, key: Any = None) -> Any:
+        return fuse.defer(module, branch, self._euler_factor(place, key))
 
-    def _euler_defer_mul(self, left: Any, right: Any, gamma_first: bool, place: int) -> Any:
-        return fuse.defer_mul(left, right, gamma_first, self._euler[self._euler_places[place][0]])
+    def _euler_defer_mul(self, left: Any, right: Any, gamma_first: bool, place: int, key: Any = None) -> Any:
+        return fuse.defer_mul(left, right, gamma_first, self._euler_factor(place, key))
+
+    def _euler_via(self, callee: Any, number: int) -> Any:
+        """What is called here, whatever expression led to it, with its addition made a step."""
+        function, before, keywords = behind(callee)
+        return partial(self._euler_vias[number](function), self, *before, **keywords)
 
     def _euler_materialize(self, value: Any) -> Any:
         return fuse.materialize(value)
 
-    def _euler_scale(self, branch: Any, place: int) -> Any:
-        return scale(branch, self._euler[self._euler_places[place][0]].current(self))
+    def _euler_scale(self, branch: Any, place: int, key: Any = None) -> Any:
+        return scale(branch, self._euler_factor(place, key).current(self))
 
     def extra_repr(self) -> str:
         shown = ", ".join(str(factor.bound_to(self)) for factor in self._euler)
@@ -100,6 +136,27 @@ class Patched:
         for factor in self._euler:
             factor.to_device_of(fn)
         return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """The steps go with the weights: into the metadata of the state dict, which has the same keys as ever."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
+        metadata = getattr(destination, "_metadata", None)
+        if metadata is not None and self._euler:
+            saved = [[step.number, f.saved] for step, f in zip(self._euler_steps, self._euler, strict=True)]
+            metadata.setdefault(prefix[:-1], {})[KEY] = saved
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any) -> None:
+        before, now = [h for _, h in local_metadata.get(KEY, ())], [factor.saved for factor in self._euler]
+        scheduled = any(getattr(factor, "scheduled", False) for factor in self._euler)  # its state is loaded as well
+        if any(isinstance(h, float) for h in before) and before != now and not scheduled:
+            shown = [", ".join(f"{h:g}" if isinstance(h, float) else str(h) for h in hs) for hs in (before, now)]
+            warnings.warn(
+                f"the weights were saved at h = {shown[0]}, and are loaded into steps with h = {shown[1]}. For the h "
+                "of the weights: eulernet.set_h(model, h=state_dict)",
+                EulernetWarning,
+                stacklevel=2,
+            )
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(protocol)
@@ -118,6 +175,8 @@ class Patched:
         super().__setstate__(state)  # type: ignore[misc]
         held = [self.__dict__.get(name) for name in (FACTORS, STEPS)]
         number = len({slot for _, slot, *_ in self._euler_plan})
+        if any(slot is None for _, slot, *_ in self._euler_plan) and isinstance(held[1], list):
+            number = len(held[1])  # the keys, which say which step is whose, may not be filled yet
         if not all(isinstance(values, list) and len(values) == number for values in held):
             raise EulernetError(
                 f"the pickle of {type(self).__name__} has a plan for {number} steps, and not as many step factors. "
@@ -146,6 +205,7 @@ class Become:
     factors: list[Factor] | None = None
     steps: Sequence[Step] = ()
     parameters: Mapping[str, nn.Parameter] = field(default_factory=dict)  # those of `factors`, by their names
+    keys: Mapping[nn.Module, Mapping[int, int | None]] = field(default_factory=dict)  # which step each is at a place
 
     def before(self) -> Callable[[], None]:
         for name in learned_names(self.module):
@@ -156,8 +216,11 @@ class Become:
                 )
         held, cls = self.module.__dict__, type(self.module)
         entries, parameters = dict(held), dict(self.module._parameters)
+        keys = [(key, dict(key.__dict__)) for key in (*held.get(KEYS, ()), *self.keys)]
 
         def undo() -> None:
+            for key, before in keys:
+                put_back(key.__dict__, before)
             put_back(held, entries)
             put_back(self.module._parameters, parameters)
             object.__setattr__(self.module, "__class__", cls)
@@ -180,13 +243,19 @@ class Become:
                     "nothing was changed. Patch without trainable=, or leave it out: eulernet.patch(model, ..., "
                     f"trainable=True, exclude={original_class(module).__name__})"
                 ) from error
+        former = [key for key in held.get(KEYS, ()) if key not in self.keys]
+        for key, at in self.keys.items():
+            key.__dict__[SLOTS] = dict(at)
+        if self.keys:
+            held[KEYS] = list(self.keys)
         if self.factors is not None:
             held.update({FACTORS: self.factors, STEPS: list(self.steps)})
         # Not through the module, whose own __setattr__ may refuse what it does not know.
         object.__setattr__(module, "__class__", on_top_of(self.cls, module))
-        if self.factors is None:
-            for name in (FACTORS, STEPS):
-                held.pop(name, None)
+        for key in former:
+            key.__dict__.pop(SLOTS, None)
+        for name in (FACTORS, STEPS, KEYS) if self.factors is None else () if self.keys else (KEYS,):
+            held.pop(name, None)
 
 
 def learned_names(module: nn.Module) -> list[str]:
@@ -207,11 +276,20 @@ def restore_class(module: nn.Module) -> None:
 
 def slots(model: nn.Module) -> Iterator[tuple[Patched, int, Step]]:
     """The steps of a patched model, as they are named now and with their h: each with its module and number there."""
+    names = {id(module): name for name, module in unwrapped(model).named_modules()}
     for name, module in unwrapped(model).named_modules():
         if isinstance(module, Patched):
+            keys = {slot: key for key in module.__dict__.get(KEYS, ()) for slot in key.__dict__[SLOTS].values()}
             for slot, (step, factor) in enumerate(zip(module._euler_steps, module._euler, strict=True)):
-                called = step_name(name, step.number)
-                yield module, slot, replace(step, name=called, module_name=name, h=factor.bound_to(module).value)
+                at = names.get(id(keys[slot]), step.module_name) if slot in keys else name
+                called = step_name(at, step.number)
+                yield module, slot, replace(step, name=called, module_name=at, h=factor.bound_to(module).value)
+
+
+def places_of(module: Patched, slot: int) -> Iterator[int]:
+    """The places of one step of a patched module."""
+    keyed = {place for key in module.__dict__.get(KEYS, ()) for place, s in key.__dict__[SLOTS].items() if s == slot}
+    return (p for p, (number, *_) in enumerate(module._euler_places) if number == slot or p in keyed)
 
 
 def by_module(model: nn.Module) -> dict[Patched, list[Step]]:
@@ -231,7 +309,10 @@ def bound(model: nn.Module, caller: str) -> list[tuple[Any, Step, Factor]]:
             f"{type(model).__name__} is not patched; call eulernet.patch(model, h=0.1) first "
             "(eulernet.find_steps(model) shows what that would change)"
         )
-    return sorted(held, key=lambda one: one[1].index)
+    held.sort(key=lambda one: one[1].index)
+    if len({step.index for _, step, _ in held}) < len(held):  # parts that were patched apart, layers of eulernet.nn
+        held = [(module, replace(step, index=index), factor) for index, (module, step, factor) in enumerate(held)]
+    return held
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
@@ -244,7 +325,7 @@ def original_class(module: nn.Module) -> type[nn.Module]:
 
 def check_names(module: nn.Module, step: Step) -> None:
     """Raise where a module to be patched has attributes with the names that a patched one gets."""
-    own = {FACTORS, STEPS, *OBSERVED} if isinstance(module, Patched) else set()
+    own = {SLOTS, *((FACTORS, STEPS, KEYS, *OBSERVED) if isinstance(module, Patched) else ())}
     held = {*vars(module), *module._parameters, *module._buffers, *module._modules} - own
     held |= {name for cls in original_class(module).__mro__ for name in vars(cls)}
     if taken := sorted(name for name in held if name.startswith("_euler")):

@@ -12,8 +12,8 @@ from torch import nn
 
 from eulernet._checks import positive, unwrapped
 from eulernet._errors import EulernetError
-from eulernet._find.search import search
 from eulernet._find.starts import counted_twice, relative_starts
+from eulernet._patch.prove import search
 from eulernet._plot import new_figure
 from eulernet._step import as_text
 from eulernet._tune.calibrate import BOUNDS, solve_for_h

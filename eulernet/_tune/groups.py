@@ -11,8 +11,8 @@ from torch import nn
 
 from eulernet._errors import EulernetError
 from eulernet._find.branches import branch_parameters
-from eulernet._find.search import search
 from eulernet._patch.patch import factors_now
+from eulernet._patch.prove import search
 from eulernet._run.factor import LearnedFactor
 from eulernet._run.learned import step_parameters
 from eulernet._run.patched import bound

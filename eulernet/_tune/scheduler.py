@@ -7,12 +7,14 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
+import torch
 from torch import nn
 
-from eulernet._checks import brief, whole_number
+from eulernet._checks import brief, each_of, whole_number
 from eulernet._commit import Set, commit
 from eulernet._errors import EulernetError, EulernetWarning
 from eulernet._patch.cautions import rounded_away
+from eulernet._patch.saved import read_steps
 from eulernet._patch.select import HLike, values
 from eulernet._run.factor import LearnedFactor
 from eulernet._run.patched import FACTORS, bound
@@ -35,13 +37,15 @@ class HScheduler:
 
     Args:
         model: a patched model, also inside `torch.compile`, `DistributedDataParallel` or `DataParallel`. Its h is
-            `start` from now on.
+            `start` from now on. Or a list, `[model, average]`: a copy, such as the average of the weights
+            (`torch.optim.swa_utils.AveragedModel`, `timm.utils.ModelEmaV3`), has an h of its own, and follows.
         start, end: step factors, each given as for `eulernet.patch`: a number, "auto", a rule, a list, a mapping.
         total_steps: how many calls of `step` lead from `start` to `end`, at least 1.
         kind: "linear", "cosine" (half a period, slow at both ends) or "exponential" (the same ratio at each call).
 
     Raises:
-        EulernetError: the model is not patched, its h is learned, or an argument is wrong; then nothing is changed.
+        EulernetError: the model is not patched, a copy has other steps, its h is learned, or an argument is wrong; then
+            nothing is changed.
 
     Warns:
         EulernetWarning: `start` or `end` is lost to rounding in half precision.
@@ -67,7 +71,7 @@ class HScheduler:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | Sequence[nn.Module],
         start: HLike = 1.0,
         end: HLike = 0.1,
         *,
@@ -76,22 +80,43 @@ class HScheduler:
     ) -> None:
         self.total_steps = _count(total_steps, "total_steps", 1)
         self.kind = _kind(kind)
-        held = bound(model, "HScheduler")
+        self._model = each_of(model, "HScheduler")[0]
+        each = [bound(one, "HScheduler") for one in each_of(model, "HScheduler")]
+        held = [one for copy in each for one in copy]
         if any(isinstance(factor, LearnedFactor) for _, _, factor in held):
             raise EulernetError(
-                f"the h of this {type(model).__name__} is learned (it was patched with trainable=), and the optimiser "
-                "moves it. To have a schedule instead: eulernet.HScheduler(eulernet.patch(model, h=0.1), ...)"
+                f"the h of this {type(self._model).__name__} is learned (it was patched with trainable=), and the "
+                "optimiser moves it. To have a schedule instead: eulernet.HScheduler(eulernet.patch(model, h=0.1), ...)"
             )
-        self._steps = [step for _, step, _ in held]
+        self._steps = [step for _, step, _ in each[0]]
+        self._copies = len(each)
+        for number, copy in enumerate(each):
+            if [step.name for _, step, _ in copy] != self._names():
+                raise EulernetError(
+                    f"HScheduler: model {number} of the list has {len(copy)} steps, the first one {len(self._steps)}, "
+                    "or they have other names; copy the model once it is patched"
+                )
         self._factors = [factor for _, _, factor in held]
         self._modules = list(dict.fromkeys(module for module, _, _ in held))
         self._held = self._factors_of_modules()
         self.start = self._endpoint(start, "start")
         self.end = self._endpoint(end, "end")
         least = map(min, self.start, self.end)
-        for caution in rounded_away(model, [(module, h) for (module, _, _), h in zip(held, least, strict=True)]):
+        for caution in rounded_away(
+            self._model, [(module, h) for (module, _, _), h in zip(each[0], least, strict=True)]
+        ):
             warnings.warn(caution, EulernetWarning, stacklevel=2)
+        for factor in self._factors:
+            factor.__dict__["scheduled"] = True
         self._go({"last_step": 0})
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """It has none; Lightning looks for one."""
+        raise AttributeError(
+            "an HScheduler has no optimizer; for Lightning's configure_optimizers write "
+            "eulernet.integrations.lightning.LightningHScheduler(schedule, optimizer)"
+        )
 
     def step(self) -> None:
         """Go on to the next h; call it after each step of the optimiser, or once an epoch.
@@ -154,14 +179,14 @@ class HScheduler:
         return f"HScheduler(kind={self.kind!r}, last_step={self.last_step}, total_steps={self.total_steps})"
 
     def _go(self, state: dict[str, Any]) -> None:
-        """Be in another state, and give the model the h of it."""
-        hs = _on_the_way(self.__dict__ | state)
+        """Be in another state, and give the model, and its copies, the h of it."""
+        hs = _on_the_way(self.__dict__ | state) * self._copies
         moved = [(factor, h) for factor, h in zip(self._factors, hs, strict=True) if factor.value != h]
         commit([Set(self, state), *(change for factor, h in moved for change in factor.set(h))])
 
     def _endpoint(self, h: Any, name: str) -> list[float]:
         try:
-            return values(h, self._steps)
+            return values(read_steps(h, self._model), self._steps)
         except EulernetError as error:
             raise EulernetError(f"HScheduler, {name}: {error}") from None
 

@@ -12,8 +12,8 @@ from torch import nn
 
 from eulernet._checks import check_model, positive, unwrapped, whole_number
 from eulernet._errors import EulernetError
-from eulernet._find.search import search
 from eulernet._find.starts import counted_twice, relative_starts
+from eulernet._patch.prove import search
 from eulernet._step import Step, as_text
 from eulernet.schedules import constant, decreasing, inverse, inverse_sqrt
 

@@ -7,7 +7,21 @@ steps run) and holds its own reference: the same forward written by hand with a 
 >>> from tests.traps import TRAPS, UNSUPPORTED  # both lists, whole
 """
 
-from tests.traps import branches, calls, classes, forms, nested, places, positions, shortcuts, steps, sums, unsupported
+from tests.traps import (
+    branches,
+    callees,
+    calls,
+    classes,
+    forms,
+    loops,
+    nested,
+    places,
+    positions,
+    shortcuts,
+    steps,
+    sums,
+    unsupported,
+)
 from tests.traps.base import TRAPS, UNSUPPORTED, Trap
 
 __all__ = [
@@ -15,9 +29,11 @@ __all__ = [
     "UNSUPPORTED",
     "Trap",
     "branches",
+    "callees",
     "calls",
     "classes",
     "forms",
+    "loops",
     "nested",
     "places",
     "positions",

@@ -44,6 +44,7 @@ class Trap(nn.Module):
     shape: ClassVar[tuple[int, ...]] = (2, 5, DIM)
     fused_inference: ClassVar[bool] = False  # without grad the original runs a fused kernel, equal up to rounding only
     autocast: ClassVar[bool] = True  # the original runs under autocast
+    keyed: ClassVar[bool] = False  # one line of a loop in the model itself makes the steps of its layers
 
     def inputs(self) -> tuple[Any, ...]:
         """The positional arguments of ``forward``."""

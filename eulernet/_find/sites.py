@@ -1,0 +1,136 @@
+"""The places in the source at which the traced steps are made, and which of them are one step.
+
+In a loop, `for attn, ff in self.layers: x = attn(x) + x`, one addition of the source is a step for each layer. What
+tells them apart is the module that made the branch, the key: the callee of a call that stands in the same function.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from eulernet._errors import EulernetError
+from eulernet._find.graph import StepCall
+from eulernet._find.locate import Location, keyed
+from eulernet._find.trace import Trace
+
+Originals = dict[nn.Module, nn.Module]  # a copy's modules -> the model's
+
+
+@dataclass(eq=False)
+class TracedSite:
+    """One addition of the source, with the runs in which it is a step."""
+
+    location: Location
+    module: nn.Module  # which gives the step its name
+    host: nn.Module  # whose method holds the addition; another one than `module` where that is a key
+    skip_is_left: bool
+    subtracts: bool
+    step_calls: dict[bool, list[StepCall]]  # training -> its runs
+    error: EulernetError | None = None
+
+    @property
+    def calls(self) -> tuple[int, int]:
+        return len(self.step_calls[False]), len(self.step_calls[True])
+
+
+Group = list[TracedSite]  # the sites of one step
+
+
+def step_calls_of(group: Group) -> list[StepCall]:
+    """What ran, in eval mode where anything did."""
+    return [e for s in group for e in s.step_calls[False]] or [e for s in group for e in s.step_calls[True]]
+
+
+def grouped(sites: list[TracedSite], runs: dict[bool, tuple[Trace, Originals]], model: nn.Module) -> list[Group]:
+    """The steps, in the order of execution: one a site or a key of it, but parallel branches in one module are one."""
+    split = [by_key(site, runs, model) for site in sites]
+    pairs = {(part.module, part.host) for parts in split if len(parts) > 1 for part in parts}
+    hosts = Counter(key for key, _ in pairs)
+    group_of: dict[int, Group] = {}
+    groups: list[Group] = []
+    for site, parts in zip(sites, split, strict=True):
+        for one in [site] if any(hosts[part.module] > 1 for part in parts) else parts:
+            step_calls = [*one.step_calls[False], *one.step_calls[True]]
+            group = group_of.get(id(step_calls[0].first))
+            if group is None or group[0].module is not one.module or group[0].host is not one.host:
+                group = []
+                groups.append(group)
+            group.append(one)
+            group_of.update((id(step_call), group) for step_call in step_calls)
+    return sorted(groups, key=lambda group: (not any(s.step_calls[False] for s in group), _first(group)))
+
+
+def _first(group: Group) -> int:
+    return min(step_call.addition.result for step_call in step_calls_of(group))
+
+
+def by_key(site: TracedSite, runs: dict[bool, tuple[Trace, Originals]], model: nn.Module) -> list[TracedSite]:
+    """A site for each module that made its branch, where these differ from call to call."""
+    made = [(mode, e, _makers(e, *runs[mode])) for mode, calls in site.step_calls.items() for e in calls]
+    if site.error is not None or len(site.location.targets) != 1 or any(e.long for _, e, _ in made):
+        return [site]
+    at_all = [at for at in made[0][2] if all(at in makers for _, _, makers in made)]
+    if len(made) < 2 or not at_all:
+        return [site]
+    best = max(at_all, key=lambda at: len({makers[at] for _, _, makers in made}))  # of equals the last call
+    keys = dict.fromkeys(makers[best] for _, _, makers in made)
+    if len(keys) < 2 or site.host in keys or not set(keys) <= set(model.modules()):
+        return [site]
+    location = keyed(made[0][1].addition, site.location, best)
+    if location is None:
+        return [site]
+    return [
+        replace(
+            site,
+            location=location,
+            module=key,
+            step_calls={m: [e for mode, e, makers in made if mode == m and makers[best] is key] for m in (False, True)},
+        )
+        for key in keys
+    ]
+
+
+def _makers(step_call: StepCall, trace: Trace, originals: Originals) -> dict[int, nn.Module]:
+    """The calls in the source, the last first, that stand on the way from skip to branch, each with what it called.
+
+    Only what each called last before the addition, which is what a variable set there holds at the addition.
+    """
+    addition = step_call.addition
+    last: dict[int, nn.Module | None] = {}
+    for call in reversed(trace.calls[addition.call + 1 :]):
+        inside = call.parent == addition.call and call.end <= addition.result
+        if inside and call.site is not None and call.site[0] is addition.frames[0].code:
+            on_the_way = any(call.start <= node < call.end for node in step_call.within)
+            last.setdefault(call.site[1], originals.get(call.module) if on_the_way else None)
+    return {at: module for at, module in last.items() if module is not None}
+
+
+def pair_modes(groups: list[Group], called: list[set[nn.Module | None]], names: dict[nn.Module, str]) -> Iterator[str]:
+    """Eval and train mode may add at different places of one module: those are one step, place by place.
+
+    `called`: the modules that ran, for each mode. What has no partner in the other mode is named.
+    """
+    if len(called) < 2:
+        return
+    for module, host in dict.fromkeys((g[0].module, g[0].host) for g in groups):
+        if not all(module in modules for modules in called):
+            continue
+        mine = [g for g in groups if g[0].module is module and g[0].host is host]
+        only_eval = [g for g in mine if not any(s.step_calls[True] for s in g)]
+        only_train = [g for g in mine if not any(s.step_calls[False] for s in g)]
+        if len(only_eval) == len(only_train):
+            for one, other in zip(only_eval, only_train, strict=True):
+                one.extend(other)
+                groups.remove(other)
+            continue
+        for mode, missing in (("training", only_eval), ("eval mode", only_train)):
+            for group in missing:
+                location = group[0].location
+                yield (
+                    f"{names[module]} ({type(module).__name__}) runs in both modes, but in {mode} not the step at "
+                    f"{location.file}:{location.line}: there h has no effect on it"
+                )

@@ -1,0 +1,116 @@
+"""The steps that a checkpoint keeps: in a file beside the weights, in the metadata of a state dict, of safetensors."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from eulernet._checks import unwrapped
+from eulernet._errors import EulernetError
+from eulernet._run.patched import KEY
+from eulernet._step import FILE, Step, Steps, step_name
+
+_WEIGHTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".tar")
+
+
+def read_steps(h: Any, model: nn.Module) -> Any:
+    """`h`, or where it is a checkpoint (a folder, a file, a state dict) the steps in it, by their names in `model`."""
+    if isinstance(h, PathLike):
+        path = Path(h)
+        if not path.exists():
+            raise EulernetError(f"h={str(path)!r}: there is no such file or folder")
+        found = _in_folder(path) if path.is_dir() else _in_file(path)
+        where = str(path)
+    elif isinstance(h, Mapping) and _is_checkpoint(h):
+        found, where = _in_mapping(h), "the state dict"
+    else:
+        return h
+    if found is None:
+        raise EulernetError(
+            f"h: {where} holds no steps of eulernet: what was saved was not patched, or was copied without its "
+            "metadata. Where h is known, give it: eulernet.patch(model, h=0.1). When you save, put the steps beside "
+            "the weights: eulernet.steps(model).save(FOLDER)"
+        )
+    return _named_as_in(model, found)
+
+
+def _is_checkpoint(h: Mapping[Any, Any]) -> bool:
+    """A mapping from patterns to numbers is none."""
+    return hasattr(h, "_metadata") or any(isinstance(v, torch.Tensor | Mapping | str) for v in h.values())
+
+
+def _in_folder(folder: Path) -> Steps | None:
+    if (folder / FILE).is_file():
+        return _in_file(folder / FILE)
+    files = sorted(file for file in folder.iterdir() if file.suffix in _WEIGHTS)
+    return next((steps for file in files if (steps := _in_file(file)) is not None), None)
+
+
+def _in_file(file: Path) -> Steps | None:
+    if file.suffix == ".json":
+        return Steps.from_json(file.read_text())
+    if file.suffix == ".safetensors":
+        with file.open("rb") as stream:  # eight bytes tell how long the header is, which is JSON
+            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        text = header.get("__metadata__", {}).get(KEY)
+        return None if text is None else Steps.from_json(text)
+    try:
+        loaded = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise EulernetError(
+            f"h={str(file)!r}: torch.load(..., weights_only=True) cannot read it ({type(error).__name__}); load it as "
+            "you do otherwise, and pass what it holds: eulernet.patch(model, h=checkpoint['state_dict'])"
+        ) from error
+    return _in_mapping(loaded) if isinstance(loaded, Mapping) else None
+
+
+def _in_mapping(checkpoint: Mapping[Any, Any]) -> Steps | None:
+    if isinstance(text := checkpoint.get(KEY), str):  # what the callbacks write
+        return Steps.from_json(text)
+    metadata = getattr(checkpoint, "_metadata", {})
+    steps = [step for name, of in metadata.items() for step in _of_module(name, of.get(KEY, ()), checkpoint)]
+    if steps:
+        return Steps([replace(step, index=index) for index, step in enumerate(steps)])
+    inner = (value for value in checkpoint.values() if isinstance(value, Mapping))
+    return next((found for value in inner if (found := _in_mapping(value)) is not None), None)
+
+
+def _of_module(name: str, saved: Any, weights: Mapping[str, Any]) -> Iterator[Step]:
+    """The steps of one module: each saved as its number there, and its h or the name of its parameter."""
+    for number, h in saved:
+        if h == "auto":
+            continue
+        if isinstance(h, str):
+            h = math.exp(float(weights[f"{name}.{h}" if name else h]))
+        called = step_name(name, number)
+        yield Step(0, called, "", "identity", (), 1, 0, 0, h=h, module_name=name, number=number)
+
+
+def _named_as_in(model: nn.Module, steps: Steps) -> Steps:
+    """The steps named as in this model, where one of the two has a module around it (a wrapper, a LightningModule)."""
+    modules = {name for name, _ in unwrapped(model).named_modules()}
+    names = [step.module_name for step in steps]
+    first = names[0] if names else ""
+    parts = first.split(".")
+    for cut in (parts[i:] for i in range(len(parts) + 1)):
+        prefix, rest = first.removesuffix(".".join(cut)), ".".join(cut)
+        longer = [name for name in modules if rest and (name == rest or name.endswith(f".{rest}"))]
+        for before in [rest, *longer] if rest in modules else longer:
+            added = before.removesuffix(rest)
+            if all(name.startswith(prefix) and added + name.removeprefix(prefix) in modules for name in names):
+                new = [added + name.removeprefix(prefix) for name in names]
+                return Steps(
+                    [
+                        replace(step, name=step_name(name, step.number), module_name=name)
+                        for step, name in zip(steps, new, strict=True)
+                    ]
+                )
+    return steps  # whoever selects by them says which are unknown
