@@ -142,13 +142,15 @@ def quiet() -> Iterator[None]:
 class Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Draws of torch come from generators of this mode's own, which all begin alike, and not from the process's."""
 
+    supports_higher_order_operators = True
+
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.generators: dict[torch.device, torch.Generator] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if torch.Tag.nondeterministic_seeded in func.tags:
+        if torch.Tag.nondeterministic_seeded in getattr(func, "tags", ()):
             tensors = (a for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
             device = next((t.device for t in tensors), None) or torch.device(kwargs.get("device") or "cpu")
             if device.type != "meta" and kwargs.get("generator") is None:

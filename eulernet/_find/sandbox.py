@@ -52,6 +52,7 @@ class Sandbox:
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool) -> Trace:
         """Run the copy in eval or train mode, and return the trace."""
         tracer = Tracer(self.copy)
+        tracer.kept.update(id(t) for fake in self.fakes if (t := fake()) is not None)  # in a cache since an earlier run
         handles = []
         for module in self.original:
             handles.append(module.register_forward_pre_hook(tracer.enter, with_kwargs=True))
