@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 import textwrap
-import threading
 import types
 import warnings
 from collections.abc import Callable
@@ -421,10 +420,14 @@ def test_a_model_that_fails_on_the_input() -> None:
 
 
 def test_a_model_that_cannot_be_copied() -> None:
-    """What is traced is a copy; the error names what the model holds."""
-    model = Net()
-    model.lock = threading.Lock()
-    error = refused(model, lambda: eulernet.patch(model, 0.1, example_inputs=X), "Net", "cop", "lock", "deepcopy")
+    """What is traced is a copy."""
+
+    class Single(Net):
+        def __deepcopy__(self, memo: Any) -> Any:
+            raise TypeError("there is only one of it")
+
+    model = Single()
+    error = refused(model, lambda: eulernet.patch(model, 0.1, example_inputs=X), "Single", "only one of it", "deepcopy")
     assert isinstance(error.__cause__, TypeError)
 
 

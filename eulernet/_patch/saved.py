@@ -44,7 +44,8 @@ def read_steps(h: Any, model: nn.Module) -> Any:
 
 def _is_checkpoint(h: Mapping[Any, Any]) -> bool:
     """A mapping from patterns to numbers is none."""
-    return hasattr(h, "_metadata") or any(isinstance(v, torch.Tensor | Mapping | str) for v in h.values())
+    weights = any(isinstance(v, Mapping) or (isinstance(v, torch.Tensor) and v.dim() > 0) for v in h.values())
+    return weights or hasattr(h, "_metadata") or KEY in h
 
 
 def _in_folder(folder: Path) -> Steps | None:
