@@ -336,6 +336,9 @@ def check_names(module: nn.Module, step: Step) -> None:
         )
 
 
+_FORMER = "_euler_former"  # of a class on top of a patched one: that which the owner had
+
+
 def on_top_of(cls: type[nn.Module], module: nn.Module) -> type[nn.Module]:
     """`cls`, with the class on top that `torch.nn.utils.parametrize` has given a module of its own.
 
@@ -345,6 +348,11 @@ def on_top_of(cls: type[nn.Module], module: nn.Module) -> type[nn.Module]:
     if not _is_parametrized(top):
         return cls
     names = {name: value for name, value in vars(top).items() if name not in ("__dict__", "__weakref__")}
+    former: Any = names.pop(_FORMER, None)
+    if former is not None and former.__bases__ == (cls,) and names.keys() <= vars(former).keys():
+        return former  # type: ignore[no-any-return]  # the owner's, whose parametrizations are what they were
+    if issubclass(cls, Patched):
+        names[_FORMER] = former or top
     both: type[nn.Module] = type(top)(f"Parametrized{cls.__name__}", (cls,), names)
     return both
 
