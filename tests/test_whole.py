@@ -25,11 +25,22 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 import eulernet
+from eulernet import _commit
+from eulernet._find import apart
 from tests.helpers.blocks import Block, Closed, Frozen, chain
 
 X = torch.linspace(-1, 1, 16).view(2, 8)
 ROOT = str(Path(eulernet.__file__).parent)
 POINTS = int(os.environ.get("EULERNET_POINTS", "16"))
+
+
+@pytest.fixture(autouse=True)
+def locks_are_free_again() -> Iterator[None]:
+    """What is raised at the line of a with statement, as it ends, keeps the lock; no interrupt of Python comes there."""
+    yield
+    for lock in (_commit._LOCK, apart._LOCK):
+        while lock._is_owned():  # type: ignore[attr-defined]
+            lock.release()
 
 
 def patched(h: float = 0.5, **options: Any) -> nn.Module:
