@@ -36,7 +36,7 @@ POINTS = int(os.environ.get("EULERNET_POINTS", "16"))
 
 @pytest.fixture(autouse=True)
 def locks_are_free_again() -> Iterator[None]:
-    """What is raised at the line of a with statement, as it ends, keeps the lock; no interrupt of Python comes there."""
+    """What is raised at the line of a with statement, as it ends, keeps its lock. No interrupt comes there."""
     yield
     for lock in (_commit._LOCK, apart._LOCK):
         while lock._is_owned():  # type: ignore[attr-defined]
