@@ -44,8 +44,9 @@ def read_steps(h: Any, model: nn.Module) -> Any:
 
 def _is_checkpoint(h: Mapping[Any, Any]) -> bool:
     """A mapping from patterns to numbers is none."""
-    weights = any(isinstance(v, Mapping) or (isinstance(v, torch.Tensor) and v.dim() > 0) for v in h.values())
-    return weights or hasattr(h, "_metadata") or KEY in h
+    values = list(h.values())
+    weights = bool(values) and all(isinstance(v, torch.Tensor) for v in values) and any(v.dim() > 0 for v in values)
+    return weights or hasattr(h, "_metadata") or KEY in h or any(isinstance(v, Mapping) for v in values)
 
 
 def _in_folder(folder: Path) -> Steps | None:
