@@ -264,6 +264,8 @@ def alarm() -> Iterator[list[bool]]:
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timers here")
+# An alarm that goes off in a weakref's callback is ignored by Python, which says so.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("name", ["patch", "patch again, to trainable", "unpatch, trainable", "fold"])
 def test_an_interrupt_at_any_time_leaves_the_model_old_or_new(name: str, alarm: list[bool]) -> None:
     model, operation = OPERATIONS[name]()
