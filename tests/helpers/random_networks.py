@@ -837,7 +837,8 @@ class _Writer:
         """One addition that several branches run through in turn."""
         n = 1 + self.below(3)
         body = f"nn.Sequential({self.norm('dim')}, {self.linear('dim', 'dim')}, nn.GELU())"
-        cls.init.append(f"self.bodies = nn.ModuleList([{body} for _ in range({n})])")
+        # One module, so one step: a loop over several is a step for each of them (tests/traps/loops.py).
+        cls.init.append(f"self.bodies = nn.ModuleList([{body}] * {n})")
         h = cls.factor("identity", calls=n)
         cls.forward += ["for body in self.bodies:", f"    x = x + <<self.{h} * >>body(x)  # step"]
 
