@@ -766,9 +766,7 @@ class _Writer:
         if kind == "either":
             width, stride = "out", "1" if self.tokens else "1 if dim == out else 2"
         branch = self.branch(cls, name, "dim", width, stride, deep=kind != "identity", nested=kind == "identity")
-        size = len(cls.steps)
-        added = self.addition(cls, skip, branch, "long" if branch.inner else kind, skip_writable=writable)
-        cls.steps[size:size] = [replace(step, parent=cls.steps[-1].path) for step in branch.inner]
+        added = self.addition(cls, skip, branch, kind, skip_writable=writable)  # one residual in it belongs to the branch
         return [*lines, *branch.lines, *added, *self.after(cls, name, width)]
 
     def block(self, projects: bool = False) -> _Class:
@@ -916,12 +914,7 @@ class _Writer:
         path, w, out = f"self.{name}", str(width), 12 - width
         match choice:
             case "wrapped":
-                n = 1 + self.below(2)
-                bodies = [f"nn.Sequential({self.norm(w)}, {self.linear(w, w)}, nn.Tanh())" for _ in range(n)]
-                cls.init.append(f"{path} = nn.Sequential({', '.join(f'Residual({body})' for body in bodies)})")
-                cls.forward.append(f"x = {path}(x)")
-                cls.steps += [_Local(f"{name}.{i}", "h0", "identity") for i in range(n)]
-                self.helper("Residual")
+                self.wrapped(cls, name, w, 1 + self.below(2))
                 return width
             case "inline":
                 part = _Class(cls.name, factors=cls.factors, functions=cls.functions)
@@ -993,18 +986,27 @@ class _Writer:
                 cls.steps += [step.inside(name) for step in block.steps]
         return width
 
+    def wrapped(self, cls: _Class, name: str, width: str, n: int) -> None:
+        """Steps that a module of their own makes of any function, one after the other."""
+        bodies = [f"nn.Sequential({self.norm(width)}, {self.linear(width, width)}, nn.Tanh())" for _ in range(n)]
+        cls.init.append(f"self.{name} = nn.Sequential({', '.join(f'Residual({body})' for body in bodies)})")
+        cls.forward.append(f"x = self.{name}(x)")
+        cls.steps += [_Local(f"{name}.{i}", "h0", "identity") for i in range(n)]
+        self.helper("Residual")
+
     def stage(self, width: int, nested: bool) -> _Class:
-        """A long skip around blocks that keep the width."""
+        """A long skip around blocks that keep the width; the first of them, a stream, begin at the skip itself."""
         cls = self.new_class("Stage", signature="")
         cls.forward.append("start = x")
-        for i in range(1 + self.below(2)):
+        self.wrapped(cls, "first", str(width), 2 + self.below(2))
+        for i in range(self.below(2)):
             self.site(cls, f"v{i}", width, trunk=False)
         tail = self.maybe()
         if tail:
             cls.init.append(f"self.tail = {self.linear(str(width), str(width))}")
             cls.forward.append("x = self.tail(x)")
         cls.steps = [step if step.parent is not None else replace(step, parent="") for step in cls.steps]
-        h = cls.factor("long" if cls.steps else "identity")
+        h = cls.factor("long")
         if tail and self.maybe():
             cls.forward += [f"<<x.mul_(self.{h}); >>x += start  # step"]
         else:
