@@ -291,7 +291,6 @@ class _Local:
     calls: int = 1
     places: int = 1
     parent: str | None = None
-    alone: bool = False  # in its stream
 
     def inside(self, path: str, calls: int = 1, projects: bool = False) -> _Local:
         """The same step, seen from the class that holds an instance of this one."""
@@ -313,7 +312,6 @@ class _Op:
     module: str | None = None
     saved: bool = False
     idle: bool = False
-    inner: tuple[_Local, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -323,7 +321,6 @@ class _Branch:
     lines: list[str]
     value: str
     writable: bool
-    inner: list[_Local]
 
 
 @dataclass
@@ -454,7 +451,7 @@ class _Writer:
                 return _Op("{m}({x})", f"{self.helper('Permuted')}(nn.Linear({width}, {width}))")
 
     def inner(self, width: str, nested: bool) -> list[_Op]:
-        """Additions inside a branch; of all of them only the nested residual is a step."""
+        """Additions inside a branch, none of which is a step: a lone residual belongs to the branch."""
         excluded = ["nested"] * (not nested) + ["pooling residual"] * self.tokens
         choice = self.pick(INNER, *excluded)
         half = f"{width} // 2"
@@ -477,7 +474,7 @@ class _Writer:
             return []
         text = module()
         self.helper(text.partition("(")[0])
-        return [_Op("{m}({x})", text, inner=(_Local("", "h0", "identity", alone=True),) if choice == "nested" else ())]
+        return [_Op("{m}({x})", text)]
 
     def branch(
         self, cls: _Class, name: str, a: str = "dim", b: str = "dim", stride: str = "1",
@@ -528,27 +525,24 @@ class _Writer:
         if choice in ("one module", "private"):
             private = choice == "private"
             attribute = f"__{name}" if private else name
-            path = f"_{cls.name}{attribute}" if private else name
             cls.init.append(f"self.{attribute} = nn.Sequential({', '.join(op.module or '' for op in ops)})")
-            inner = [step.inside(f"{path}.{i}") for i, op in enumerate(ops) for step in op.inner]
-            return _Branch([], f"self.{attribute}(x)", writable, inner)
+            return _Branch([], f"self.{attribute}(x)", writable)
         calls = []
         for i, op in enumerate(ops):
             if op.module:
                 cls.init.append(f"self.{name}_{i} = {op.module}")
             calls.append(op.call.replace("{m}", f"self.{name}_{i}"))
-        inner = [step.inside(f"{name}_{i}") for i, op in enumerate(ops) for step in op.inner]
         if choice == "one expression":
             value = "x"
             for call in calls:
                 value = call.replace("{x}", f"({value})" if " * " in value else value)
-            return _Branch([], f"({value})" if calls[-1].startswith("{x} *") else value, writable, inner)
+            return _Branch([], f"({value})" if calls[-1].startswith("{x} *") else value, writable)
         variable = name if choice == "statements" else "y"
         lines = [f"{variable} = {call.replace('{x}', variable if i else 'x')}" for i, call in enumerate(calls)]
         if choice == "method":
             cls.methods.append("\n".join([f"def {name}(self, x):", *(f"    {line}" for line in lines), "    return y"]))
-            return _Branch([], f"self.{name}(x)", writable, inner)
-        return _Branch(lines, variable, writable, inner)
+            return _Branch([], f"self.{name}(x)", writable)
+        return _Branch(lines, variable, writable)
 
     def shortcut(self, cls: _Class, name: str, kind: str) -> tuple[list[str], str, str, bool]:
         """Statements, the skip's expression, the step's kind, and whether the skip may be written into."""
@@ -766,7 +760,7 @@ class _Writer:
         if kind == "either":
             width, stride = "out", "1" if self.tokens else "1 if dim == out else 2"
         branch = self.branch(cls, name, "dim", width, stride, deep=kind != "identity", nested=kind == "identity")
-        added = self.addition(cls, skip, branch, kind, skip_writable=writable)  # one residual in it belongs to the branch
+        added = self.addition(cls, skip, branch, kind, skip_writable=writable)
         return [*lines, *branch.lines, *added, *self.after(cls, name, width)]
 
     def block(self, projects: bool = False) -> _Class:
@@ -1078,7 +1072,7 @@ def _named(steps: list[_Local]) -> tuple[KnownStep, ...]:
     of_module = Counter(step.path for step in steps)
     calls: Counter[str | None] = Counter()
     for step in steps:
-        calls[step.parent] += step.calls * (step.kind != "long" and not step.alone)
+        calls[step.parent] += step.calls * (step.kind != "long")
     numbers: Counter[str] = Counter()
     known = []
     for step in steps:
@@ -1086,7 +1080,7 @@ def _named(steps: list[_Local]) -> tuple[KnownStep, ...]:
         if of_module[step.path] > 1:
             name = f"{module}:{numbers[module]}"
             numbers[module] += 1
-        depth = None if step.kind == "long" else 1 if step.alone else calls[step.parent]
+        depth = None if step.kind == "long" else calls[step.parent]
         parent = ROOT if step.parent == "" else step.parent
         known.append(KnownStep(name, module, step.attribute, step.kind, step.calls, step.places, depth, parent))
     return tuple(known)
