@@ -75,18 +75,23 @@ def together(names: Iterable[str]) -> str:
         groups.setdefault(tuple(parts[::2]), []).append(parts)
     first, *rest = groups.values()
     columns = [list(dict.fromkeys(column)) for column in zip(*first, strict=True)]
-    name = "".join(column[0] if len(column) == 1 else f"{{{_ranges(map(int, column))}}}" for column in columns)
+    name = "".join(column[0] if len(column) == 1 else f"{{{','.join(ranges(map(int, column)))}}}" for column in columns)
     return name + (f" and {len(rest)} more" if rest else "")
 
 
-def _ranges(numbers: Iterable[int]) -> str:
+def ranges(numbers: Iterable[int]) -> list[str]:
+    """Whole numbers, those that follow one another together.
+
+    >>> ranges([0, 1, 2, 5])
+    ['0-2', '5']
+    """
     runs: list[list[int]] = []
     for number in sorted(numbers):
         if runs and number == runs[-1][-1] + 1:
             runs[-1].append(number)
         else:
             runs.append([number])
-    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+    return [f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs]
 
 
 # ---- what the picture has

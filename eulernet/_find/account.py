@@ -14,6 +14,7 @@ from torch import nn
 
 from eulernet._find.graph import NORMS, Graph, StepCall
 from eulernet._find.trace import Addition, Trace
+from eulernet._plot import ranges
 from eulernet._step import ROOT, LeftOut, Outside, Reason
 
 Names = Mapping[nn.Module, str]
@@ -146,14 +147,5 @@ def _in_ranges(names: Iterable[str]) -> list[str]:
         split = []
         for (before, after), group in groups.items():
             numbers = [int(parts[place]) for parts in group if len(parts) > place]
-            split += [[*before, text, *after] for text in _ranges(numbers)] if numbers else group
+            split += [[*before, text, *after] for text in ranges(numbers)] if numbers else group
     return ["".join(parts) for parts in split]
-
-
-def _ranges(numbers: list[int]) -> Iterator[str]:
-    start = last = numbers[0]
-    for number in [*numbers[1:], None]:
-        if number is None or number != last + 1:
-            yield str(start) if start == last else f"{start}-{last}"
-            start = number if number is not None else start
-        last = number if number is not None else last

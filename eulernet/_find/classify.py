@@ -37,7 +37,7 @@ def classify(trace: Trace) -> Sums:
                 results[addition.result] = step_call
     kept = steps_of(graph, step_calls)
     number_streams(graph, kept)
-    kept += _other_halves(graph, trace, kept)
+    kept = [*kept, *_other_halves(graph, trace, kept)]
     known: dict[int, Reason | None] = {id(e.addition): e.reason for e in step_calls if e.reason}
     known.update((id(e.addition), None) for e in kept)
     branches = [e.within for e in kept if e.supported and not e.long]
@@ -57,13 +57,13 @@ def _other_halves(graph: Graph, trace: Trace, steps: list[StepCall]) -> Iterator
             if addition.result not in step.within or addition.result in known or len(addition.right) != 1:
                 continue
             for skip, branch in _pairs(addition):
-                if _is_other_half(graph, step, addition.result, skip, branch):
+                if _goes_on_beside(graph, step, addition.result, skip, branch):
                     known.add(addition.result)
                     yield StepCall(addition, "identity", skip, branch, skip == addition.left, skip, coupled=True)
                     break
 
 
-def _is_other_half(graph: Graph, step: StepCall, result: int, skip: int, branch: int) -> bool:
+def _goes_on_beside(graph: Graph, step: StepCall, result: int, skip: int, branch: int) -> bool:
     """Whether a sum in a step's branch goes on beside it, and adds a map of the step's state to what is none of it."""
     goes_on = graph.readers.get(result, set()) - step.within - {step.addition.result}
     alike = all(graph.nodes[n].shape == graph.nodes[step.skip].shape for n in (result, skip, branch))

@@ -19,6 +19,7 @@ from eulernet._find.sandbox import preserve_state
 from eulernet._find.search import short
 from eulernet._patch.patch import is_patched, patch
 from eulernet._patch.select import HLike
+from eulernet._plot import new_figure
 from eulernet._run.hooks import StepInputs, add_step_hook, remove_step_hooks
 from eulernet._run.patched import by_module
 from eulernet._step import Step, as_text
@@ -115,14 +116,11 @@ class DepthCheck:
             The `matplotlib.figure.Figure`.
 
         Raises:
-            EulernetError: matplotlib is not installed.
+            EulernetError: matplotlib is not installed, or the file's ending or folder is wrong.
         """
-        try:
-            from matplotlib import ticker
-            from matplotlib.figure import Figure
-        except ModuleNotFoundError as error:
-            raise EulernetError("matplotlib, which draws, is not installed; run: pip install matplotlib") from error
-        figure = Figure(figsize=(12.5, 3.2), layout="constrained")
+        figure = new_figure(12.5, 3.2, path, layout="constrained")
+        from matplotlib import ticker
+
         depths = [row.steps for row in self.rows]
         for axes, (name, title) in zip(figure.subplots(1, len(_PANELS)), _PANELS, strict=True):
             values = [getattr(row, name) for row in self.rows]
