@@ -146,17 +146,20 @@ class Patched:
             metadata.setdefault(prefix[:-1], {})[KEY] = saved
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)  # type: ignore[misc]
         before, now = [h for _, h in local_metadata.get(KEY, ())], [factor.saved for factor in self._euler]
         scheduled = any(getattr(factor, "scheduled", False) for factor in self._euler)  # its state is loaded as well
         if any(isinstance(h, float) for h in before) and before != now and not scheduled:
             shown = [", ".join(f"{h:g}" if isinstance(h, float) else str(h) for h in hs) for hs in (before, now)]
-            warnings.warn(
-                f"the weights were saved at h = {shown[0]}, and are loaded into steps with h = {shown[1]}. For the h "
-                "of the weights: eulernet.set_h(model, h=state_dict)",
-                EulernetWarning,
-                stacklevel=2,
-            )
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)  # type: ignore[misc]
+            try:
+                warnings.warn(
+                    f"the weights were saved at h = {shown[0]}, and are loaded into steps with h = {shown[1]}. For the "
+                    "h of the weights: eulernet.set_h(model, h=state_dict)",
+                    EulernetWarning,
+                    stacklevel=2,
+                )
+            except EulernetWarning as error:  # torch raises it once all modules have their weights
+                args[-1].append(str(error))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(protocol)
