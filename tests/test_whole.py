@@ -275,7 +275,7 @@ def test_a_parameter_that_is_refused_leaves_all_blocks_as_they_were() -> None:
 
 
 @pytest.mark.parametrize("afterwards", [False, True], ids=["before", "afterwards"])
-@pytest.mark.parametrize("error", [RuntimeError("no"), MemoryError(), KeyboardInterrupt()], ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize("error", [RuntimeError(), MemoryError(), KeyboardInterrupt()], ids=lambda e: type(e).__name__)
 @pytest.mark.parametrize("former", [None, False, True], ids=["plain", "patched", "learned"])
 def test_a_module_that_fails_to_take_a_parameter_leaves_all_blocks_as_they_were(
     former: bool | None, error: BaseException, afterwards: bool, monkeypatch: pytest.MonkeyPatch
