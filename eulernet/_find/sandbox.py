@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
-
 from torch.utils._python_dispatch import _disable_current_modes
 
 from eulernet._draws import Draws, own_numbers
