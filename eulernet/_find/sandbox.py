@@ -6,10 +6,9 @@ import contextlib
 import copy
 import functools
 import gc
-import random
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -17,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
 
-from eulernet._find.apart import Draws, OneDtype, alone, own_numbers, quiet, surely, without_global_hooks
+from eulernet._draws import Draws, own_numbers
+from eulernet._find.apart import OneDtype, alone, quiet, without_global_hooks
 from eulernet._find.tensors import tensors_in
 from eulernet._find.trace import DispatchTracer, Trace, Tracer, all_modules
 
@@ -36,7 +36,8 @@ class Sandbox:
         if self.mode and any(isinstance(v, torch.ScriptObject) for m in all_modules(model) for v in vars(m).values()):
             self.mode.cache_enabled = False  # it compares arguments, which packed weights refuse
         memo: dict[int, Any] = {}
-        with FakeCopyMode(self.mode) if self.mode else contextlib.nullcontext():
+        draws = Draws()
+        with FakeCopyMode(self.mode) if self.mode else contextlib.nullcontext(), own_numbers(draws), draws:
             self.copy: nn.Module = _copy(model, memo)
         self.fakes: list[weakref.ref[Tensor]] = []  # to `forget` once the sandbox is gone
         self.original: dict[nn.Module, nn.Module] = {}
@@ -58,6 +59,7 @@ class Sandbox:
             handles.append(module.register_forward_pre_hook(tracer.enter, with_kwargs=True))
             handles.append(module.register_forward_hook(tracer.leave))
         self.copy.train(training)
+        draws = Draws()
         try:
             with contextlib.ExitStack() as stack:
                 stack.enter_context(torch.set_grad_enabled(training))
@@ -66,8 +68,8 @@ class Sandbox:
                     stack.enter_context(self.mode)
                     stack.enter_context(OneDtype())  # type: ignore[no-untyped-call]
                 else:
-                    stack.enter_context(Draws())  # a layer that is dropped at random is dropped in each run
-                stack.enter_context(own_numbers())
+                    stack.enter_context(draws)  # a layer that is dropped at random is dropped in each run
+                stack.enter_context(own_numbers(draws))
                 stack.enter_context(without_global_hooks(list(self.original)))
                 args, kwargs = self._inputs(args), self._inputs(kwargs)
                 stack.enter_context(DispatchTracer(tracer))
@@ -209,30 +211,17 @@ def _is_module(value: Any) -> bool:
 
 
 @contextlib.contextmanager
-def preserve_state() -> Iterator[None]:
-    """For measurements, which draw from the process's generators: leave these as they are, and call no global hook.
+def measuring(modules: Iterable[nn.Module] = (), seed: int = 0) -> Iterator[None]:
+    """Draw from generators of one's own, and call no hook of the process on these modules of a copy.
 
-    Other threads that draw meanwhile get numbers that were drawn before.
+    Those of torch give what follows on `torch.manual_seed(seed)`.
     """
-    python = random.getstate()
-    numpy = sys.modules.get("numpy")
-    numpy_state = numpy.random.get_state() if numpy else None
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
-    with alone(), quiet(), torch.random.fork_rng(devices=devices), torch.inference_mode(False):
-        module = torch.nn.modules.module
-        hooks = [(held, dict(held)) for held in (module._global_forward_hooks, module._global_forward_pre_hooks)]
-
-        def undo() -> None:
-            for held, before in hooks:
-                held.update(before)
-            random.setstate(python)
-            if numpy:
-                numpy.random.set_state(numpy_state)
-
-        with surely(undo):
-            for held, _ in hooks:
-                held.clear()
-            yield
+    draws = Draws(seed)
+    calm = alone(), quiet(), torch.inference_mode(False), without_global_hooks(list(modules))
+    with contextlib.ExitStack() as stack:
+        for context in (*calm, own_numbers(draws), draws):
+            stack.enter_context(context)
+        yield
 
 
 @contextlib.contextmanager

@@ -12,9 +12,10 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from eulernet._draws import Draws
 from eulernet._errors import EulernetError
 from eulernet._find.account import Origin, left_out, origin_of, outside, reached_at_zero, unequal_twins
-from eulernet._find.apart import Draws, alone, apart
+from eulernet._find.apart import alone, apart
 from eulernet._find.classify import Sums, classify
 from eulernet._find.graph import StepCall
 from eulernet._find.inputs import as_arguments, guess_inputs

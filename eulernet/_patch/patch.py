@@ -267,8 +267,8 @@ def set_h(model: Models, h: HLike) -> Models:
 
     A copy of a model, such as the average of its weights, has an h of its own: `set_h([model, average], 0.1)`.
 
-    Another thread may run the model meanwhile: each addition takes the old h or the new one, never a mixture. Steps of
-    one forward pass may differ in which of the two they take.
+    Another thread may run the model meanwhile: each addition takes the old h or the new one, never a mixture. The
+    additions of one forward pass may differ in which of the two they take.
 
     Raises:
         EulernetError: the model is not patched, or a value is wrong; then nothing is changed.
