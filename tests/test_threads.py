@@ -2,6 +2,7 @@
 
 import logging
 import random
+import subprocess
 import sys
 import threading
 import time
@@ -68,6 +69,13 @@ def test_threads_that_patch_at_once_leave_the_process_as_it_was() -> None:
         assert called
     finally:
         handle.remove()
+
+
+def test_models_are_patched_in_threads_that_end() -> None:
+    """On torch 2.11 without a GPU fake tensors crash once the first thread that had some is gone."""
+    code = "from tests.test_threads import patch_one, together\nfor _ in range(6): together(patch_one)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 def test_the_numbers_that_another_thread_draws_are_those_it_would_draw_alone() -> None:

@@ -11,7 +11,7 @@ import threading
 import types
 import warnings
 from collections.abc import Callable, Iterator
-from functools import wraps
+from functools import cache, wraps
 from typing import Any, TypeVar
 
 import torch
@@ -38,6 +38,7 @@ def apart(work: Callable[[], T]) -> T:
     which Python handles in the main thread, does not reach the middle of torch, where it would end the process. It
     waits for the end of `work`; a second one does not.
     """
+    _hold_guard()
     results: list[T] = []
     errors: list[BaseException] = []
     inherit = _surroundings()
@@ -64,6 +65,26 @@ def apart(work: Callable[[], T]) -> T:
         raise errors[0] if errors else MemoryError("the thread of the trace came to no end")
     finally:
         errors.clear()  # an error holds its frames, and these would hold the error
+
+
+@cache
+def _hold_guard() -> None:
+    """Without a GPU torch 2.11 gives the whole process what the first thread with fake tensors owns.
+
+    That thread is not to end, or the next one would crash.
+    """
+    set_guard = getattr(torch._C, "_ensureCUDADeviceGuardSet", None)
+    if set_guard is None or torch.__version__ >= "2.14" or torch.cuda.is_available():
+        return
+    is_set = threading.Event()
+
+    def hold() -> None:
+        set_guard()
+        is_set.set()
+        threading.Event().wait()
+
+    threading.Thread(target=hold, name="eulernet", daemon=True).start()
+    is_set.wait()
 
 
 def _surroundings() -> Callable[[], contextlib.ExitStack]:

@@ -36,7 +36,7 @@ class Sandbox:
         if self.mode and any(isinstance(v, torch.ScriptObject) for m in all_modules(model) for v in vars(m).values()):
             self.mode.cache_enabled = False  # it compares arguments, which packed weights refuse
         memo: dict[int, Any] = {}
-        with FakeCopyMode(self.mode) if self.mode else contextlib.nullcontext():
+        with FakeCopyMode(self.mode) if self.mode else contextlib.nullcontext(), _generators_cloned():
             self.copy: nn.Module = _copy(model, memo)
         self.fakes: list[weakref.ref[Tensor]] = []  # to `forget` once the sandbox is gone
         self.original: dict[nn.Module, nn.Module] = {}
@@ -128,6 +128,15 @@ def _copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
             if own is not value:
                 vars(module)[name] = own
     return twin
+
+
+@contextlib.contextmanager
+def _generators_cloned() -> Iterator[None]:
+    """A generator's copy reads a copy of its state, and torch 2.8 crashes where that is a fake tensor."""
+    copiers: dict[type, Any] = copy._deepcopy_dispatch  # type: ignore[attr-defined]
+    with surely(lambda: copiers.pop(torch.Generator, None)):
+        copiers[torch.Generator] = lambda generator, memo: generator.clone_state()
+        yield
 
 
 def _shared(model: nn.Module) -> dict[int, Any]:
