@@ -38,10 +38,10 @@ def apart(work: Callable[[], T]) -> T:
     which Python handles in the main thread, does not reach the middle of torch, where it would end the process. It
     waits for the end of `work`; a second one does not.
     """
-    _hold_guard()
     results: list[T] = []
     errors: list[BaseException] = []
     inherit = _surroundings()
+    _stand_in_for_a_missing_gpu()
 
     def run() -> None:
         try:
@@ -68,23 +68,26 @@ def apart(work: Callable[[], T]) -> T:
 
 
 @cache
-def _hold_guard() -> None:
-    """Without a GPU torch 2.11 gives the whole process what the first thread with fake tensors owns.
+def _stand_in_for_a_missing_gpu() -> None:
+    """Where a torch built for CUDA finds no GPU, the first fake tensors put a stand-in in the place of CUDA's guard.
 
-    That thread is not to end, or the next one would crash.
+    From torch 2.9 on it dies with the thread that made it (it is `thread_local` in DeviceGuardImplInterface.cpp; later
+    releases made it static), and the next fake tensors of the process crash. So a thread makes it that never ends.
     """
-    set_guard = getattr(torch._C, "_ensureCUDADeviceGuardSet", None)
-    if set_guard is None or torch.__version__ >= "2.14" or torch.cuda.is_available():
+    put: Callable[[], None] | None = getattr(torch._C, "_ensureCUDADeviceGuardSet", None)  # torch 2.8 has none
+    if put is None or torch.version.cuda is None or torch.cuda.device_count() > 0:
         return
-    is_set = threading.Event()
+    made = threading.Event()
 
-    def hold() -> None:
-        set_guard()
-        is_set.set()
+    def make() -> None:
+        try:
+            put()
+        finally:
+            made.set()
         threading.Event().wait()
 
-    threading.Thread(target=hold, name="eulernet", daemon=True).start()
-    is_set.wait()
+    threading.Thread(target=make, name="eulernet: stands in for a missing GPU", daemon=True).start()
+    made.wait()
 
 
 def _surroundings() -> Callable[[], contextlib.ExitStack]:
