@@ -36,8 +36,8 @@ class Sandbox:
         if self.mode and any(isinstance(v, torch.ScriptObject) for m in all_modules(model) for v in vars(m).values()):
             self.mode.cache_enabled = False  # it compares arguments, which packed weights refuse
         memo: dict[int, Any] = {}
-        draws = Draws()
-        with FakeCopyMode(self.mode) if self.mode else contextlib.nullcontext(), own_numbers(draws), draws:
+        fakes, draws = FakeCopyMode(self.mode) if self.mode else contextlib.nullcontext(), Draws()
+        with fakes, own_numbers(draws), draws, _generators_cloned():
             self.copy: nn.Module = _copy(model, memo)
         self.fakes: list[weakref.ref[Tensor]] = []  # to `forget` once the sandbox is gone
         self.original: dict[nn.Module, nn.Module] = {}
@@ -130,6 +130,15 @@ def _copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
             if own is not value:
                 vars(module)[name] = own
     return twin
+
+
+@contextlib.contextmanager
+def _generators_cloned() -> Iterator[None]:
+    """A generator's copy reads a copy of its state, and torch 2.8 crashes where that is a fake tensor."""
+    copiers: dict[type, Any] = copy._deepcopy_dispatch  # type: ignore[attr-defined]
+    with surely(lambda: copiers.pop(torch.Generator, None)):
+        copiers[torch.Generator] = lambda generator, memo: generator.clone_state()
+        yield
 
 
 def _shared(model: nn.Module) -> dict[int, Any]:
