@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
 
+from eulernet._commit import surely
 from eulernet._draws import Draws, own_numbers
 from eulernet._find.apart import OneDtype, alone, quiet, without_global_hooks
 from eulernet._find.tensors import tensors_in
