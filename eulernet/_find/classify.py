@@ -161,19 +161,24 @@ def _projection(graph: Graph, skip: int, branch: int, start: int) -> Match | Non
     for state, maps in chain[1:]:
         if state in ancestors:
             path = graph.path(state, branch, ancestors)
-            deeper = path and (path[branch] > maps or (state in multiples and graph.mixes(path, state)))
             skipped = [node for node, _ in chain[: chain.index((state, maps)) + 1]]
-            resized = deeper and _passes_other_resolution(graph, path, skipped)
-            if deeper and not resized and not _are_other_parts(graph, skipped, path):
+            direct = graph.path(state, branch, ancestors - _other_resolutions(graph, path, skipped))
+            deeper = direct and (direct[branch] > maps or (state in multiples and graph.mixes(direct, state)))
+            if deeper and not _are_other_parts(graph, skipped, path):
                 return Match("projection", state, set(path) - {state})
     return None
 
 
-def _passes_other_resolution(graph: Graph, path: dict[int, int], skipped: list[int]) -> bool:
-    """Whether the branch is sized up from, or to, a resolution that the skip has nowhere, as where levels are fused."""
+def _other_resolutions(graph: Graph, path: dict[int, int], skipped: list[int]) -> set[int]:
+    """Where a branch is sized up from, or to, a resolution that the skip has nowhere.
+
+    Where all of the branch passes there, levels are fused; where a part of it does not, the other part is a gate.
+    """
+    if all(graph.keeps_resolution(node) for node in skipped[:-1]):  # the state itself, or cut out of it
+        return set()
     sizes = {graph.nodes[node].shape[2:] for node in skipped}
     ups = (n for n in path if n not in skipped and UPSAMPLES.search(graph.nodes[n].op))
-    return any(graph.nodes[m].shape[2:] not in sizes for n in ups for m in (n, *graph.nodes[n].inputs) if m in path)
+    return {n for n in ups if any(graph.nodes[m].shape[2:] not in sizes for m in (n, *graph.nodes[n].inputs) if m in path)}
 
 
 def _is_aside(graph: Graph, result: int, branch: int, within: set[int]) -> bool:
