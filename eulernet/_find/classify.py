@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from eulernet._find.graph import REARRANGES, SQUASHES, UPSAMPLES, Graph, MatchKind, StepCall
+from eulernet._find.graph import REARRANGES, SQUARES, SQUASHES, UPSAMPLES, Graph, MatchKind, StepCall
 from eulernet._find.streams import number_streams, steps_of
 from eulernet._find.trace import FUSED_ADDITIONS, SLICES, Addition, Trace
 from eulernet._step import Reason
@@ -108,8 +108,8 @@ def _step_call(graph: Graph, trace: Trace, addition: Addition, results: dict[int
                     found = None
             if found and not _is_score(graph, branch, start):
                 kind, state, within, first = found
-                if kind == "identity" and "sub" in addition.op and not any(map(graph.is_map, within)):
-                    kind = "decomposition"  # the state without what pooling took out of it (Autoformer)
+                if kind == "identity" and "sub" in addition.op and _is_centred(graph, addition.result, within):
+                    kind = "decomposition"
                 return StepCall(addition, kind, skip, branch, skip == addition.left, state, within, first=first)
     return None
 
@@ -198,6 +198,12 @@ def _is_aside(graph: Graph, result: int, branch: int, within: set[int]) -> bool:
     own = within | {result}
     goes_on = any(graph.readers.get(node, set()) - own for node in within - last)
     return goes_on and all(graph.nodes[n].op in SQUASHES or n in graph.sums for n in graph.uses(result))
+
+
+def _is_centred(graph: Graph, result: int, within: set[int]) -> bool:
+    """Whether what was subtracted was pooled (Autoformer), or is a mean, whatever its weights: a variance is made of it."""
+    squared = graph.uses(result)
+    return not any(map(graph.is_map, within)) or (bool(squared) and all(graph.nodes[n].op in SQUARES for n in squared))
 
 
 def _is_score(graph: Graph, branch: int, start: int) -> bool:

@@ -44,6 +44,7 @@ POOLS = re.compile(r"pool")
 _REDUCTIONS = frozenset("max amax mean sum".split())  # pooling by hand, over a reshaped axis
 UPSAMPLES = re.compile(r"interpolate|upsample|conv_transpose|pixel_shuffle")
 SQUASHES = frozenset("sigmoid hardsigmoid logsigmoid tanh softmax log_softmax softmin".split())
+SQUARES = frozenset("pow square float_power".split())
 _SAME = VIEWS | CASTS | _DROPOUTS | _ACTIVATIONS
 _MATCHING = _SAME | NORMS | _PADS | _SCALES | _REDUCTIONS | REARRANGES
 
