@@ -178,7 +178,9 @@ def _other_resolutions(graph: Graph, path: dict[int, int], skipped: list[int]) -
         return set()
     sizes = {graph.nodes[node].shape[2:] for node in skipped}
     ups = (n for n in path if n not in skipped and UPSAMPLES.search(graph.nodes[n].op))
-    return {n for n in ups if any(graph.nodes[m].shape[2:] not in sizes for m in (n, *graph.nodes[n].inputs) if m in path)}
+    return {
+        n for n in ups if any(graph.nodes[m].shape[2:] not in sizes for m in (n, *graph.nodes[n].inputs) if m in path)
+    }
 
 
 def _is_aside(graph: Graph, result: int, branch: int, within: set[int]) -> bool:

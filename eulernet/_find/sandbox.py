@@ -15,12 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import _disable_current_modes
 
 from eulernet._commit import surely
 from eulernet._draws import Draws, own_numbers
+from eulernet._errors import EulernetError
 from eulernet._find.apart import OneDtype, alone, quiet, without_global_hooks
 from eulernet._find.tensors import tensors_in
 from eulernet._find.trace import DispatchTracer, Trace, Tracer, all_modules
+from eulernet._step import ROOT
 
 _CACHE = functools._lru_cache_wrapper
 
@@ -40,6 +43,8 @@ class Sandbox:
         fakes, draws = FakeCopyMode(self.mode) if self.mode else contextlib.nullcontext(), Draws()
         with fakes, own_numbers(draws), draws, _generators_cloned():
             self.copy: nn.Module = _copy(model, memo)
+        _check_copied(model, self.copy)
+        _without_compiling(self.copy)
         self.fakes: list[weakref.ref[Tensor]] = []  # to `forget` once the sandbox is gone
         self.original: dict[nn.Module, nn.Module] = {}
         for module in {id(m): m for m in all_modules(model)}.values():
@@ -142,6 +147,25 @@ def _generators_cloned() -> Iterator[None]:
         yield
 
 
+def _check_copied(model: nn.Module, twin: nn.Module) -> None:
+    """A copy that holds a module of the model's would run it."""
+    own = {id(module) for module in all_modules(model)}
+    for name, module in twin.named_modules():
+        if id(module) in own:
+            raise EulernetError(
+                f"{name or ROOT} ({type(module).__name__}) gives itself back where it is copied, by its __deepcopy__, "
+                "and it is a copy that eulernet runs. Make that return a new module"
+            )
+
+
+def _without_compiling(twin: nn.Module) -> None:
+    """Modules that `torch.compile` has wrapped stand there themselves."""
+    for module in list(twin.modules()):
+        for name, part in module._modules.items():
+            if type(part).__name__ == "OptimizedModule":
+                module._modules[name] = part._orig_mod  # type: ignore[union-attr, assignment]
+
+
 def _shared(model: nn.Module) -> dict[int, Any]:
     """What of the modules' attributes cannot be copied, by its id: a lock, a generator, a trainer, a result."""
     shared: dict[int, Any] = {}
@@ -227,7 +251,7 @@ def measuring(modules: Iterable[nn.Module] = (), seed: int = 0) -> Iterator[None
     Those of torch give what follows on `torch.manual_seed(seed)`.
     """
     draws = Draws(seed)
-    calm = alone(), quiet(), torch.inference_mode(False), without_global_hooks(list(modules))
+    calm = alone(), quiet(), torch.inference_mode(False), _disable_current_modes(), without_global_hooks(list(modules))
     with contextlib.ExitStack() as stack:
         for context in (*calm, own_numbers(draws), draws):
             stack.enter_context(context)

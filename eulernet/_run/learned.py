@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import _disable_current_modes
 
 from eulernet._checks import brief
 from eulernet._errors import EulernetError
@@ -79,7 +80,7 @@ def plan_learned(
                 )
             key = _SHARING[sharing](step)
             if key not in parameters:
-                with torch.inference_mode(False):
+                with torch.inference_mode(False), _disable_current_modes():
                     log_h = torch.full((1,), math.log(h), device=like.device, dtype=like.dtype)
                     parameters[key] = nn.Parameter(log_h)
             if parameters[key].device != like.device:
