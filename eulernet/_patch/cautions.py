@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import nn
 
 from eulernet._find.search import Search
 from eulernet._find.starts import counted_twice, empty, relative_starts
+from eulernet._patch.saved import saved_in
 from eulernet._plot import together
 from eulernet._step import Step
 from eulernet.schedules import FALLING, transfer
@@ -46,6 +47,8 @@ def trained(model: nn.Module) -> Iterator[str]:
 
     timm and torchvision do not keep whether weights were loaded; there the counters of batch norm tell.
     """
+    if saved_in(model) is not None:
+        return  # and at an h that is known, see `saved_at`
     for name, buffer in model.named_buffers():
         if name.endswith("num_batches_tracked") and buffer.device.type != "meta" and (seen := int(buffer)) > 0:
             layer = name.rpartition(".")[0] or "its batch norm"
@@ -56,6 +59,37 @@ def trained(model: nn.Module) -> Iterator[str]:
         if hasattr(module, "config") and isinstance(source, str) and source:
             yield _trained(model, f"its configuration names {source!r} as where it was loaded from")
             return
+
+
+def saved_at(model: nn.Module, hs: Mapping[str, float]) -> Iterator[str]:
+    """That the weights were saved at another h, where the folder that they were loaded from says so."""
+    if (found := saved_in(model)) is not None:
+        folder, saved = found
+        before = {step.name: step.h for step in saved}
+        differing = [name for name in {**before, **hs} if before.get(name) != hs.get(name)]
+        if differing:
+            name = differing[0]
+            shown = [f"h = {h:g}" if h is not None else "no step" for h in (before.get(name), hs.get(name))]
+            yield (
+                f"{type(model).__name__} was loaded from {folder!r}, where its weights were saved at other steps: "
+                f"{name} had {shown[0]}, and gets {shown[1]}. To have those of the weights: eulernet.patch(model, "
+                f"h=Path({folder!r}))"
+            )
+
+
+def adapters(model: nn.Module) -> Iterator[str]:
+    """That the adapters of PEFT in the model are saved by what is around it, and without h."""
+    around = _is_of(model, "peft") or getattr(model, "_hf_peft_config_loaded", False)
+    if not around and any(_is_of(module, "peft.tuners") for module in model.modules()):
+        yield (
+            f"{type(model).__name__} holds adapters of PEFT, and what saves them is around it and would not save h. "
+            "Patch that: eulernet.patch(peft_model, h=0.1); or save the steps beside the adapter: "
+            "eulernet.steps(model).save(FOLDER)"
+        )
+
+
+def _is_of(module: nn.Module, package: str) -> bool:
+    return any(f"{cls.__module__}.".startswith(f"{package}.") for cls in type(module).__mro__)
 
 
 def _trained(model: nn.Module, sign: str) -> str:

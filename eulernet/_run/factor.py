@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +14,7 @@ from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import _disable_current_modes
 
 from eulernet._commit import Change, Set, Write
-from eulernet._errors import EulernetError
+from eulernet._errors import EulernetError, EulernetWarning
 
 
 class StepFactor:
@@ -98,13 +100,29 @@ class LearnedFactor:
     to read and to `set`.
     """
 
+    noticed = False  # whether it was said that it is frozen
+
     def __init__(self, name: str, module: Any = None) -> None:
         self.name = name
         self.module = module
 
     def current(self, module: Any) -> Tensor:
-        h: Tensor = getattr(module, self.name).exp()
-        return h.squeeze(0)  # without dimensions it takes part in no broadcast, and promotes no dtype
+        log_h: Tensor = getattr(module, self.name)
+        if not (log_h.requires_grad or torch.compiler.is_compiling()):
+            self._notice_frozen(module)
+        return log_h.exp().squeeze(0)  # without dimensions it takes part in no broadcast, and promotes no dtype
+
+    def _notice_frozen(self, module: Any) -> None:
+        """PEFT freezes what is there before it."""
+        if "peft" in sys.modules and module.training and torch.is_grad_enabled() and not self.noticed:
+            self.noticed = True
+            warnings.warn(
+                f"{type(module).__name__} has an h that is learned, and frozen: PEFT freezes what is there before it. "
+                "Patch after it: eulernet.patch(get_peft_model(model, config), h=0.1, trainable=True); or keep h as it "
+                "is: eulernet.patch(model, h=eulernet.steps(model))",
+                EulernetWarning,
+                stacklevel=2,
+            )
 
     def bound_to(self, module: Any) -> LearnedFactor:
         return LearnedFactor(self.name, module)
@@ -153,9 +171,13 @@ class LearnedFactor:
             )
         return [Write(self.parameter, lambda parameter: parameter.fill_(math.log(value)))]
 
+    @property
+    def readable(self) -> bool:
+        """Others cannot be read, or not by one process alone."""
+        return type(self.parameter) is nn.Parameter and self.parameter.device.type != "meta"
+
     def __str__(self) -> str:
-        plain = type(self.parameter) is nn.Parameter and self.parameter.device.type != "meta"
-        return f"{self.value:.4g}" if plain else f"exp({self.name})"  # others cannot be read, or not by one process
+        return f"{self.value:.4g}" if self.readable else f"exp({self.name})"
 
 
 def _is_freed(tensor: Tensor) -> bool:
