@@ -48,7 +48,7 @@ def trained(model: nn.Module) -> Iterator[str]:
     timm and torchvision do not keep whether weights were loaded; there the counters of batch norm tell.
     """
     if saved_in(model) is not None:
-        return  # and at an h that is known, see `saved_at`
+        return  # and at an h that is known, see `stored`
     for name, buffer in model.named_buffers():
         if name.endswith("num_batches_tracked") and buffer.device.type != "meta" and (seen := int(buffer)) > 0:
             layer = name.rpartition(".")[0] or "its batch norm"
@@ -61,8 +61,9 @@ def trained(model: nn.Module) -> Iterator[str]:
             return
 
 
-def saved_at(model: nn.Module, hs: Mapping[str, float]) -> Iterator[str]:
-    """That the weights were saved at another h, where the folder that they were loaded from says so."""
+def stored(model: nn.Module, hs: Mapping[str, float]) -> Iterator[str]:
+    """That the weights were saved at another h, as their folder says, or that what saves adapters would not save h."""
+    yield from _adapters(model)
     if (found := saved_in(model)) is not None:
         folder, saved = found
         before = {step.name: step.h for step in saved}
@@ -77,7 +78,33 @@ def saved_at(model: nn.Module, hs: Mapping[str, float]) -> Iterator[str]:
             )
 
 
-def adapters(model: nn.Module) -> Iterator[str]:
+def when_set(model: nn.Module, planned: Sequence[tuple[Any, Any, float]]) -> Iterator[str]:
+    """What `set_h` warns of; each of `planned` is a module, the factor of a step there, and its new value."""
+    yield from rounded_away(model, [(module, value) for module, _, value in planned])
+    if moved := [factor for _, factor, value in planned if factor.value != value]:
+        yield from baked(model, moved)
+
+
+def baked(model: nn.Module, moved: Iterable[object]) -> Iterator[str]:
+    """That graphs were made which hold the h of before as a number, and share the weights: those of torch.fx, of CUDA.
+
+    `moved` are the factors that get another value.
+    """
+    again = "and share its weights. Make them again now, or set h first, eulernet.set_h(model, 0.1), then make them"
+    if any(getattr(factor, "traced", False) for factor in moved):
+        yield (
+            f"graphs of torch.fx were made from {type(model).__name__} (a feature extractor, a quantized model), which "
+            f"keep the h of before {again}. What torch.compile and torch.export made follows by itself"
+        )
+    if any("make_graphed_callables" in getattr(f, "__qualname__", "") for f in _own_forwards(model)):
+        yield f"graphs of CUDA were captured from {type(model).__name__}, which keep the h of before {again}"
+
+
+def _own_forwards(model: nn.Module) -> Iterator[object]:
+    return (module.__dict__["forward"] for module in model.modules() if "forward" in module.__dict__)
+
+
+def _adapters(model: nn.Module) -> Iterator[str]:
     """That the adapters of PEFT in the model are saved by what is around it, and without h."""
     around = _is_of(model, "peft") or getattr(model, "_hf_peft_config_loaded", False)
     if not around and any(_is_of(module, "peft.tuners") for module in model.modules()):

@@ -21,7 +21,7 @@ from eulernet._errors import EulernetError, EulernetWarning
 from eulernet._find.absorb import absorbing, check_scalable, refusal, scale_parameters
 from eulernet._find.apart import apart
 from eulernet._find.search import FoundStep, Search
-from eulernet._patch.cautions import adapters, depth_twice, kept_at_one, not_supported, rounded_away, saved_at, trained
+from eulernet._patch.cautions import depth_twice, kept_at_one, not_supported, rounded_away, stored, trained, when_set
 from eulernet._patch.prove import search
 from eulernet._patch.saved import read_steps
 from eulernet._patch.select import HLike, Selector, leave_out, names_given, select, values
@@ -184,12 +184,11 @@ def patch(
         *(f"not scaled: {(s := by_index[i].step).name} ({s.module_class}): {why}" for i, why in refused.items()),
         *result.steps.notes,
         *twice,
-        *adapters(model),
+        *stored(model, {by_index[i].step.name: value for i, value in hs.items()}),
     ]
     if not preserve:
         if not isinstance(h, Steps) and any(value != 1 for value in hs.values()):  # Steps restore what was there
             cautions += trained(model)
-        cautions += saved_at(model, {by_index[i].step.name: value for i, value in hs.items()})
         cautions += rounded_away(model, ((f.module, hs[f.step.index]) for c in changes for f in c.found))
     if cautions:  # before anything is changed, since whoever calls may have made errors of warnings
         warnings.warn("\n".join(cautions), EulernetWarning, stacklevel=2)
@@ -276,7 +275,8 @@ def set_h(model: Models, h: HLike) -> Models:
         EulernetError: the model is not patched, or a value is wrong; then nothing is changed.
 
     Warns:
-        EulernetWarning: h is lost to rounding in half precision.
+        EulernetWarning: h is lost to rounding in half precision; a graph of torch.fx or of CUDA was made from the
+            model, which keeps the h of before.
 
     Example:
         >>> import torch, eulernet
@@ -288,7 +288,7 @@ def set_h(model: Models, h: HLike) -> Models:
     models = each_of(model, "set_h")
     planned = [(one, *plan) for one in models for plan in _planned(one, h)]
     for one in models:
-        for caution in rounded_away(one, [(module, value) for of, module, _, value in planned if of is one]):
+        for caution in when_set(one, [(module, factor, value) for of, module, factor, value in planned if of is one]):
             warnings.warn(caution, EulernetWarning, stacklevel=2)
     commit([change for _, _, factor, value in planned for change in factor.set(value)])
     return model

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -25,6 +26,7 @@ class StepFactor:
     """
 
     scheduled = False  # whether an HScheduler moves it
+    traced = False  # whether a graph of torch.fx has been made since it was set, which holds it as a number
 
     def __init__(self, value: float, like: Tensor | None = None) -> None:
         self.value = value
@@ -46,12 +48,15 @@ class StepFactor:
 
     def set(self, value: float) -> list[Change]:
         """The changes that give it another value."""
-        return [Write(self.tensor, lambda tensor: tensor.fill_(value)), Set(self, {"value": value})]
+        return [Write(self.tensor, lambda tensor: tensor.fill_(value)), Set(self, {"value": value, "traced": False})]
 
-    def current(self, module: Any) -> float | Tensor:
+    def current(self, module: Any, operand: Any = None) -> float | Tensor:
         """What the additions of a forward use: the tensor where a graph is compiled, else the number."""
-        # Compiled, the number is not even read: a graph that saw it would be compiled again for another one.
-        return self.tensor if torch.compiler.is_compiling() else self.value
+        if torch.compiler.is_compiling():
+            return self.tensor  # the number is not even read: a graph that saw it would be compiled again for another
+        if type(operand) is Proxy:
+            self.traced = True
+        return self.value
 
     def bound_to(self, module: Any) -> StepFactor:
         return self
@@ -82,7 +87,7 @@ class UnsettledFactor(StepFactor):
     def saved(self) -> str:
         return str(self)
 
-    def current(self, module: Any) -> float | Tensor:
+    def current(self, module: Any, operand: Any = None) -> float | Tensor:
         return self.value
 
     def to_device_of(self, fn: Callable[[Tensor], Tensor]) -> None:
@@ -106,9 +111,9 @@ class LearnedFactor:
         self.name = name
         self.module = module
 
-    def current(self, module: Any) -> Tensor:
+    def current(self, module: Any, operand: Any = None) -> Tensor:
         log_h: Tensor = getattr(module, self.name)
-        if not (log_h.requires_grad or torch.compiler.is_compiling()):
+        if type(log_h) is nn.Parameter and not log_h.requires_grad and not torch.compiler.is_compiling():
             self._notice_frozen(module)
         return log_h.exp().squeeze(0)  # without dimensions it takes part in no broadcast, and promotes no dtype
 

@@ -97,7 +97,7 @@ def plan_learned(
 
 
 def _check_ranks(model: nn.Module) -> None:
-    """`DistributedDataParallel` averages the gradients of the parameters that it saw when it was made, and no others."""
+    """`DistributedDataParallel` averages the gradients of the parameters that it saw when it was made."""
     if not (dist.is_available() and dist.is_initialized()):
         return
     inside = set(model.modules())
