@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import functools
 import inspect
@@ -71,7 +72,8 @@ def _in_file(file: Path) -> Steps | None:
         text = header.get("__metadata__", {}).get(KEY)
         return None if text is None else Steps.from_json(text)
     try:
-        loaded = torch.load(file, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the options of the script, as timm keeps them
+            loaded = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         raise EulernetError(
             f"h={str(file)!r}: torch.load(..., weights_only=True) cannot read it ({type(error).__name__}); load it as "
