@@ -28,7 +28,7 @@ from reproductions.errors import DataError
 from reproductions.evidence.claims import Row
 from reproductions.options import chosen, device_of, known_preset
 from reproductions.records import FILE, Record, check_folder, read_records, write_records
-from reproductions.studies import GRIDS
+from reproductions.studies import GRIDS, STUDIES
 
 app = typer.Typer(
     name="python -m reproductions",
@@ -168,24 +168,31 @@ def dynamics(
     _finish(records, folder, [_rows(study.start_claims(Results(records)))])
 
 
-@app.command()
-def bounds(
-    data_root: DataRoot = DATA,
-    preset: Preset = "smoke",
-    device: Device = "",
-    seeds: Seeds = 0,
-    out: Out = None,
-) -> None:
-    """Eq. 6, Propositions 1 and 2: gains, gradient growth and noise beside their bounds, over depth and h."""
-    from reproductions.evidence.claims import Results
-    from reproductions.presets import SEEDS
-    from reproductions.studies import propositions as study
+def _measured_command(name: str) -> None:
+    """The command of a study that is no grid, and whose `run` gives all its records at once."""
+    study = STUDIES[name]
 
-    known_preset(preset)
-    folder = check_folder(out or Path("runs/bounds"), "bounds")
-    with _progress() as progress:
-        records = study.run(preset, seeds or SEEDS[preset], data_root, device_of(device), _bar(progress))
-    _finish(records, folder, [_rows(study.claims(Results(records), preset))])
+    def command(
+        data_root: DataRoot = DATA,
+        preset: Preset = "smoke",
+        device: Device = "",
+        seeds: Seeds = 0,
+        out: Out = None,
+    ) -> None:
+        from reproductions.evidence.claims import Results
+        from reproductions.presets import SEEDS
+
+        known_preset(preset)
+        folder = check_folder(out or Path(f"runs/{name}"), name)
+        with _progress() as progress:
+            records = study.run(preset, seeds or SEEDS[preset], data_root, device_of(device), _bar(progress))
+        _finish(records, folder, [_rows(study.claims(Results(records), preset))])
+
+    app.command(name, help=(study.__doc__ or "").splitlines()[0])(command)
+
+
+for _name in ("bounds", "memory"):
+    _measured_command(_name)
 
 
 def _grid_command(name: str, about: str) -> None:
