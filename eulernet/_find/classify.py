@@ -203,7 +203,7 @@ def _is_aside(graph: Graph, result: int, branch: int, within: set[int]) -> bool:
 
 
 def _is_centred(graph: Graph, result: int, within: set[int]) -> bool:
-    """Whether what was subtracted was pooled (Autoformer), or is a mean, whatever its weights: a variance is made of it."""
+    """Whether what was subtracted was pooled (Autoformer), or is a mean, of which a variance is made."""
     squared = graph.uses(result)
     return not any(map(graph.is_map, within)) or (bool(squared) and all(graph.nodes[n].op in SQUARES for n in squared))
 
