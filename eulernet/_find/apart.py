@@ -9,6 +9,7 @@ import threading
 import types
 import warnings
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -40,6 +41,7 @@ def apart(work: Callable[[], T]) -> T:
     results: list[T] = []
     errors: list[BaseException] = []
     inherit = _surroundings()
+    _stand_in_for_a_missing_gpu()
 
     def run() -> None:
         try:
@@ -63,6 +65,29 @@ def apart(work: Callable[[], T]) -> T:
         raise errors[0] if errors else MemoryError("the thread of the trace came to no end")
     finally:
         errors.clear()  # an error holds its frames, and these would hold the error
+
+
+@cache
+def _stand_in_for_a_missing_gpu() -> None:
+    """Where a torch built for CUDA finds no GPU, the first fake tensors put a stand-in in the place of CUDA's guard.
+
+    From torch 2.9 on it dies with the thread that made it (it is `thread_local` in DeviceGuardImplInterface.cpp; later
+    releases made it static), and the next fake tensors of the process crash. So a thread makes it that never ends.
+    """
+    put: Callable[[], None] | None = getattr(torch._C, "_ensureCUDADeviceGuardSet", None)  # torch 2.8 has none
+    if put is None or torch.version.cuda is None or torch.cuda.device_count() > 0:
+        return
+    made = threading.Event()
+
+    def make() -> None:
+        try:
+            put()
+        finally:
+            made.set()
+        threading.Event().wait()
+
+    threading.Thread(target=make, name="eulernet: stands in for a missing GPU", daemon=True).start()
+    made.wait()
 
 
 def _surroundings() -> Callable[[], contextlib.ExitStack]:

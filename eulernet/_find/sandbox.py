@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
+from eulernet._commit import surely
 from eulernet._draws import Draws, own_numbers
 from eulernet._errors import EulernetError
 from eulernet._find.apart import OneDtype, alone, quiet, without_global_hooks
@@ -39,8 +40,8 @@ class Sandbox:
         if self.mode and any(isinstance(v, torch.ScriptObject) for m in all_modules(model) for v in vars(m).values()):
             self.mode.cache_enabled = False  # it compares arguments, which packed weights refuse
         memo: dict[int, Any] = {}
-        draws = Draws()
-        with FakeCopyMode(self.mode) if self.mode else contextlib.nullcontext(), own_numbers(draws), draws:
+        fakes, draws = FakeCopyMode(self.mode) if self.mode else contextlib.nullcontext(), Draws()
+        with fakes, own_numbers(draws), draws, _generators_cloned():
             self.copy: nn.Module = _copy(model, memo)
         _check_copied(model, self.copy)
         _without_compiling(self.copy)
@@ -135,6 +136,15 @@ def _copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
             if own is not value:
                 vars(module)[name] = own
     return twin
+
+
+@contextlib.contextmanager
+def _generators_cloned() -> Iterator[None]:
+    """A generator's copy reads a copy of its state, and torch 2.8 crashes where that is a fake tensor."""
+    copiers: dict[type, Any] = copy._deepcopy_dispatch  # type: ignore[attr-defined]
+    with surely(lambda: copiers.pop(torch.Generator, None)):
+        copiers[torch.Generator] = lambda generator, memo: generator.clone_state()
+        yield
 
 
 def _check_copied(model: nn.Module, twin: nn.Module) -> None:

@@ -79,32 +79,32 @@ class Patched:
 
     def _euler_step(self, left: Any, right: Any, place: int, alpha: float = 1, key: Any = None) -> Any:
         slot, skip_is_left, sign = self._euler_places[place]
-        h = (self._euler_factor(place, key) if slot is None else self._euler[slot]).current(self)
+        h = (self._euler_factor(place, key) if slot is None else self._euler[slot]).current(self, left)
         if type(left) is fuse.DeferredBranch or type(right) is fuse.DeferredBranch or type(h) is not float:
             return fuse.step(None, left, right, h, skip_is_left, sign * alpha)
         return scaled_add(left, right, h, skip_is_left, sign * alpha)
 
     def _euler_step_(self, left: Any, right: Any, place: int, alpha: float = 1, key: Any = None) -> Any:
         slot, skip_is_left, sign = self._euler_places[place]
-        h = (self._euler_factor(place, key) if slot is None else self._euler[slot]).current(self)
+        h = (self._euler_factor(place, key) if slot is None else self._euler[slot]).current(self, left)
         if type(left) is fuse.DeferredBranch or type(right) is fuse.DeferredBranch:
             return fuse.step(None, left, right, h, skip_is_left, sign * alpha, in_place=True)
         return scaled_add_(left, right, h, skip_is_left, sign * alpha)
 
     def _euler_epilogue(self, then: Any, left: Any, right: Any, place: int, key: Any = None) -> Any:
         _, skip_is_left, sign = self._euler_places[place]
-        return fuse.step(then, left, right, self._euler_factor(place, key).current(self), skip_is_left, sign)
+        return fuse.step(then, left, right, self._euler_factor(place, key).current(self, left), skip_is_left, sign)
 
     def _euler_epilogue_(self, then: Any, left: Any, right: Any, place: int, key: Any = None) -> Any:
         _, skip_is_left, sign = self._euler_places[place]
-        h = self._euler_factor(place, key).current(self)
+        h = self._euler_factor(place, key).current(self, left)
         return fuse.step(then, left, right, h, skip_is_left, sign, in_place=True)
 
     def _euler_add_norm(
         self, norm: str, left: Any, right: Any, place: int, key: Any = None
     ) -> tuple[Any, fuse.PrecomputedNorm | None]:
         _, skip_is_left, sign = self._euler_places[place]
-        h = self._euler_factor(place, key).current(self)
+        h = self._euler_factor(place, key).current(self, left)
         return fuse.add_norm(self, norm, left, right, h, skip_is_left, sign)
 
     def _euler_take_norm(self, norm: Any, state: Any, known: fuse.PrecomputedNorm | None) -> Any:
@@ -125,7 +125,7 @@ class Patched:
         return fuse.materialize(value)
 
     def _euler_scale(self, branch: Any, place: int, key: Any = None) -> Any:
-        return scale(branch, self._euler_factor(place, key).current(self))
+        return scale(branch, self._euler_factor(place, key).current(self, branch))
 
     def extra_repr(self) -> str:
         shown = ", ".join(str(factor.bound_to(self)) for factor in self._euler)

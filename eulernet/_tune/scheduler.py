@@ -13,7 +13,7 @@ from torch import nn
 from eulernet._checks import brief, each_of, whole_number
 from eulernet._commit import Change, Set, commit
 from eulernet._errors import EulernetError, EulernetWarning
-from eulernet._patch.cautions import rounded_away
+from eulernet._patch.cautions import baked, rounded_away
 from eulernet._patch.saved import read_steps
 from eulernet._patch.select import HLike, values
 from eulernet._run.factor import LearnedFactor
@@ -180,6 +180,9 @@ class HScheduler:
         """Be in another state, and give the model, and its copies, the h of it."""
         hs = _on_the_way(self.__dict__ | state) * self._copies
         moved = [(factor, h) for factor, h in zip(self._factors, hs, strict=True) if factor.value != h]
+        if any(getattr(factor, "traced", False) for factor, _ in moved):
+            for caution in baked(self._model, [factor for factor, _ in moved]):
+                warnings.warn(caution, EulernetWarning, stacklevel=3)
         commit([*also, Set(self, state), *(change for factor, h in moved for change in factor.set(h))])
 
     def _endpoint(self, h: Any, name: str) -> list[float]:
