@@ -428,7 +428,7 @@ def test_an_h_of_a_functional_step_that_is_not_finite_is_refused(h: Any) -> None
         euler_step(X, X, h)
 
 
-@pytest.mark.parametrize("selector", [torch.tensor(1), iter(Unshowable, 0), object()], ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize("selector", [torch.tensor(1), map(raises, [1]), object()], ids=lambda s: type(s).__name__)
 def test_what_cannot_be_listed_is_no_selector(selector: Any) -> None:
     model = chain()
     refused(model, lambda: patch(model, include=selector), "include=|include: ")
@@ -465,8 +465,8 @@ def test_metadata_of_a_state_dict_that_holds_no_steps_is_refused(entry: Any) -> 
 def test_a_state_dict_without_its_learned_h_is_refused() -> None:
     model = patch(chain(), trainable=True)
     state: Any = model.state_dict()
-    del state["1.log_h"]
-    refused(model, lambda: eulernet.set_h(model, state), r"1\.log_h is a learned h, and holds None.*h=0\.1\)$")
+    del state[next(name for name in state if name.startswith("1.log_h"))]
+    refused(model, lambda: eulernet.set_h(model, state), r"1\.log_h\w* is a learned h, and holds None.*h=0\.1\)$")
 
 
 def test_a_warning_that_is_an_error_does_not_leave_weights_half_loaded() -> None:

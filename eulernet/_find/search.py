@@ -136,6 +136,8 @@ def _run(model: nn.Module, example_inputs: Any, sandboxes: list[Sandbox]) -> tup
                             f"{type(model).__name__} is on the meta device and cannot be traced without values "
                             f"({short(error)}). Put it on a real device first: model.to_empty(device='cpu')"
                         ) from error
+        except MemoryError:  # of the machine, not of the model
+            raise
         except EulernetError as error:
             if not training:
                 raise
