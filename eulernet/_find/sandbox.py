@@ -35,6 +35,7 @@ class Sandbox:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else None
         if self.mode and any(isinstance(v, torch.ScriptObject) for m in all_modules(model) for v in vars(m).values()):
             self.mode.cache_enabled = False  # it compares arguments, which packed weights refuse
+        self.tracer: Tracer | None = None  # while it runs
         memo: dict[int, Any] = {}
         with FakeCopyMode(self.mode) if self.mode else contextlib.nullcontext():
             self.copy: nn.Module = _copy(model, memo)
@@ -51,7 +52,7 @@ class Sandbox:
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool) -> Trace:
         """Run the copy in eval or train mode, and return the trace."""
-        tracer = Tracer(self.copy)
+        self.tracer = tracer = Tracer(self.copy)
         tracer.kept.update(id(t) for fake in self.fakes if (t := fake()) is not None)  # in a cache since an earlier run
         handles = []
         for module in self.original:
@@ -78,6 +79,7 @@ class Sandbox:
         finally:
             for handle in handles:
                 handle.remove()
+            self.tracer = None
             self.fakes.extend(weakref.ref(t) for t in tracer.alive if isinstance(t, FakeTensor))
         return tracer.trace
 

@@ -24,7 +24,7 @@ from eulernet._find.search import FoundStep, Search
 from eulernet._patch.cautions import depth_twice, kept_at_one, not_supported, rounded_away, trained
 from eulernet._patch.prove import search
 from eulernet._patch.saved import read_steps
-from eulernet._patch.select import HLike, Selector, names_given, select, values
+from eulernet._patch.select import HLike, Selector, names_given, select, values, which
 from eulernet._patch.subclass import patched_class
 from eulernet._run.factor import LearnedFactor, StepFactor
 from eulernet._run.hooks import StepInputs, add_step_hook, remove_step_hooks
@@ -57,7 +57,8 @@ def find_steps(model: nn.Module, *, example_inputs: Any = None) -> Steps:
             Lightning, which say what they take.
 
     Returns:
-        `Steps`, which prints as a table. Its `long`, `unsupported`, `unreached` and `notes` say what was seen besides.
+        `Steps`, which prints as a table. Its `long`, `gated`, `unsupported`, `unreached` and `notes` say what was
+        seen besides.
 
     Raises:
         EulernetError: no example input can be guessed, or the model fails on it.
@@ -98,7 +99,8 @@ def patch(
             Likewise the steps that a checkpoint of a patched model holds: a folder (`Path`), a file, a state dict.
         example_inputs: as for `find_steps`.
         include, exclude: which steps: a pattern on names (`"layer1"`, `"blocks.*.attn"`), a module class, a function
-            `(step) -> bool`, or a list of these. Long steps are scaled only where `include` names them.
+            `(step) -> bool`, or a list of these. Long steps and gated updates are scaled only where `include` names
+            them.
         preserve: for a network that is trained already: divide the last affine maps of each branch by h (batch norm,
             convolution, linear map, LayerScale), in place, so that the model computes what it computed, to rounding,
             until it is trained on. A branch that has no such map, or shares it, is an error; with "where_possible" its
@@ -157,7 +159,9 @@ def patch(
                 "eulernet.functional.euler_step(skip, branch, h) writes a step by hand."
             )
         ordered = [by_index[i] for i in sorted(by_index)]
-        chosen = select([f.step for f in ordered], [f.module for f in ordered], include, exclude, h)
+        found, modules = [f.step for f in ordered], [f.module for f in ordered]
+        chosen = select(found, modules, include, exclude, h)
+        decided = {s.index for s in which(found, modules, exclude, "exclude")} if exclude is not None else set()
         hs = dict(zip([s.index for s in chosen], values(h, chosen), strict=True))
         refused = {i: str(error) for i in hs if (error := by_index[i].error) is not None}
         wrong = dict(refused)
@@ -176,10 +180,11 @@ def patch(
             if not wrong:
                 break
             refused |= wrong
+        main = result.main - decided - hs.keys()
         twice = [] if preserve else list(depth_twice(model, result, h))
     check_scalable(model, scales)
     cautions = [
-        *kept_at_one([f.step for f in ordered if f.step.index in result.main and f.step.index not in hs]),
+        *kept_at_one([step for step in found if step.index in main]),
         *not_supported(result.steps.unsupported),
         *(f"not scaled: {(s := by_index[i].step).name} ({s.module_class}): {why}" for i, why in refused.items()),
         *result.steps.notes,

@@ -14,8 +14,9 @@ from torch import nn
 
 from eulernet._errors import EulernetError
 from eulernet._find.sandbox import Sandbox
-from eulernet._find.search import Run, Search, search_by
+from eulernet._find.search import Proofs, Run, Search, search_by
 from eulernet._find.sites import TracedSite
+from eulernet._patch.difference import by_difference
 from eulernet._patch.subclass import patched_class
 from eulernet._run.factor import StepFactor
 from eulernet._run.patched import CALL_VIA, FACTORS, STEPS, Patched, restore_class
@@ -24,7 +25,7 @@ from eulernet._source import VIA, Target, Unsupported
 
 def search(model: nn.Module, example_inputs: Any) -> AbstractContextManager[Search]:
     """Find the steps of a model that is not patched, or of the original of one that is, and prove what they call."""
-    return search_by(model, example_inputs, with_other_callees)
+    return search_by(model, example_inputs, Proofs(with_other_callees, by_difference))
 
 
 def with_other_callees(sites: Sequence[TracedSite], runs: Sequence[Run]) -> list[TracedSite]:
