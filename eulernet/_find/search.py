@@ -66,6 +66,7 @@ class FoundStep:
     sites: tuple[Site, ...]
     host: nn.Module  # that makes the additions; where it is not `module`, that is the one that made the branch
     error: EulernetError | None = None  # why its source cannot be rewritten
+    again: bool = False  # whether it is made again in the backward of a function that it runs in
 
 
 @dataclass
@@ -216,6 +217,7 @@ def _collect(model: nn.Module, runs: list[Run], traces: list[Trace], notes: list
             tuple(Site(s.location, s.skip_is_left, s.subtracts, s.calls) for s in group),
             group[0].host,
             next((s.error for s in group if s.error is not None), None),
+            any(s.again for s in group),
         )
         for group in groups
     ]
@@ -264,6 +266,7 @@ def _places(
         place = unplaced.setdefault(origin(step_call, runs[number].sandbox.original), Unplaced(at, reason))
         place.step_calls[runs[number].training].append(step_call)
 
+    again = _made_again(runs, sums)
     for number, (run, trace, (_, step_calls, _)) in enumerate(zip(runs, traces, sums, strict=True)):
         # An addition of the source is rewritten whole. Where it is a step in some of its runs only (a function that
         # adds a residual here and a position there), h would scale what is none, so none of its runs is a step.
@@ -272,7 +275,7 @@ def _places(
         for step_call in step_calls:
             at = origin(step_call, run.sandbox.original)
             try:
-                site = site_of(step_call, run.sandbox.original, sites)
+                site = site_of(step_call, run.sandbox.original, sites, at in again)
                 if steps_at[at] != runs_at[at]:
                     raise Unsupported(f"the same addition is a step in {steps_at[at]} of its {runs_at[at]} runs")
                 site.step_calls[run.training].append(step_call)
@@ -297,6 +300,19 @@ def _places(
             at = place.at
             refused.update((id(e.addition), f"{names[at.module]} ({at.file}:{at.line}): {proven}") for e in calls)
     return found, refused
+
+
+def _made_again(runs: list[Run], sums: list[Sums]) -> set[Any]:
+    """The additions in functions with a backward of their own that this backward makes again, as checkpoints do."""
+    if not any(e.addition.function for _, step_calls, _ in sums for e in step_calls):
+        return set()
+    again: set[Any] = set()
+    for run in runs:
+        if run.training:
+            with contextlib.suppress(Exception):  # no gradient leads there
+                trace = run.sandbox.run(run.args, run.kwargs, training=True, backward=True)
+                again |= {origin(a, run.sandbox.original) for a in trace.additions[trace.forward :]}
+    return again
 
 
 class _Account(NamedTuple):

@@ -38,6 +38,7 @@ class TracedSite:
     subtracts: bool
     step_calls: dict[bool, list[StepCall]]  # training -> its runs
     error: EulernetError | None = None
+    again: bool = False  # whether it is made again in the backward of a function that it runs in
 
     @property
     def calls(self) -> tuple[int, int]:
@@ -61,8 +62,11 @@ def origin(made: Addition | StepCall, originals: Originals) -> Any:
     return tuple((f.code, f.lasti, id(module)) for f, module in zip(frames[: last + 1], modules, strict=False))
 
 
-def site_of(step_call: StepCall, originals: Originals, sites: dict[Any, TracedSite]) -> TracedSite:
-    """Where an addition stands in the source, among the sites that are known already."""
+def site_of(step_call: StepCall, originals: Originals, sites: dict[Any, TracedSite], again: bool = False) -> TracedSite:
+    """Where an addition stands in the source, among the sites that are known already.
+
+    `again`: the backward of the function that it runs in, if it runs in one, makes it again.
+    """
     addition = step_call.addition
     if step_call.coupled:
         raise Unsupported(COUPLED)
@@ -70,7 +74,7 @@ def site_of(step_call: StepCall, originals: Originals, sites: dict[Any, TracedSi
         raise Unsupported("it mixes what it is added to with what is added")
     if addition.op not in ADDITIONS:
         raise Unsupported(f"{addition.op} adds and does something else in one operation")
-    if addition.function is not None:
+    if addition.function is not None and not again:
         raise Unsupported(
             f"it runs in {addition.function}, a torch.autograd.Function, whose own backward knows nothing of h"
         )
@@ -83,7 +87,7 @@ def site_of(step_call: StepCall, originals: Originals, sites: dict[Any, TracedSi
     if module is None:
         raise Unsupported(f"the {type(twin).__name__} that makes it is no part of the model")
     new = TracedSite(
-        location, module, module, step_call.skip_is_left, "sub" in addition.op, {False: [], True: []}, error
+        location, module, module, step_call.skip_is_left, "sub" in addition.op, {False: [], True: []}, error, again
     )
     site = sites.setdefault((id(module), location.targets or location.position), new)
     if site.skip_is_left != step_call.skip_is_left:

@@ -114,6 +114,7 @@ class Trace:
     calls: list[ModuleCall] = field(default_factory=list)
     used: dict[int, int] = field(default_factory=dict)  # ids of the parameters and buffers that were read -> nodes
     outputs: list[int] = field(default_factory=list)  # what the model returned
+    forward: int = 0  # where the backward was run as well: how many additions came before it
     breaks: dict[str, None] = field(default_factory=dict)  # where what was computed left the trace, in words
 
 

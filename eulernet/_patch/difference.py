@@ -26,6 +26,8 @@ from eulernet._run.factor import StepFactor
 from eulernet._run.patched import CALL_VIA, FACTORS, PROBE, STEPS, Patched, restore_class
 from eulernet._source import TO_BE_SEEN, Span, Unsupported
 
+_OTHERS = "what gives it as its value runs for others as well"
+
 
 @dataclass(eq=False)
 class _Place:
@@ -151,17 +153,18 @@ class _Probe:
 
 
 def _proven(sum_: Unplaced, places: list[_Place], before: Any, after: dict[bool, Trace]) -> TracedSite | str:
-    reason = sum_.reason
+    reasons = []
     for place in places:
         try:
             skip = _skip(sum_, place, before, after)
         except Unsupported as why:
-            reason = f"{sum_.reason}; {why}"
+            reasons.append(str(why))
             continue
         *calls, (target, span) = place.location.targets
         location = replace(place.location, targets=(*calls, (target, replace(span, skip=skip))))
         return TracedSite(location, place.host, place.host, True, False, sum_.step_calls)
-    return reason
+    told = [why for why in reasons if why != _OTHERS] or reasons  # the innermost that runs for it alone
+    return f"{sum_.reason}; {told[0]}" if told else sum_.reason
 
 
 def _skip(sum_: Unplaced, place: _Place, before: dict[bool, Trace], after: dict[bool, Trace]) -> str | Span:
@@ -170,7 +173,7 @@ def _skip(sum_: Unplaced, place: _Place, before: dict[bool, Trace], after: dict[
     for mode, step_calls in sum_.step_calls.items():
         observed = place.seen.get(mode, [])
         if len(observed) != len(step_calls):
-            raise Unsupported("what gives the sum as its value runs for others as well")
+            raise Unsupported(_OTHERS)
         if not observed:
             continue
         trace = after[mode]

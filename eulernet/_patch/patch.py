@@ -7,10 +7,8 @@ one class with the same steps share it.
 from __future__ import annotations
 
 import warnings
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Literal, TypeVar
 
 from torch import Tensor, nn
@@ -22,12 +20,11 @@ from eulernet._find.absorb import absorbing, check_scalable, refusal, scale_para
 from eulernet._find.apart import apart
 from eulernet._find.search import FoundStep, Search
 from eulernet._patch.cautions import depth_twice, kept_at_one, not_supported, rounded_away, trained
-from eulernet._patch.prove import search
+from eulernet._patch.prove import not_as_found, search
 from eulernet._patch.saved import read_steps
 from eulernet._patch.select import HLike, Selector, names_given, select, values, which
 from eulernet._patch.subclass import patched_class
 from eulernet._run.factor import LearnedFactor, StepFactor
-from eulernet._run.hooks import StepInputs, add_step_hook, remove_step_hooks
 from eulernet._run.learned import Slot, check_shared, checked, plan_learned
 from eulernet._run.patched import (
     Become,
@@ -38,7 +35,6 @@ from eulernet._run.patched import (
     original,
     original_class,
     places_of,
-    restore_class,
     slots,
 )
 from eulernet._source import Targets, Unsupported
@@ -176,7 +172,7 @@ def patch(
                 ) from reason
             blocks = [(change.module, [f.step for f in change.found], change.hs) for change in changes]
             learned = [] if sharing is None else plan_learned(model, blocks, sharing)
-            wrong = apart(lambda: _prove(result, changes))  # noqa: B023 (called at once)
+            wrong = apart(lambda: not_as_found(result, changes, learned))  # noqa: B023 (called at once)
             if not wrong:
                 break
             refused |= wrong
@@ -414,38 +410,3 @@ def _leave_out(wrong: Sequence[Step], refused: dict[int, str], hs: dict[int, flo
             )
     for step in wrong:
         del hs[step.index]
-
-
-def _prove(search: Search, changes: Sequence[_Change]) -> dict[int, str]:
-    """Run the patched copies: each step must go through `_euler_step` as often as it was found. Those that do not."""
-    wrong: dict[int, str] = {}
-    for sandbox in {id(run.sandbox): run.sandbox for run in search.runs}.values():
-        twins = {module: twin for twin, module in sandbox.original.items()}
-        counts: Counter[tuple[int, int, int]] = Counter()
-        for change in changes:
-            twin = twins[change.module]
-            change.of(twins.__getitem__).make()
-            add_step_hook(twin, partial(_count, counts, id(change.module)))
-        for run in search.runs:
-            if run.sandbox is not sandbox:
-                continue
-            counts.clear()
-            sandbox.run(run.args, run.kwargs, training=run.training)
-            for change in changes:
-                for slot, found, site in ((i, f, s) for i, f in enumerate(change.found) for s in f.sites):
-                    place, expected = change.places[site.location.targets], site.calls[run.training]
-                    passed = counts[id(change.module), place, slot]
-                    if passed != expected:
-                        wrong[found.step.index] = (
-                            f"the addition at {site.location.file}:{site.location.line} ran {expected} times, but "
-                            f"{passed} times as a step once it was rewritten."
-                        )
-        for change in changes:
-            remove_step_hooks(twins[change.module])
-            restore_class(twins[change.module])
-    return wrong
-
-
-def _count(counts: Counter[tuple[int, int, int]], module: int, seen: StepInputs, add: Callable[[], Any]) -> Any:
-    counts[module, seen.place, seen.slot] += 1
-    return add()

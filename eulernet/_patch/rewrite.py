@@ -133,6 +133,11 @@ class _Editor(ast.NodeTransformer):
         if self.skips and isinstance(node, ast.expr) and (at := span_of(node, self.first)) in self.skips:
             name = ast.Name(_skip_name(self.skips.pop(at)), ast.Store())  # evaluated once, where it was
             return ast.copy_location(ast.NamedExpr(name, self.visit(node)), node)
+        whole = self._edit(node, by_difference=True)
+        new = self._changed(node)
+        return new if whole is None else self._by_difference(new, whole[0].skip, whole[1][1])
+
+    def _changed(self, node: ast.AST) -> Any:
         match node:
             case ast.Call(args=[sum_]) if (edit := self._edit(sum_)) and edit[0].epilogue:
                 return self._with_epilogue(node, sum_, edit[1][1])
@@ -146,7 +151,7 @@ class _Editor(ast.NodeTransformer):
                 node.func = ast.copy_location(kept, node.func)
         if edit is None:
             return self._surrounding(node) if isinstance(node, ast.Call | ast.BinOp | ast.Name) else node
-        span, (kind, index) = edit
+        _, (kind, index) = edit
         if kind == "via":
             assert isinstance(node, ast.Call)
             call = ast.Call(self._attribute(CALL_VIA), [node.func, ast.Constant(index)], [])
@@ -156,8 +161,6 @@ class _Editor(ast.NodeTransformer):
             assert isinstance(node, ast.Call)
             node.func = ast.copy_location(self._attribute(f"{FUNCTION}{index}"), node.func)
             return node
-        if span.skip is not None:
-            return self._by_difference(node, span.skip, index)
         left, right, keywords = operands_of(node, self.function.__qualname__)
         in_place = isinstance(node, ast.AugAssign) or (isinstance(node, ast.Call) and self._is_in_place(node))
         if isinstance(node, ast.AugAssign) and not isinstance(node.target, ast.Name):
@@ -169,7 +172,7 @@ class _Editor(ast.NodeTransformer):
             return ast.copy_location(ast.Assign([left], ast.copy_location(call, node)), node)
         return ast.copy_location(self._call(STEP_IN_PLACE if in_place else STEP, [left, right], index, keywords), node)
 
-    def _by_difference(self, node: Any, skip: str | Span, index: int) -> Any:
+    def _by_difference(self, node: Any, skip: str | Span | None, index: int) -> Any:
         """The expression gives the sum as it did, to a method that takes the skip as well."""
         if isinstance(node, ast.AugAssign):  # written into its target, which gets another value then
             if not isinstance(node.target, ast.Name):
@@ -184,7 +187,7 @@ class _Editor(ast.NodeTransformer):
             node = self._seen(node, index)
         return self._with_skip(node, skip, index)
 
-    def _with_skip(self, sum_: Any, skip: str | Span, index: int) -> ast.expr:
+    def _with_skip(self, sum_: Any, skip: str | Span | None, index: int) -> ast.expr:
         if skip == TO_BE_SEEN:
             return ast.copy_location(self._call(PROBE, [sum_], index, []), sum_)
         held = ast.Name(skip if isinstance(skip, str) else _skip_name(index), ast.Load())
@@ -257,10 +260,12 @@ class _Editor(ast.NodeTransformer):
                 return node
         return ast.copy_location(new, node)
 
-    def _edit(self, node: ast.AST) -> tuple[Span, tuple[str, int]] | None:
+    def _edit(self, node: ast.AST, by_difference: bool = False) -> tuple[Span, tuple[str, int]] | None:
         if isinstance(node, ast.BinOp | ast.AugAssign | ast.Call):
             for span, edit in self.edits.items():
-                if stands_at(node, span, self.first) and (edit[0] == "step" or isinstance(node, ast.Call)):
+                if (span.skip is not None) != by_difference or not stands_at(node, span, self.first):
+                    continue
+                if edit[0] == "step" or isinstance(node, ast.Call):
                     return span, edit
         return None
 
