@@ -111,7 +111,7 @@ def test_h_is_learned_where_the_backward_runs_again() -> None:
     model(*inputs).square().sum().backward()
     reference.reference(*inputs, h=h).square().sum().backward()
     assert h.grad is not None
-    torch.testing.assert_close(torch.cat((model.log_h_0.grad, model.log_h_1.grad)), 0.3 * h.grad)
+    torch.testing.assert_close(torch.cat((model.log_h_0_bias.grad, model.log_h_1_bias.grad)), 0.3 * h.grad)
 
 
 def test_a_learned_h_that_would_get_no_gradient_is_refused_in_words() -> None:

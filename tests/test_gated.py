@@ -46,10 +46,11 @@ def test_all_spellings_are_one_kind_and_left_alone(cls: Any) -> None:
 
 
 @pytest.mark.parametrize("cls", EVERY, ids=lambda cls: cls.__name__)
-@pytest.mark.parametrize("h", [0.3, 1.0, 1.7])
-def test_named_they_go_h_of_their_way(cls: Any, h: float) -> None:
-    model = eulernet.patch(made(cls), h, example_inputs=X, include="*")
-    torch.testing.assert_close(model(X), made(cls).reference(X, h), rtol=1e-12, atol=1e-12)
+def test_named_they_go_h_of_their_way(cls: Any) -> None:
+    model = eulernet.patch(made(cls), 1.0, example_inputs=X, include="*")
+    for h in (0.3, 1.7):
+        eulernet.set_h(model, h)
+        torch.testing.assert_close(model(X), made(cls).reference(X, h), rtol=1e-12, atol=1e-12)
     eulernet.set_h(model, 1.0)
     for one, other in zip(gradients(model), gradients(made(cls)), strict=True):
         assert torch.equal(one, other)

@@ -71,9 +71,9 @@ def _check_value(value: Any, around: tuple[int, ...]) -> None:
 def guess_inputs(model: nn.Module, training: bool = False) -> Arguments | None:
     """Example arguments for `model`, from what it says of itself, or None where it says nothing.
 
-    Understood are Lightning's `example_input_array`, the configurations of Hugging Face and timm models, and the
-    families of torchvision. The tensors are random, on the device and in the dtype of the model's first floating-
-    point parameter (the meta device too); a batch holds two examples.
+    Understood are Lightning's `example_input_array`, the configurations of Hugging Face and timm models, also within
+    a model of PEFT, and the families of torchvision. The tensors are random, on the device and in the dtype of the
+    model's first floating-point parameter (the meta device too); a batch holds two examples.
 
     Args:
         model: Any module.
@@ -82,8 +82,11 @@ def guess_inputs(model: nn.Module, training: bool = False) -> Arguments | None:
     Returns:
         The positional arguments and the keyword arguments.
     """
+    inner: Any = model
+    if _defined_in(model, "peft") and hasattr(inner, "get_base_model"):  # which hands on what it is given
+        inner = inner.get_base_model()
     for guess in (_lightning, _hugging_face, _timm, _torchvision):
-        call = guess(model, training)
+        call = guess(inner, training)
         if call is not None:
             first = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
             args, kwargs = _moved(call, first)

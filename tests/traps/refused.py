@@ -19,7 +19,8 @@ class Beside(nn.Module):
 
     def __init__(self, function: Callable[[Beside, Tensor], Tensor]) -> None:
         super().__init__()
-        self.a, self.b, self.function, self.kept = linear(), linear(), function, []
+        self.a, self.b, self.function = linear(), linear(), function
+        self.kept: list[Tensor] = []
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.a(x)
@@ -39,13 +40,13 @@ def halved(m: Beside, x: Tensor) -> Tensor:
 
 
 def keeping(m: Beside, x: Tensor) -> Tensor:
-    y = (lambda s, f, held: held.append(s + f) or held[-1])(x, m.b(x), m.kept)  # type: ignore[func-returns-value]
+    y = (lambda s, f, held: (held.append(s + f), held[-1])[1])(x, m.b(x), m.kept)  # type: ignore[func-returns-value]
     return y * m.kept.pop()
 
 
 def reading(m: Beside, x: Tensor) -> Tensor:
     scale = []
-    y = (lambda s, f: (y := s + f, scale.append(y.mean()))[0])(x, m.b(x))
+    y = (lambda s, f: (y := s + f, scale.append(y.mean()))[0])(x, m.b(x))  # type: ignore[func-returns-value]
     return y * scale[0]
 
 
