@@ -17,7 +17,7 @@ from eulernet._checks import check_module, unwrapped
 from eulernet._commit import put_back
 from eulernet._errors import EulernetError, EulernetWarning
 from eulernet._run import fuse
-from eulernet._run.factor import LearnedFactor, StepFactor, scale, scaled_add, scaled_add_
+from eulernet._run.factor import LearnedFactor, StepFactor, scale, scaled_add, scaled_add_, scaled_difference
 from eulernet._source import Targets, behind
 from eulernet._step import Step, step_name
 
@@ -29,8 +29,10 @@ ADD_NORM, TAKE_NORM = "_euler_add_norm", "_euler_take_norm"
 DEFER, DEFER_MUL, MATERIALIZE = "_euler_defer", "_euler_defer_mul", "_euler_materialize"
 FUNCTION = "_euler_function_"  # with a number: a free function that the addition stands in
 CALL_VIA = "_euler_via"  # with a callee and a number: a function that no name leads to
+DIFFERENCE = "_euler_difference"  # with a sum and its skip
+PROBE = "_euler_probe"  # with a value, and where it stands: not in a class, but for a moment in a copy's __dict__
 # Those that a hook on the steps hides, by entries of the module's __dict__ with their names.
-OBSERVED = (STEP, STEP_IN_PLACE, SCALE, EPILOGUE, EPILOGUE_IN_PLACE, ADD_NORM, DEFER, DEFER_MUL)
+OBSERVED = (STEP, STEP_IN_PLACE, SCALE, EPILOGUE, EPILOGUE_IN_PLACE, ADD_NORM, DEFER, DEFER_MUL, DIFFERENCE)
 # The entries of a patched module's __dict__: the factors of its steps, and the steps. Where one addition in a loop is
 # a step for each module that makes its branch (a key), these modules too; each of them holds which step it is where.
 FACTORS, STEPS, KEYS = "_euler", "_euler_steps", "_euler_keys"
@@ -115,6 +117,9 @@ class Patched:
 
     def _euler_defer_mul(self, left: Any, right: Any, gamma_first: bool, place: int, key: Any = None) -> Any:
         return fuse.defer_mul(left, right, gamma_first, self._euler_factor(place, key))
+
+    def _euler_difference(self, total: Any, skip: Any, place: int, key: Any = None) -> Any:
+        return scaled_difference(total, skip, self._euler_factor(place, key).current(self))
 
     def _euler_via(self, callee: Any, number: int) -> Any:
         """What is called here, whatever expression led to it, with its addition made a step."""
