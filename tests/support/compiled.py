@@ -29,6 +29,13 @@ ROWS = [
     Row(_GROUP, "torch.export", f"model = torch.export.export({_PATCH}, (x,)).module()"),
     Row(
         _GROUP,
+        "torch.export",
+        "eulernet.patch(torch.export.export(model, (x,)).module(), 0.3, example_inputs=x)",
+        "refused",
+        "patch the model that it was made from, and trace that again",
+    ),
+    Row(
+        _GROUP,
         "ONNX",
         f'torch.onnx.export({_PATCH}.eval(), (x,), folder / "net.onnx", dynamo=True)',
         after=_ONNX,
@@ -43,6 +50,13 @@ ROWS = [
         result="torch._inductor.aoti_load_package(path)(x)",
     ),
     Row(_GROUP, "torch.jit.trace", f"model = torch.jit.trace({_PATCH}, x)", "keeps h"),
+    Row(
+        _GROUP,
+        "torch.jit.trace",
+        "eulernet.patch(torch.jit.trace(model, x), 0.3, example_inputs=x)",
+        "refused",
+        "Patch the Python model",
+    ),
     Row(
         _GROUP,
         "torch.jit.script",
@@ -63,6 +77,14 @@ ROWS = [
         f"model = torch.jit.script(eulernet.fold({_PATCH}, example_inputs=x))",
     ),
     Row(_GROUP, "torch.fx", f"model = torch.fx.symbolic_trace({_PATCH})", "keeps h", before="import torch.fx"),
+    Row(
+        _GROUP,
+        "torch.fx",
+        "eulernet.patch(torch.fx.symbolic_trace(model), 0.3, example_inputs=x)",
+        "refused",
+        "patch the model that it was made from, and trace that again",
+        before="import torch.fx",
+    ),
     Row(
         _GROUP,
         "torch.fx",
