@@ -343,8 +343,11 @@ def throughput(
 @app.command()
 def transfer(
     data_root: Annotated[Path, typer.Option(help="The folder that holds ag_news.")] = DATA,
-    preset: Annotated[str, typer.Option(help="desk: an hour of two cores; smoke: half a minute.")] = "smoke",
-    workers: Annotated[int, typer.Option(min=1, help="Trainings at a time, each in one thread of its own.")] = 2,
+    preset: Annotated[
+        str, typer.Option(help="desk: an hour of two cores; gpu: 8 minutes of one, wider; smoke: half a minute.")
+    ] = "smoke",
+    workers: Annotated[int, typer.Option(min=1, help="Trainings at a time, each in a process of one thread.")] = 2,
+    device: Annotated[str, typer.Option(help="Where to train, such as cuda.")] = "cpu",
     minutes: Annotated[float, typer.Option(help="Begin nothing that would not be done by then.")] = math.inf,
     out: Out = None,
 ) -> None:
@@ -362,7 +365,7 @@ def transfer(
         def show(label: str, share: float) -> None:
             progress.update(whole, description=label, completed=share)
 
-        records = pool.run(cells, folder, data_root, workers, minutes, show)
+        records = pool.run(cells, folder, data_root, workers, minutes, show, device)
     console.print(f"{len(records)} of {len(cells)} trainings have a record in {folder / FILE}.", soft_wrap=True)
 
 

@@ -26,7 +26,7 @@ def _seed() -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--write-coverage", type=Path, metavar="FILE", help="write the table of what the sweeps verified")
+    parser.addoption("--write-coverage", type=Path, metavar="FILE", help="write the table of what the sweeps that run verified")
     parser.addoption("--write-support", type=Path, metavar="FILE", help="write the page of what works with other tools")
 
 
@@ -45,5 +45,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     if path is None:
         return
     rows = {Covered(*value) for report in passed for name, value in report.user_properties if name == "coverage"}
-    path.write_text(page(sorted(rows)))
+    path.write_text(page(sorted(rows), path.read_text() if path.exists() else ""))
     terminalreporter.write_line(f"{path}: {len(rows)} models")

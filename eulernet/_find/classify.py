@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from eulernet._find.graph import REARRANGES, SQUASHES, UPSAMPLES, Graph, MatchKind, StepCall
+from eulernet._find.graph import REARRANGES, SQUARES, SQUASHES, UPSAMPLES, Graph, MatchKind, StepCall
 from eulernet._find.streams import number_streams, steps_of
 from eulernet._find.trace import FUSED_ADDITIONS, SLICES, Addition, Trace
 from eulernet._step import Reason
@@ -108,8 +108,8 @@ def _step_call(graph: Graph, trace: Trace, addition: Addition, results: dict[int
                     found = None
             if found and not _is_score(graph, branch, start):
                 kind, state, within, first = found
-                if kind == "identity" and "sub" in addition.op and not any(map(graph.is_map, within)):
-                    kind = "decomposition"  # the state without what pooling took out of it (Autoformer)
+                if kind == "identity" and "sub" in addition.op and _is_centred(graph, addition.result, within):
+                    kind = "decomposition"
                 return StepCall(addition, kind, skip, branch, skip == addition.left, state, within, first=first)
     return None
 
@@ -161,19 +161,26 @@ def _projection(graph: Graph, skip: int, branch: int, start: int) -> Match | Non
     for state, maps in chain[1:]:
         if state in ancestors:
             path = graph.path(state, branch, ancestors)
-            deeper = path and (path[branch] > maps or (state in multiples and graph.mixes(path, state)))
             skipped = [node for node, _ in chain[: chain.index((state, maps)) + 1]]
-            resized = deeper and _passes_other_resolution(graph, path, skipped)
-            if deeper and not resized and not _are_other_parts(graph, skipped, path):
+            direct = graph.path(state, branch, ancestors - _other_resolutions(graph, path, skipped))
+            deeper = direct and (direct[branch] > maps or (state in multiples and graph.mixes(direct, state)))
+            if deeper and not _are_other_parts(graph, skipped, path):
                 return Match("projection", state, set(path) - {state})
     return None
 
 
-def _passes_other_resolution(graph: Graph, path: dict[int, int], skipped: list[int]) -> bool:
-    """Whether the branch is sized up from, or to, a resolution that the skip has nowhere, as where levels are fused."""
+def _other_resolutions(graph: Graph, path: dict[int, int], skipped: list[int]) -> set[int]:
+    """Where a branch is sized up from, or to, a resolution that the skip has nowhere.
+
+    Where all of the branch passes there, levels are fused; where a part of it does not, the other part is a gate.
+    """
+    if all(graph.keeps_resolution(node) for node in skipped[:-1]):  # the state itself, or cut out of it
+        return set()
     sizes = {graph.nodes[node].shape[2:] for node in skipped}
     ups = (n for n in path if n not in skipped and UPSAMPLES.search(graph.nodes[n].op))
-    return any(graph.nodes[m].shape[2:] not in sizes for n in ups for m in (n, *graph.nodes[n].inputs) if m in path)
+    return {
+        n for n in ups if any(graph.nodes[m].shape[2:] not in sizes for m in (n, *graph.nodes[n].inputs) if m in path)
+    }
 
 
 def _is_aside(graph: Graph, result: int, branch: int, within: set[int]) -> bool:
@@ -193,6 +200,12 @@ def _is_aside(graph: Graph, result: int, branch: int, within: set[int]) -> bool:
     own = within | {result}
     goes_on = any(graph.readers.get(node, set()) - own for node in within - last)
     return goes_on and all(graph.nodes[n].op in SQUASHES or n in graph.sums for n in graph.uses(result))
+
+
+def _is_centred(graph: Graph, result: int, within: set[int]) -> bool:
+    """Whether what was subtracted was pooled (Autoformer), or is a mean, of which a variance is made."""
+    squared = graph.uses(result)
+    return not any(map(graph.is_map, within)) or (bool(squared) and all(graph.nodes[n].op in SQUARES for n in squared))
 
 
 def _is_score(graph: Graph, branch: int, start: int) -> bool:

@@ -41,9 +41,10 @@ _MAPS = re.compile(
     r"^bilinear$|attention|lstm|gru|rnn|fft|::"
 )
 POOLS = re.compile(r"pool")
-_REDUCTIONS = frozenset("max amax mean".split())  # pooling by hand, over a reshaped axis
+_REDUCTIONS = frozenset("max amax mean sum".split())  # pooling by hand, over a reshaped axis
 UPSAMPLES = re.compile(r"interpolate|upsample|conv_transpose|pixel_shuffle")
 SQUASHES = frozenset("sigmoid hardsigmoid logsigmoid tanh softmax log_softmax softmin".split())
+SQUARES = frozenset("pow square float_power".split())
 _SAME = VIEWS | CASTS | _DROPOUTS | _ACTIVATIONS
 _MATCHING = _SAME | NORMS | _PADS | _SCALES | _REDUCTIONS | REARRANGES
 
@@ -112,6 +113,10 @@ class Graph:
 
     def is_map(self, node: int) -> bool:
         return bool(_MAPS.search(self.nodes[node].op))
+
+    def keeps_resolution(self, node: int) -> bool:
+        """Whether it is its input as it is, but for what is padded or cut off."""
+        return self.nodes[node].op in _SAME | _PADS
 
     def size(self, node: int) -> int:
         size = 1

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from eulernet._find.search import Search
 from eulernet._find.starts import counted_twice, empty, relative_starts
@@ -50,7 +51,11 @@ def trained(model: nn.Module) -> Iterator[str]:
     if saved_in(model) is not None:
         return  # and at an h that is known, see `stored`
     for name, buffer in model.named_buffers():
-        if name.endswith("num_batches_tracked") and buffer.device.type != "meta" and (seen := int(buffer)) > 0:
+        if not name.endswith("num_batches_tracked") or buffer.device.type == "meta":
+            continue
+        with _disable_current_modes():  # one of the caller's may have no values
+            seen = int(buffer)
+        if seen > 0:
             layer = name.rpartition(".")[0] or "its batch norm"
             yield _trained(model, f"{layer} has seen {seen} batch{'es' if seen > 1 else ''}")
             return

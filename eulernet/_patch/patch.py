@@ -148,11 +148,12 @@ def patch(
         by_index = {f.step.index: f for f in result.found}
         if not by_index:
             seen = "".join(f"\n  seen and not supported: {line}" for line in result.steps.unsupported)
+            seen += "".join(f"\n  note: {line}" for line in result.steps.notes)
             reasons = ", ".join(result.steps.reasons())
             others = f"\n  sums that are no steps: {reasons}" if reasons else ""
             raise EulernetError(
                 f"no residual step was found in {type(model).__name__}: no addition of a tensor and a function "
-                f"of it{' that can be scaled' if seen else ''}.{seen}{others}\n"
+                f"of it{' that can be scaled' if result.steps.unsupported else ''}.{seen}{others}\n"
                 "eulernet.find_steps(model, example_inputs=...) shows what was seen; "
                 "eulernet.functional.euler_step(skip, branch, h) writes a step by hand."
             )
@@ -268,8 +269,8 @@ def set_h(model: Models, h: HLike) -> Models:
 
     A copy of a model, such as the average of its weights, has an h of its own: `set_h([model, average], 0.1)`.
 
-    Another thread may run the model meanwhile: each addition takes the old h or the new one, never a mixture. Steps of
-    one forward pass may differ in which of the two they take.
+    Another thread may run the model meanwhile: each addition takes the old h or the new one, never a mixture. The
+    additions of one forward pass may differ in which of the two they take.
 
     Raises:
         EulernetError: the model is not patched, or a value is wrong; then nothing is changed.

@@ -83,6 +83,8 @@ def _build(original: type[nn.Module], plan: Plan) -> type[nn.Module]:
         namespace["activation_relu_or_gelu"] = property(lambda self: 0, _set_in_dict("activation_relu_or_gelu"))
     if issubclass(original, nn.TransformerEncoder):  # nor does its container's conversion to nested tensors
         namespace["use_nested_tensor"] = property(lambda self: False, _set_in_dict("use_nested_tensor"))
+    if hasattr(original, "__deepcopy__"):
+        namespace["__deepcopy__"] = Patched._euler_deepcopy
     if hasattr(original, "save_pretrained"):
         namespace["save_pretrained"] = with_steps(original.save_pretrained)
     if not plan:  # one that is made by the class, `type(model)(config)`, is not patched

@@ -158,6 +158,10 @@ class LearnedFactor:
     @property
     def value(self) -> float:
         self._check_readable()
+        with _disable_current_modes():  # one of the caller's may have no values
+            return self._value()
+
+    def _value(self) -> float:
         whole = getattr(self.parameter, "full_tensor", lambda: self.parameter)()  # FSDP2 keeps a part of it
         if whole.device.type == "meta":
             raise EulernetError(

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import _disable_current_modes
 
 from eulernet._checks import brief
 from eulernet._errors import EulernetError
@@ -82,7 +83,7 @@ def plan_learned(
                 )
             key = _SHARING[sharing](step)
             if key not in parameters:
-                with torch.inference_mode(False):
+                with torch.inference_mode(False), _disable_current_modes():
                     log_h = torch.full((1,), math.log(h), device=like.device, dtype=like.dtype)
                     parameters[key] = nn.Parameter(log_h)
             if parameters[key].device != like.device:

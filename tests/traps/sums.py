@@ -358,3 +358,23 @@ class PoolingResidual(Trap):
 
     def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
         return x + h[0] * self.mix(self.norm(x))
+
+
+@trap
+class WeightedVariance(WithABlock):
+    """Attentive statistics of ECAPA-TDNN: what is left without a mean, whose weights are computed, is squared."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.score = mlp()
+
+    def variance(self, x: Tensor) -> Tensor:
+        weights = torch.softmax(self.score(x), dim=1)
+        mean = (weights * x).sum(dim=1, keepdim=True)
+        return (weights * (x - mean).pow(2)).sum(dim=1, keepdim=True).clamp(1e-6).sqrt() * torch.ones_like(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(self.variance(x))
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        return self.block.reference(self.variance(x), h[0])
