@@ -15,7 +15,7 @@ from triton.compiler import ASTSource
 from eulernet.kernels import _device
 
 SIZES = ["M", "C", "R", "skip_outer", "skip_middle", "branch_outer", "branch_middle"]
-SIZES += ["normed_outer", "normed_middle"]
+SIZES += ["normed_outer", "normed_middle", "P", "B"]
 TILE = {"SPLIT": True, "BR": 8, "BC": 256}
 BARE = {"SCALE": -1, "MASK": -1, "scale": None, "mask": None}
 VARIANTS: list[tuple[Any, dict[str, Any]]] = [
@@ -27,13 +27,21 @@ VARIANTS: list[tuple[Any, dict[str, Any]]] = [
     (_device.norm_backward, {"SCALE": 2, "MASK": 0} | TILE),
     (_device.norm_backward, {"SCALE": 2, "MASK": 0, "stream_grad": None} | TILE),
     (_device.norm_backward, BARE | {"mean": None, "scale_parts": None, "branch": None} | TILE),
-    (_device.bn_forward, {"CHANNEL": 2, "WEIGHT": 2, "BIAS": -1, "EPS": 1e-5, "ACT": 3} | TILE),
+    *[
+        (_device.bn_forward, {"CHANNEL": c, "CHANNELS": 64, "PIXELS": 49, "EPS": 1e-5, "ACT": 3, "bias": None} | TILE)
+        for c in (2, -1)
+    ],
+    (_device.sum_parts, {"BR": 256, "BC": 16}),
+    (_device.sum_parts, {"BR": 256, "BC": 16, "weight_parts": None, "bias_parts": None}),
 ]
 
 
 def accesses(kernel: Any, constants: dict[str, Any], dtype: str) -> list[str]:
     """The instructions that reach the memory of the GPU."""
-    constants = constants | {"T": tl.float64 if dtype == "fp64" else tl.float32}
+    if "T" in kernel.arg_names:
+        constants = constants | {"T": tl.float64 if dtype == "fp64" else tl.float32}
+    else:
+        constants = constants | {"B": 1}
     signature: dict[str, str] = {}
     attributes = {}
     for i, name in enumerate(kernel.arg_names):

@@ -178,7 +178,9 @@ def _other_resolutions(graph: Graph, path: dict[int, int], skipped: list[int]) -
         return set()
     sizes = {graph.nodes[node].shape[2:] for node in skipped}
     ups = (n for n in path if n not in skipped and UPSAMPLES.search(graph.nodes[n].op))
-    return {n for n in ups if any(graph.nodes[m].shape[2:] not in sizes for m in (n, *graph.nodes[n].inputs) if m in path)}
+    return {
+        n for n in ups if any(graph.nodes[m].shape[2:] not in sizes for m in (n, *graph.nodes[n].inputs) if m in path)
+    }
 
 
 def _is_aside(graph: Graph, result: int, branch: int, within: set[int]) -> bool:
@@ -210,7 +212,7 @@ def _is_series(graph: Graph, skip: int, branch: int) -> bool:
 
 
 def _is_centred(graph: Graph, result: int, within: set[int]) -> bool:
-    """Whether what was subtracted was pooled (Autoformer), or is a mean, whatever its weights: a variance is made of it."""
+    """Whether what was subtracted was pooled (Autoformer), or is a mean, of which a variance is made."""
     squared = graph.uses(result)
     return not any(map(graph.is_map, within)) or (bool(squared) and all(graph.nodes[n].op in SQUARES for n in squared))
 

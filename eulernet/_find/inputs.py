@@ -73,9 +73,9 @@ def guess_inputs(model: nn.Module, training: bool = False) -> Arguments | None:
     """Example arguments for `model`, from what it says of itself, or None where it says nothing.
 
     Understood are Lightning's `example_input_array`, the configurations of the models of Hugging Face (transformers,
-    diffusers, and what PEFT and Sentence Transformers wrap), of LitGPT and of timm, and the families of torchvision.
-    The tensors are random, on the device and in the dtype of the model's first floating-
-    point parameter (the meta device too); a batch holds two examples.
+    diffusers, and what Sentence Transformers wrap), of LitGPT and of timm, also within a model of PEFT, and the
+    families of torchvision. The tensors are random, on the device and in the dtype of the model's first floating-point
+    parameter (the meta device too); a batch holds two examples.
 
     Args:
         model: Any module.
@@ -84,8 +84,11 @@ def guess_inputs(model: nn.Module, training: bool = False) -> Arguments | None:
     Returns:
         The positional arguments and the keyword arguments.
     """
-    for guess in (_lightning, _hugging_face, _peft, _sentence_transformers, _diffusers, _litgpt, _timm, _torchvision):
-        call = guess(model, training)
+    inner: Any = model
+    if _defined_in(model, "peft") and hasattr(inner, "get_base_model"):  # which hands on what it is given
+        inner = inner.get_base_model()
+    for guess in (_lightning, _hugging_face, _sentence_transformers, _diffusers, _litgpt, _timm, _torchvision):
+        call = guess(inner, training)
         if call is not None:
             first = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
             args, kwargs = _moved(call, first)
@@ -132,12 +135,6 @@ def _lightning(model: nn.Module, training: bool) -> Arguments | None:
 
 
 # ---- what wraps a model of Hugging Face
-
-
-def _peft(model: Any, training: bool) -> Arguments | None:
-    if _defined_in(model, "peft") is None or not hasattr(model, "get_base_model"):
-        return None
-    return guess_inputs(model.get_base_model(), training)
 
 
 def _sentence_transformers(model: nn.Module, training: bool) -> Arguments | None:

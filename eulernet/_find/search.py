@@ -10,11 +10,13 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
+from eulernet._draws import Draws
 from eulernet._errors import EulernetError
 from eulernet._find.account import Origin, left_out, origin_of, outside, reached_at_zero, unequal_twins
-from eulernet._find.apart import Draws, alone, apart
+from eulernet._find.apart import alone, apart
 from eulernet._find.classify import Sums, classify
 from eulernet._find.graph import StepCall
 from eulernet._find.hints import example_for
@@ -79,7 +81,7 @@ Unproven = Callable[[Sequence[TracedSite], Sequence[Run]], list[TracedSite]]
 def search_by(model: nn.Module, example_inputs: Any, unproven: Unproven) -> Iterator[Search]:
     """Find the steps of a model that is not patched, or of the original of one that is."""
     sandboxes: list[Sandbox] = []
-    with alone(), no_fakes_left(model, sandboxes):
+    with alone(), no_fakes_left(model, sandboxes), _disable_current_modes():
         result = apart(lambda: _search(model, example_inputs, sandboxes, unproven))
         try:
             yield result
@@ -101,7 +103,7 @@ def _run(model: nn.Module, example_inputs: Any, sandboxes: list[Sandbox]) -> tup
     else:
         args, kwargs = args_train, kwargs_train = as_arguments(example_inputs)
     # Fake tensors first: they cost nothing. A model whose code looks at values fails on them and runs for real.
-    meta = any(t.device.type == "meta" for t in (*model.parameters(), *model.buffers()))
+    meta = _on_meta(model)
     attempts = [(True, False)] if meta else [(True, False), (False, False)]
     if any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
         attempts += [(fake, True) for fake, _ in attempts]  # some models do their work in hooks
@@ -155,10 +157,18 @@ def _run(model: nn.Module, example_inputs: Any, sandboxes: list[Sandbox]) -> tup
     return runs, traces, notes
 
 
+def _on_meta(model: nn.Module) -> bool:
+    return any(t.device.type == "meta" for t in (*model.parameters(), *model.buffers()))
+
+
 def _sandbox(model: nn.Module, fake: bool, hooks: bool, sandboxes: list[Sandbox]) -> Sandbox:
     try:
         sandbox = Sandbox(model, fake, hooks)
+    except EulernetError:
+        raise
     except Exception as error:
+        if fake and not _on_meta(model):  # a tensor of a class of its own, which copies itself
+            return _sandbox(model, False, hooks, sandboxes)
         raise EulernetError(
             f"{type(model).__name__} cannot be copied, and it is a copy that eulernet runs: {short(error)}. Take "
             "out of its attributes what copy.deepcopy(model) fails on, such as a lock, a generator or the output of a "

@@ -200,6 +200,9 @@ class Tracer(TorchFunctionMode):
             line = where and list(where.code.co_positions())[where.lasti // 2][0]
             at = f" at {where.code.co_filename}:{line}" if where else ""
             self.trace.breaks[f"Tensor.{name}{at} takes the values out of PyTorch"] = None
+        if name.removeprefix("quantized::").startswith("add") and any(t.is_quantized for t in results) and self.stack:
+            by = type(self.trace.calls[self.stack[-1]].module).__name__
+            self.trace.breaks[f"{by} adds integers (patch before torch.ao.quantization.convert)"] = None
         if not results and not any(version_of(t) != v for t, _, v in before):
             return out
 

@@ -21,10 +21,10 @@ from eulernet._errors import EulernetError, EulernetWarning
 from eulernet._find.absorb import absorbing, check_scalable, refusal, scale_parameters
 from eulernet._find.apart import apart
 from eulernet._find.search import FoundStep, Search
-from eulernet._patch.cautions import depth_twice, kept_at_one, not_supported, rounded_away, trained
+from eulernet._patch.cautions import depth_twice, kept_at_one, not_supported, rounded_away, stored, trained, when_set
 from eulernet._patch.prove import search
 from eulernet._patch.saved import read_steps
-from eulernet._patch.select import HLike, Selector, names_given, select, values
+from eulernet._patch.select import HLike, Selector, leave_out, names_given, select, values
 from eulernet._patch.subclass import patched_class
 from eulernet._run.factor import LearnedFactor, StepFactor
 from eulernet._run.hooks import StepInputs, add_step_hook, remove_step_hooks
@@ -42,7 +42,7 @@ from eulernet._run.patched import (
     slots,
 )
 from eulernet._source import Targets, Unsupported
-from eulernet._step import ROOT, Step, Steps
+from eulernet._step import Steps
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -106,9 +106,9 @@ def patch(
         trainable: learn h, beginning at the `h` that is given. True or "step": one h a step; "stage": one for the steps
             whose names are equal up to their last number, such as all of `layer1` in a ResNet or all `blocks` of a ViT;
             "model": one for all. Each is h = exp(log_h), so positive, and log_h a parameter of the block, of shape (1,)
-            (FSDP2 takes no scalars) and of the block's dtype: `layer1.0.log_h`, or `blocks.0.log_h_0` and
-            `blocks.0.log_h_1` where a block has several steps; where one line of a loop adds for all layers, of the
-            module with the loop: `log_h_layers_0`. Blocks that share an h hold the same parameter, as tied
+            (FSDP2 takes no scalars) and of the block's dtype: `layer1.0.log_h_bias`, or `blocks.0.log_h_0_bias` and
+            `blocks.0.log_h_1_bias` where a block has several steps; where one line of a loop adds for all layers, of
+            the module with the loop: `log_h_layers_0_bias`. Blocks that share an h hold the same parameter, as tied
             weights do (and as with these, FSDP2 refuses to shard them apart, and Hugging Face's `save_pretrained` to
             write them). log_h must have no weight decay, which would pull h to 1. In float16 and bfloat16 it is rounded
             like any parameter. The branch is kept for the gradient of h, and copied where it is the left operand of an
@@ -135,7 +135,7 @@ def patch(
         [0.1, 0.1]
         >>> layer = eulernet.patch(layer, h="auto", trainable=True, example_inputs=torch.zeros(2, 5, 8))
         >>> [name for name in layer.state_dict() if "log_h" in name]
-        ['log_h_0', 'log_h_1']
+        ['log_h_0_bias', 'log_h_1_bias']
     """
     check_model(model, "patch")
     if not (isinstance(preserve, bool) or (isinstance(preserve, str) and preserve == "where_possible")):
@@ -148,11 +148,12 @@ def patch(
         by_index = {f.step.index: f for f in result.found}
         if not by_index:
             seen = "".join(f"\n  seen and not supported: {line}" for line in result.steps.unsupported)
+            seen += "".join(f"\n  note: {line}" for line in result.steps.notes)
             reasons = ", ".join(result.steps.reasons())
             others = f"\n  sums that are no steps: {reasons}" if reasons else ""
             raise EulernetError(
                 f"no residual step was found in {type(model).__name__}: no addition of a tensor and a function "
-                f"of it{' that can be scaled' if seen else ''}.{seen}{others}\n"
+                f"of it{' that can be scaled' if result.steps.unsupported else ''}.{seen}{others}\n"
                 "eulernet.find_steps(model, example_inputs=...) shows what was seen; "
                 "eulernet.functional.euler_step(skip, branch, h) writes a step by hand."
             )
@@ -162,7 +163,7 @@ def patch(
         refused = {i: str(error) for i in hs if (error := by_index[i].error) is not None}
         wrong = dict(refused)
         while True:  # what cannot be scaled is left out, until the rest is proven
-            _leave_out([by_index[i].step for i in wrong], refused, hs, include)
+            leave_out([by_index[i].step for i in wrong], refused, hs, include)
             scales = _preserving(model, result, hs, preserve) if preserve else {}
             try:
                 changes = _changes([by_index[i] for i in hs], hs, model, result.found)
@@ -184,6 +185,7 @@ def patch(
         *(f"not scaled: {(s := by_index[i].step).name} ({s.module_class}): {why}" for i, why in refused.items()),
         *result.steps.notes,
         *twice,
+        *stored(model, {by_index[i].step.name: value for i, value in hs.items()}),
     ]
     if not preserve:
         if not isinstance(h, Steps) and any(value != 1 for value in hs.values()):  # Steps restore what was there
@@ -267,14 +269,15 @@ def set_h(model: Models, h: HLike) -> Models:
 
     A copy of a model, such as the average of its weights, has an h of its own: `set_h([model, average], 0.1)`.
 
-    Another thread may run the model meanwhile: each addition takes the old h or the new one, never a mixture. Steps of
-    one forward pass may differ in which of the two they take.
+    Another thread may run the model meanwhile: each addition takes the old h or the new one, never a mixture. The
+    additions of one forward pass may differ in which of the two they take.
 
     Raises:
         EulernetError: the model is not patched, or a value is wrong; then nothing is changed.
 
     Warns:
-        EulernetWarning: h is lost to rounding in half precision.
+        EulernetWarning: h is lost to rounding in half precision; a graph of torch.fx or of CUDA was made from the
+            model, which keeps the h of before.
 
     Example:
         >>> import torch, eulernet
@@ -286,7 +289,7 @@ def set_h(model: Models, h: HLike) -> Models:
     models = each_of(model, "set_h")
     planned = [(one, *plan) for one in models for plan in _planned(one, h)]
     for one in models:
-        for caution in rounded_away(one, [(module, value) for of, module, _, value in planned if of is one]):
+        for caution in when_set(one, [(module, factor, value) for of, module, factor, value in planned if of is one]):
             warnings.warn(caution, EulernetWarning, stacklevel=2)
     commit([change for _, _, factor, value in planned for change in factor.set(value)])
     return model
@@ -342,7 +345,7 @@ def is_patched(model: nn.Module) -> bool:
         False
     """
     check_module(model, "is_patched")
-    return any(isinstance(module, Patched) for module in model.modules())
+    return any(isinstance(module, Patched) and module._euler for module in model.modules())
 
 
 @dataclass(frozen=True)
@@ -395,20 +398,11 @@ def _changes(
     for encoder in model.modules():
         if isinstance(encoder, nn.TransformerEncoder) and any(id(layer) in layers for layer in encoder.layers):
             changes.append(_Change(encoder, patched_class(original_class(encoder), ()), [], []))
+    patched = {change.module for change in changes}
+    for saver in model.modules():  # which writes the steps beside the weights
+        if hasattr(type(saver), "save_pretrained") and saver not in patched and not patched.isdisjoint(saver.modules()):
+            changes.append(_Change(saver, patched_class(original_class(saver), ()), [], []))
     return changes
-
-
-def _leave_out(wrong: Sequence[Step], refused: dict[int, str], hs: dict[int, float], include: Selector) -> None:
-    """Take steps that cannot be scaled out of those that are; an error where `include` names one, or none is left."""
-    given = [include] if isinstance(include, str) else list(include) if isinstance(include, list | tuple | set) else []
-    for step in wrong:
-        if step.name in given or (step.module_name or ROOT) in given or hs.keys() <= refused.keys():
-            raise EulernetError(
-                f"{step.name} ({step.module_class}): {refused[step.index]} Or leave it out: "
-                f"eulernet.patch(model, ..., exclude={step.name!r})"
-            )
-    for step in wrong:
-        del hs[step.index]
 
 
 def _prove(search: Search, changes: Sequence[_Change]) -> dict[int, str]:

@@ -110,6 +110,19 @@ def _which(steps: Sequence[Step], modules: Sequence[nn.Module], selector: Select
     return [s for s in steps if s.index in chosen]
 
 
+def leave_out(wrong: Sequence[Step], refused: dict[int, str], hs: dict[int, float], include: Selector) -> None:
+    """Take steps that cannot be scaled out of those that are; an error where `include` names one, or none is left."""
+    given = [include] if isinstance(include, str) else list(include) if isinstance(include, list | tuple | set) else []
+    for step in wrong:
+        if step.name in given or (step.module_name or ROOT) in given or hs.keys() <= refused.keys():
+            raise EulernetError(
+                f"{step.name} ({step.module_class}): {refused[step.index]} Or leave it out: "
+                f"eulernet.patch(model, ..., exclude={step.name!r})"
+            )
+    for step in wrong:
+        del hs[step.index]
+
+
 def _is_meant(selector: Any, step: Step, module: nn.Module, argument: str) -> bool:
     if isinstance(selector, str):
         return _names_step(selector, step)

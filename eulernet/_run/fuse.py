@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from eulernet import kernels
+from eulernet._draws import Draws
 from eulernet._errors import EulernetError
 from eulernet._run.factor import StepFactor, scaled_add, scaled_add_
 from eulernet.functional import _factors, _mask, _promoted
@@ -53,7 +54,11 @@ def before(module: Any) -> str | None:
     """What a module does to a branch that is about to be added, None where it is nothing that a step knows."""
     cls = type(module)
     known = _BEFORE.get((cls.__module__, cls.__qualname__))
-    return known or next((name for name in ("LayerScale", "DropPath") if _proven(cls, name)), None)
+    if known is not None:
+        return known
+    if _proven(cls, "LayerScale"):
+        return None if {"lambda1", "gamma"} <= module._parameters.keys() else "LayerScale"  # which of them it would be
+    return "DropPath" if _proven(cls, "DropPath") else None
 
 
 def after(module: Any) -> bool:
@@ -104,7 +109,7 @@ def norm(module: Any) -> Norm | None:
 
 
 def _proven(cls: type, name: str) -> bool:
-    """Whether a class of this name computes what Hugging Face's do, which each model has of its own."""
+    """Whether a class of this name computes what those of Hugging Face and timm do, of which models have their own."""
     return cls.__name__.endswith(name) and issubclass(cls, nn.Module) and _proof(cls, name)
 
 
@@ -122,7 +127,8 @@ def _computes(cls: type[nn.Module], what: str) -> bool:
     """The proof: its forward, called once with a stand-in for the module that has no more than what is known."""
     x = torch.linspace(-2, 2, 64, device="cpu", dtype=torch.float32).view(16, 4)
     gamma, keep, eps = x[5], 0.75, 1e-3
-    module: Any = SimpleNamespace(lambda1=gamma, drop_prob=1 - keep, training=True, weight=gamma, variance_epsilon=eps)
+    scales = {"lambda1": gamma, "gamma": gamma, "inplace": False}
+    module: Any = SimpleNamespace(**scales, drop_prob=1 - keep, training=True, weight=gamma, variance_epsilon=eps)
     if what in _NORMS.values():
         module = SimpleNamespace(normalized_shape=(4,), weight=gamma, bias=gamma, eps=eps, _fast_norm=False)
     expected: dict[str, Callable[[], Tensor]] = {
@@ -132,13 +138,13 @@ def _computes(cls: type[nn.Module], what: str) -> bool:
         "rms_norm": lambda: F.rms_norm(x, (4,), gamma, eps),
         "layer_norm": lambda: F.layer_norm(x, (4,), gamma, gamma, eps),
     }
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.autocast("cpu", enabled=False):
-        torch.default_generator.manual_seed(0)
+    draws = Draws()
+    with draws, torch.no_grad(), torch.autocast("cpu", enabled=False):
         try:
             result = cls.forward(module, x)
         except Exception:
             return False
-        torch.default_generator.manual_seed(0)
+        draws.seed(0)
         same = isinstance(result, Tensor) and result.shape == x.shape
         return same and torch.allclose(result, expected[what](), atol=1e-6)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from eulernet.kernels import _device, plain
 from eulernet.kernels._launch import Launch, Unavailable
-from eulernet.kernels._layout import ABSENT, Layout, dense, described, room, walk
+from eulernet.kernels._layout import ABSENT, ALIGNED, MIDDLE, Layout, dense, described, room, walk, warps
 from eulernet.kernels._step import ACTIVATIONS, FLOATS, MOST_PLANS, computed_in, sizes
 
 _plans: dict[Any, tuple[Layout, torch.dtype, Launch] | None] = {}
@@ -73,6 +73,11 @@ def _plan(
     way = walk(skip, branch, mean.view(-1, *[1] * (branch.dim() - 2)))
     if way is None:
         return None
-    axes = (way.axes[0], *(ABSENT if t is None else way.axes[0] for t in (weight, bias)))
-    constants = (*axes, eps, ACTIVATIONS[activation], way.outer > 1, computed_in(dtype), *way.block)
-    return way, dtype, Launch(_device.bn_forward, way.programs, skip.device, (*sizes(way), *constants))
+    channel, channels, pixels = way.axes[0], 1, 1
+    if channel == MIDDLE and way.inner % ALIGNED and skip.numel() < 2**31:
+        flat = walk(skip, branch)  # the compiler would read each element of such rows by itself
+        if flat is not None and flat.rows == 1:
+            way, channel, channels, pixels = flat, ABSENT, way.middle, way.inner
+    constants = (channel, channels, pixels, eps, ACTIVATIONS[activation], way.outer > 1, computed_in(dtype), *way.block)
+    each = warps(way.block, dtype.itemsize)
+    return way, dtype, Launch(_device.bn_forward, way.programs, skip.device, (*sizes(way), *constants), each)

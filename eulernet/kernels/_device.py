@@ -58,13 +58,16 @@ def _operand(p, outer, middle, column, outer_stride, middle_stride, inside, T: t
 
 @triton.jit
 def _small(p, AXIS: tl.constexpr, outer, middle, column, rows, columns, T: tl.constexpr):
-    """A small operand, spread over a tile; 1 where it is absent."""
+    """A small operand, spread over a tile; 1 where it is absent.
+
+    One along the columns is read for each row, as the tile is: else it would have to change threads.
+    """
     if AXIS == -1:
         return tl.full([1, 1], 1, T)
     elif AXIS == -2:
         return tl.load(p).to(T)
     elif AXIS == 2:
-        return _load(p + column, columns, T)[None, :]
+        return _load(p + (tl.zeros([rows.shape[0], 1], tl.int64) + column[None, :]), columns[None, :], T)
     elif AXIS == 1:
         return _load(p + middle, rows, T)[:, None]
     else:
@@ -122,7 +125,7 @@ def step_backward(
     SCALE: tl.constexpr, MASK: tl.constexpr, ACT: tl.constexpr, SPLIT: tl.constexpr, T: tl.constexpr,
     BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """The gradients that are asked for (not None); that of scale in parts, which are yet to be summed.
+    """The gradients that are asked for (not None); that of scale in parts, for `sum_parts`.
 
     A program goes over `tiles` tiles of the same columns. The parts are one for each program and column where scale
     varies along the columns, one for each row and block of columns where it varies along rows, else one a program.
@@ -131,27 +134,32 @@ def step_backward(
     block, lane, lanes = pid % blocks, pid // blocks, tl.num_programs(0) // blocks
     column, columns = _columns(block, C, BC)
     total = tl.zeros([BR, BC], T)
+    row, outer, middle, rows = _rows(lane, M, R, SPLIT, BR)
+    factor = _small(scale, SCALE, outer, middle, column, rows, columns, T)
     for tile in range(0, tiles):
         row, outer, middle, rows = _rows(lane + tile * lanes, M, R, SPLIT, BR)
         inside = rows[:, None] & columns[None, :]
         here = (row * C)[:, None] + column[None, :]
         g = _load(grad + here, inside, T)
-        unscaled = alpha * _small(mask, MASK, outer, middle, column, rows, columns, T)
+        if scale_parts is not None:
+            b = _operand(branch, outer, middle, column, branch_outer, branch_middle, inside, T)
         if ACT == RELU:
             g = tl.where(_load(out + here, inside, T) <= 0, 0, g)
         elif ACT != NONE:
             g = g * _slope(_load(state + here, inside, T), ACT)
         if skip_grad is not None:
             _store(skip_grad + here, g, inside)
+        if MASK != -1:
+            g = g * _small(mask, MASK, outer, middle, column, rows, columns, T)
         if branch_grad is not None:
-            factor = unscaled * _small(scale, SCALE, outer, middle, column, rows, columns, T)
-            _store(branch_grad + here, factor * g, inside)
+            if SCALE == 0 or SCALE == 1:  # another one for each tile
+                factor = _small(scale, SCALE, outer, middle, column, rows, columns, T)
+            _store(branch_grad + here, alpha * factor * g, inside)
         if scale_parts is not None:
-            part = unscaled * g * _operand(branch, outer, middle, column, branch_outer, branch_middle, inside, T)
             if SCALE == 0 or SCALE == 1:
-                tl.store(scale_parts + row * blocks + block, tl.sum(part, 1), mask=rows)
+                tl.store(scale_parts + row * blocks + block, tl.sum(g * b, 1), mask=rows)
             else:
-                total += part
+                total += g * b
     if scale_parts is not None:
         if SCALE == 2:
             tl.store(scale_parts + tl.cast(lane, tl.int64) * C + column, tl.sum(total, 0), mask=columns)
@@ -189,9 +197,9 @@ def norm_forward(
     tl.store(rstd + row, r, mask=rows)
     y = z * r[:, None]
     if weight is not None:
-        y = y * _load(weight + column, columns, T)[None, :]
+        y = y * _small(weight, 2, outer, middle, column, rows, columns, T)
     if bias is not None:
-        y = y + _load(bias + column, columns, T)[None, :]
+        y = y + _small(bias, 2, outer, middle, column, rows, columns, T)
     there = (outer * normed_outer + middle * normed_middle)[:, None] + column[None, :]
     _store(normed + there, y, inside)
 
@@ -204,18 +212,30 @@ def norm_backward(
     SCALE: tl.constexpr, MASK: tl.constexpr, SPLIT: tl.constexpr, T: tl.constexpr,
     BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """The gradients that are asked for; those of scale, weight and bias in parts, one for each program and column."""
+    """The gradients that are asked for; those of scale, weight and bias in parts, for `sum_parts`.
+
+    The parts are one for each program and column, for a scale that is one number one a program. In the loop threads
+    wait for one another once, for both sums over a row; all that is read is asked for before.
+    """
     pid = tl.program_id(0)
     column, columns = _columns(0, C, BC)
     scale_total = tl.zeros([BR, BC], T)
     weight_total = tl.zeros([BR, BC], T)
     bias_total = tl.zeros([BR, BC], T)
+    row, outer, middle, rows = _rows(pid, M, R, SPLIT, BR)
+    gamma = _small(scale, SCALE, outer, middle, column, rows, columns, T)
+    if weight is not None:
+        factor = _small(weight, 2, outer, middle, column, rows, columns, T)
     for tile in range(0, tiles):
         row, outer, middle, rows = _rows(pid + tile * tl.num_programs(0), M, R, SPLIT, BR)
         inside = rows[:, None] & columns[None, :]
         here = (row * C)[:, None] + column[None, :]
         g = _operand(normed_grad, outer, middle, column, normed_outer, normed_middle, inside, T)
         z = _load(stream + here, inside, T)
+        if stream_grad is not None:
+            s = _load(stream_grad + here, inside, T)
+        if scale_parts is not None:
+            b = _operand(branch, outer, middle, column, branch_outer, branch_middle, inside, T)
         r = _load(rstd + row, rows, T)[:, None]
         if mean is not None:
             z = tl.where(inside, z - _load(mean + row, rows, T)[:, None], 0)
@@ -225,25 +245,29 @@ def norm_backward(
         if bias_parts is not None:
             bias_total += g
         if weight is not None:
-            g = g * _load(weight + column, columns, T)[None, :]
-        d = g - z * (tl.sum(g * z, 1) / C)[:, None]
+            g = g * factor
         if mean is not None:
-            d = d - (tl.sum(g, 1) / C)[:, None]
+            along, average = tl.split(tl.sum(tl.join(g * z, g), 1))
+            d = g - z * (along / C)[:, None] - (average / C)[:, None]
+        else:
+            d = g - z * (tl.sum(g * z, 1) / C)[:, None]
         d = d * r
         if stream_grad is not None:
-            d += _load(stream_grad + here, inside, T)
+            d += s
         if skip_grad is not None:
             _store(skip_grad + here, d, inside)
-        unscaled = alpha * _small(mask, MASK, outer, middle, column, rows, columns, T)
+        if MASK != -1:
+            d = d * _small(mask, MASK, outer, middle, column, rows, columns, T)
         if branch_grad is not None:
-            factor = unscaled * _small(scale, SCALE, outer, middle, column, rows, columns, T)
-            _store(branch_grad + here, factor * d, inside)
+            _store(branch_grad + here, alpha * gamma * d, inside)
         if scale_parts is not None:
-            b = _operand(branch, outer, middle, column, branch_outer, branch_middle, inside, T)
-            scale_total += unscaled * d * b
+            scale_total += d * b
     part = tl.cast(pid, tl.int64) * C + column
     if scale_parts is not None:
-        tl.store(scale_parts + part, tl.sum(scale_total, 0), mask=columns)
+        if SCALE == -2:
+            tl.store(scale_parts + pid, tl.sum(scale_total))
+        else:
+            tl.store(scale_parts + part, tl.sum(scale_total, 0), mask=columns)
     if weight_parts is not None:
         tl.store(weight_parts + part, tl.sum(weight_total, 0), mask=columns)
     if bias_parts is not None:
@@ -251,21 +275,66 @@ def norm_backward(
 
 
 @triton.jit
+def _sum(parts, result, factor, block, P, C, B, BR: tl.constexpr, BC: tl.constexpr):
+    column, columns = _columns(block, C, BC)
+    total = tl.zeros([BR, BC], parts.dtype.element_ty)
+    for first in range(0, P * B, BR):
+        row = tl.cast(first, tl.int64) + tl.arange(0, BR)
+        here = ((row // B) * C * B + row % B)[:, None] + (column * B)[None, :]
+        total += tl.load(parts + here, mask=(row < P * B)[:, None] & columns[None, :], other=0)
+    _store(result + column, factor * tl.sum(total, 0), columns)
+
+
+@triton.jit
+def sum_parts(
+    scale_parts, weight_parts, bias_parts, scale_grad, weight_grad, bias_grad, alpha, P, C, B,
+    BR: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """The gradients that are asked for, of parts of shape (P, C, B): their sums over P and B, that of scale * alpha.
+
+    A program makes BC elements of one of them.
+    """
+    blocks = _blocks(C, BC)
+    which, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    if scale_parts is not None:
+        if which == 0:
+            _sum(scale_parts, scale_grad, alpha, block, P, C, B, BR, BC)
+        which -= 1
+    if weight_parts is not None:
+        if which == 0:
+            _sum(weight_parts, weight_grad, 1, block, P, C, B, BR, BC)
+        which -= 1
+    if bias_parts is not None:  # noqa: SIM102  # the compiler knows of this condition, not of the next one
+        if which == 0:
+            _sum(bias_parts, bias_grad, 1, block, P, C, B, BR, BC)
+
+
+@triton.jit
 def bn_forward(
     skip, branch, mean, var, weight, bias, out, alpha, M, C, R, skip_outer, skip_middle, branch_outer, branch_middle,
-    CHANNEL: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, EPS: tl.constexpr, ACT: tl.constexpr,
+    CHANNEL: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr, EPS: tl.constexpr, ACT: tl.constexpr,
     SPLIT: tl.constexpr, T: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """out = act(skip + alpha * ((branch - mean) / sqrt(var + EPS) * weight + bias)), these four along CHANNEL"""
+    """out = act(skip + alpha * ((branch - mean) / sqrt(var + EPS) * weight + bias)), these four along CHANNEL.
+
+    Without CHANNEL the walk is one row of images, each of CHANNELS * PIXELS neighbours.
+    """
     pid, blocks = tl.program_id(0), _blocks(C, BC)
     row, outer, middle, rows = _rows(pid // blocks, M, R, SPLIT, BR)
     column, columns = _columns(pid % blocks, C, BC)
     inside = rows[:, None] & columns[None, :]
     z = _operand(skip, outer, middle, column, skip_outer, skip_middle, inside, T)
     b = _operand(branch, outer, middle, column, branch_outer, branch_middle, inside, T)
-    b = b - _small(mean, CHANNEL, outer, middle, column, rows, columns, T)
-    factor = alpha * _small(weight, WEIGHT, outer, middle, column, rows, columns, T)
-    z += factor / tl.sqrt(_small(var, CHANNEL, outer, middle, column, rows, columns, T) + EPS) * b
-    if BIAS != -1:
-        z += alpha * _small(bias, BIAS, outer, middle, column, rows, columns, T)
+    there = column
+    if CHANNEL == -1:
+        there = tl.cast(column, tl.int32) // PIXELS % CHANNELS
+        AXIS: tl.constexpr = 2
+    else:
+        AXIS: tl.constexpr = CHANNEL
+    factor = alpha / tl.sqrt(_small(var, AXIS, outer, middle, there, rows, columns, T) + EPS)
+    if weight is not None:
+        factor = factor * _small(weight, AXIS, outer, middle, there, rows, columns, T)
+    z += factor * (b - _small(mean, AXIS, outer, middle, there, rows, columns, T))
+    if bias is not None:
+        z += alpha * _small(bias, AXIS, outer, middle, there, rows, columns, T)
     _store(out + (row * C)[:, None] + column[None, :], _activation(z, ACT), inside)

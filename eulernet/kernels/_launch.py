@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from eulernet import kernels
-
-ALIGNED = 16  # bytes; Triton compiles a kernel of its own for pointers that this divides
+from eulernet.kernels._layout import ALIGNED
 
 
 class Unavailable(Exception):

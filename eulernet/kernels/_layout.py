@@ -12,8 +12,8 @@ from torch import Tensor
 # Along which axis of the walk (or which dimension of a shape) a small operand varies; or one of the negative numbers.
 OUTER, MIDDLE, INNER = 0, 1, 2
 ABSENT, SINGLE, SEVERAL = -1, -2, -3
-TILE = 2048  # elements a program handles at once. Not measured yet
-PROGRAMS = 2048  # that share a reduction: a few for each multiprocessor. Not measured yet
+TILE = 2048  # elements a program handles at once
+ALIGNED = 16  # bytes that a thread reads at once; Triton compiles a kernel of its own for pointers that this divides
 Strides = tuple[int, ...]
 
 
@@ -155,6 +155,19 @@ def dense(small: Tensor | None) -> Tensor | None:
 def described(small: Tensor | None) -> tuple[Any, ...] | None:
     """What a plan depends on of a small operand."""
     return None if small is None else (small.shape, small.dtype)
+
+
+def warps(block: tuple[int, int], widest: int) -> int:
+    """For a tile of which a thread reads 16 bytes at once, of its widest operand.
+
+    So all operands lie with the same threads, and none has to change them.
+    """
+    return min(32, max(4, block[0] * block[1] * widest // (32 * ALIGNED)))
+
+
+def resident(device: torch.device, warps: int, most: int) -> int:
+    """The programs that run at the same time, where a multiprocessor has room for `most` warps."""
+    return multiprocessors(device) * max(1, most // warps)
 
 
 @cache

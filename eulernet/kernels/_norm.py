@@ -21,17 +21,21 @@ from eulernet.kernels._layout import (
     dense,
     described,
     layout,
-    multiprocessors,
     ordered,
     power_of_two,
+    resident,
     room,
     varying,
+    warps,
 )  # fmt: skip
 from eulernet.kernels._step import FLOATS, MOST_PLANS, computed_in, in_double, sizes
+from eulernet.kernels._sums import sums
 
 MOST = 8192  # columns that fit into one tile, so that the registers hold it
-FORWARD, BACKWARD = 16, 8  # elements of a tile a thread holds; more than 8 take the backward over 64 registers
-WARPS = 32  # of these a multiprocessor has room, with 64 registers a thread
+FORWARD = 16  # elements of a tile a thread holds
+# Warps of the backward that a multiprocessor holds, by bytes and by how many gradients are sums over the rows. A thread
+# has 8 elements of 16 bit, and then at most 64 registers with one of these sums, 80 with two, 120 with three; else 64.
+ROOM = {2: (32, 32, 24, 16), 4: (32, 32, 32, 32), 8: (32, 32, 32, 32)}
 
 
 class Plan:
@@ -39,14 +43,15 @@ class Plan:
 
     def __init__(
         self, way: Layout, normed: Strides, device: torch.device, eps: float, centred: bool,
-        dtype: torch.dtype, normed_dtype: torch.dtype,
+        dtype: torch.dtype, normed_dtype: torch.dtype, mixed: bool,
     ) -> None:  # fmt: skip
         self.way, self.normed, self.device, self.rows = way, normed, device, way.rows
         self.eps, self.centred, self.dtype, self.normed_dtype = eps, centred, dtype, normed_dtype
         self.wide = torch.promote_types(dtype, torch.float32)
         block = _block(way)
         tail = (*sizes(way), *way.axes[1:], eps, way.outer > 1, computed_in(dtype), *block)
-        self.forward = Launch(_device.norm_forward, cdiv(way.rows, block[0]), device, tail, _warps(block, FORWARD))
+        each = warps(block, dtype.itemsize) if mixed else min(32, max(4, block[0] * block[1] // (32 * FORWARD)))
+        self.forward = Launch(_device.norm_forward, cdiv(way.rows, block[0]), device, tail, each)
         self.backwards: dict[Any, Backward] = {}
 
     def backward(self, branch: Tensor | None, wants: tuple[bool, ...]) -> Backward:
@@ -62,14 +67,18 @@ class Backward:
 
     def __init__(self, plan: Plan, branch: Tensor | None, wants: tuple[bool, ...]) -> None:
         way, self.copies = again(plan.way, branch, plan.normed)
-        block = _block(way)
-        programs, warps = cdiv(way.rows, block[0]), _warps(block, BACKWARD)
-        tiles = cdiv(programs, multiprocessors(plan.device) * max(1, WARPS // warps)) if any(wants[2:5]) else 1
+        block, summed = _block(way), sum(wants[2:5])
+        width = plan.normed_dtype.itemsize
+        programs, each = cdiv(way.rows, block[0]), warps(block, width)
+        tiles = cdiv(programs, resident(plan.device, each, ROOM[width][summed])) if summed else 1
         programs = cdiv(programs, tiles)
-        self.parts = programs, way.inner
+        single = wants[2] and way.axes[1] == SINGLE  # its sum has another shape than those of weight and bias
+        self.parts = [(programs, 1 if single else way.inner), *[(programs, way.inner)] * 2]
+        self.single = sums(programs, 1, 1, 1, plan.device) if single else None
+        self.sums = sums(programs, way.inner, 1, summed - single, plan.device) if summed > single else None
         tail = (way.middle, way.inner, way.rows, *way.steps[2:], tiles)
         tail += (*way.axes[1:], way.outer > 1, computed_in(plan.dtype), *block)
-        self.launch = Launch(_device.norm_backward, programs, plan.device, tail, warps)
+        self.launch = Launch(_device.norm_backward, programs, plan.device, tail, each)
 
 
 _plans: dict[Any, Plan | None] = {}
@@ -158,8 +167,8 @@ def _new_plan(
         return None
     normed_dtype = dtype
     if autocast:
-        if kind == "rms_norm" or not skip.is_cuda:
-            return None  # what autocast makes of these differs from version to version
+        if not widened(kind, skip.device):
+            return None
         normed_dtype = torch.promote_types(dtype, torch.float32)
     elif any(t.dtype != dtype for t in affine):
         return None  # eager refuses some of these
@@ -175,7 +184,13 @@ def _new_plan(
     way = layout(skip.shape, (skip.stride(), branch.stride(), normed), small)
     if way is None or way.axes[0] not in (INNER, SINGLE) or way.inner != columns:
         return None
-    return Plan(way, normed, skip.device, eps, kind == "layer_norm", dtype, normed_dtype)
+    mixed = len({skip.dtype, branch.dtype, normed_dtype}) > 1
+    return Plan(way, normed, skip.device, eps, kind == "layer_norm", dtype, normed_dtype, mixed)
+
+
+def widened(kind: str, device: torch.device) -> bool:
+    """Whether autocast widens this norm; what it makes of others differs from version to version."""
+    return kind == "layer_norm" and device.type == "cuda"
 
 
 @cache
@@ -278,26 +293,23 @@ def _backward(ctx: Any, state_grad: Tensor | None, normed_grad: Tensor | None) -
     branch_grad = room(way, state, ctx.dtypes[1]) if wants[1] and not shared else None
     backward = plan.backward(branch, (skip_grad is not None, branch_grad is not None, *wants[2:], state_grad is None))
     branch = ordered(branch, way.strides) if backward.copies else branch
-    parts = [rstd.new_empty(backward.parts) if wanted else None for wanted in wants[2:]]
+    parts = [rstd.new_empty(shape) if wanted else None for shape, wanted in zip(backward.parts, wants[2:], strict=True)]
     operands = (state_grad, normed_grad, state, branch, dense(scale), dense(mask), dense(weight))
     statistics = (dense(mean), dense(rstd))
     backward.launch((*operands, *statistics, skip_grad, branch_grad, *parts), ctx.h)
-    scale_grad, weight_grad, bias_grad = parts
-    if scale_grad is not None:
-        summed = scale_grad.sum() if way.axes[1] == SINGLE else scale_grad.sum(0)
-        scale_grad = summed.to(scale.dtype).view(scale.shape)
-    if weight_grad is not None:
-        weight_grad = weight_grad.sum(0).to(weight.dtype)
-    if bias_grad is not None:
-        bias_grad = bias_grad.sum(0).to(ctx.bias_dtype)
+    summed = [
+        torch.empty_like(scale, memory_format=torch.contiguous_format) if wants[2] else None,
+        torch.empty_like(weight) if wants[3] else None,
+        rstd.new_empty(way.inner, dtype=ctx.bias_dtype) if wants[4] else None,
+    ]
+    if backward.single is not None:
+        backward.single((parts[0], None, None, summed[0], None, None), ctx.h)
+        parts[0] = None
+    if backward.sums is not None:
+        backward.sums((*parts, *summed), ctx.h)
     if shared:
         branch_grad = skip_grad
-    return [skip_grad if wants[0] else None, branch_grad, scale_grad, weight_grad, bias_grad]
-
-
-def _warps(block: tuple[int, int], elements: int) -> int:
-    """Of so many elements a thread."""
-    return min(32, max(4, block[0] * block[1] // (32 * elements)))
+    return [skip_grad if wants[0] else None, branch_grad, *summed]
 
 
 def _block(way: Layout) -> tuple[int, int]:

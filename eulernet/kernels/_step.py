@@ -14,7 +14,6 @@ from eulernet.kernels._layout import (
     INNER,
     MIDDLE,
     OUTER,
-    PROGRAMS,
     SINGLE,
     Layout,
     again,
@@ -23,28 +22,36 @@ from eulernet.kernels._layout import (
     dense,
     described,
     ordered,
+    resident,
     room,
     walk,
+    warps,
 )  # fmt: skip
+from eulernet.kernels._sums import sums
 
 ACTIVATIONS = {None: 0, "relu": 1, "silu": 2, "gelu": 3}
 FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 MOST_PLANS = 4096
+ROOM = 32  # warps of a sum that a multiprocessor holds: a thread has 64 registers at most
 Wants = tuple[bool, ...]  # whether the gradients of skip, branch and scale are asked for, and those that a norm adds
 
 
 class Plan:
     """How operands of these shapes, strides and dtypes are stepped: the walk, and the kernels with their arguments."""
 
-    def __init__(self, way: Layout, device: torch.device, activation: str | None, dtype: torch.dtype) -> None:
+    def __init__(
+        self, way: Layout, device: torch.device, activation: str | None, dtype: torch.dtype, mixed: bool
+    ) -> None:
         self.way, self.device, self.activation, self.dtype = way, device, activation, dtype
+        # Operands of several dtypes lie with the same threads where each has few elements.
+        self.warps = warps(way.block, dtype.itemsize) if mixed else 4
         self.smooth = activation in ("silu", "gelu")  # its derivative needs the state before it
         self.forward, self.forward_kept = self._forward(), self._forward()  # without and with that state
         self.backwards: dict[Any, Backward] = {}
 
     def _forward(self) -> Launch:
         tail = (*sizes(self.way), *self.constants(self.way))
-        return Launch(_device.step_forward, self.way.programs, self.device, tail)
+        return Launch(_device.step_forward, self.way.programs, self.device, tail, self.warps)
 
     def constants(self, way: Layout) -> tuple[Any, ...]:
         """SCALE, MASK, ACT, SPLIT, T, BR, BC"""
@@ -63,17 +70,20 @@ class Backward:
 
     def __init__(self, plan: Plan, branch: Tensor | None, wants: Wants) -> None:
         way, self.copies = again(plan.way, branch)
-        blocks = cdiv(way.inner, way.block[1])
-        tiles, lanes = 1, cdiv(way.rows, way.block[0])
-        axis = way.axes[0]
+        blocks, axis = cdiv(way.inner, way.block[1]), way.axes[0]
+        tiles, lanes, each = 1, cdiv(way.rows, way.block[0]), plan.warps
         if wants[2] and axis in (INNER, SINGLE):
-            tiles = cdiv(lanes * blocks, PROGRAMS)
+            each = warps(way.block, plan.dtype.itemsize)
+            tiles = cdiv(lanes, max(1, resident(plan.device, each, ROOM) // blocks))
             lanes = cdiv(lanes, tiles)
-        shapes = {INNER: (lanes, way.inner), SINGLE: (lanes * blocks,)}
-        self.parts = shapes.get(axis, (way.outer, way.middle, blocks))
-        self.over = {MIDDLE: (0, 2), OUTER: (1, 2)}.get(axis, (0,))
+        if wants[2]:
+            self.parts = {
+                INNER: (lanes, way.inner, 1), SINGLE: (lanes * blocks, 1, 1),
+                MIDDLE: (way.outer, way.middle, blocks), OUTER: (1, way.outer, way.middle * blocks),
+            }[axis]  # fmt: skip
+            self.sums = sums(*self.parts, 1, plan.device)
         tail = (way.middle, way.inner, way.rows, *way.steps[2:], tiles, *plan.constants(way))
-        self.launch = Launch(_device.step_backward, lanes * blocks, plan.device, tail)
+        self.launch = Launch(_device.step_backward, lanes * blocks, plan.device, tail, each)
 
 
 _plans: dict[Any, Plan | None] = {}
@@ -139,7 +149,7 @@ def _plan(
     dtypes = {t.dtype for t in (skip, branch, scale, mask) if t is not None}
     plan = None
     if way is not None and dtypes <= FLOATS:
-        plan = Plan(way, skip.device, activation, dtype)
+        plan = Plan(way, skip.device, activation, dtype, skip.dtype != branch.dtype)
     if len(_plans) >= MOST_PLANS:
         _plans.clear()
     _plans[key] = plan
@@ -219,7 +229,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Ten
     branch, state, out, scale, mask = ctx.saved_tensors
     plan, (wants_skip, wants_branch, wants_scale) = ctx.plan, ctx.wants
     way = plan.way
-    skip_grad = branch_grad = parts = scale_grad = None
+    skip_grad = branch_grad = part = scale_grad = None
     passes = wants_skip and plan.activation is None and ctx.dtypes[0] == plan.dtype  # its gradient is the one that came
     if wants_skip and not passes:
         skip_grad = room(way, grad, ctx.dtypes[0])
@@ -227,14 +237,15 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Ten
         branch_grad = room(way, grad, ctx.dtypes[1])
     backward = plan.backward(branch, (wants_skip and not passes, wants_branch, wants_scale))
     if wants_scale:
-        parts = grad.new_empty(backward.parts, dtype=torch.promote_types(plan.dtype, torch.float32))
+        part = grad.new_empty(backward.parts, dtype=torch.promote_types(plan.dtype, torch.float32))
         branch = ordered(branch, way.strides) if backward.copies else branch
-    if skip_grad is not None or branch_grad is not None or parts is not None:
+    if skip_grad is not None or branch_grad is not None or part is not None:
         state = None if state is None else ordered(state, way.strides)
         out = None if out is None else ordered(out, way.strides)
-        results = (skip_grad, branch_grad, parts)
+        results = (skip_grad, branch_grad, part)
         operands = (ordered(grad, way.strides), branch, state, out, dense(scale), dense(mask))
         backward.launch((*operands, *results), ctx.h)
-    if parts is not None:
-        scale_grad = parts.sum(backward.over).to(scale.dtype).view(scale.shape)
+    if wants_scale:
+        scale_grad = torch.empty_like(scale, memory_format=torch.contiguous_format)
+        backward.sums((part, None, None, scale_grad, None, None), ctx.h)
     return grad if passes else skip_grad, branch_grad, scale_grad

@@ -31,19 +31,23 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else matrix produ
 @contextlib.contextmanager
 def settings(precision: str) -> Iterator[None]:
     """Deterministic, and with TF32 convolutions where the trial allows them; afterwards all is as it was."""
-    convolutions: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    cudnn: Any = torch.backends.cudnn
+    # torch 2.8 has the older name alone, and later releases warn of it.
+    older = not hasattr(cudnn, "conv")
+    owner, name = (cudnn, "allow_tf32") if older else (cudnn.conv, "fp32_precision")
+    exact, fast = (False, True) if older else ("ieee", "tf32")
     memory: Any = torch.utils.deterministic
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    fill, tf32 = memory.fill_uninitialized_memory, convolutions.fp32_precision
+    fill, tf32 = memory.fill_uninitialized_memory, getattr(owner, name)
     try:
         torch.use_deterministic_algorithms(True, warn_only=True)
         memory.fill_uninitialized_memory = False  # a kernel for each new tensor
-        convolutions.fp32_precision = "ieee" if precision == "fp32" else "tf32"
+        setattr(owner, name, exact if precision == "fp32" else fast)
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         memory.fill_uninitialized_memory = fill
-        convolutions.fp32_precision = tf32
+        setattr(owner, name, tf32)
 
 
 class Training:
