@@ -261,7 +261,10 @@ def expression_at(function: FunctionType, span: Span, kinds: tuple[type[ast.AST]
     for node in ast.walk(definition_of(function)[2]):
         if isinstance(node, kinds) and stands_at(node, span, first):
             return node
-    raise Unsupported(f"line {span.line + first} of {function.__code__.co_filename} holds no addition at that column")
+    raise Unsupported(
+        f"line {span.line + first} of {function.__code__.co_filename} holds no addition at that column; where it was "
+        "changed since it was imported (also by %autoreload), import it anew, in a new process or kernel"
+    )
 
 
 def without_variables(definition: ast.FunctionDef) -> list[ast.AST]:

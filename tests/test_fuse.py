@@ -10,7 +10,8 @@ import timm
 import torch
 import torchvision
 import transformers
-from timm.layers import DropPath, LayerScale, LayerScale2d, RmsNorm
+from timm.layers import BatchNormAct2d, DropPath, LayerScale, LayerScale2d, RmsNorm
+from timm.models.metaformer import Scale
 from torch import Tensor, nn
 
 import eulernet
@@ -38,13 +39,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the kernels that ran."""
+    """The names of the kernels that ran, but for the ends of sums."""
     names: list[str] = []
 
     start = Launch.__call__
 
     def counted(self: Launch, tensors: tuple[Tensor | None, ...], h: float) -> None:
-        names.append(self.kernel.fn.__name__)
+        names.extend({self.kernel.fn.__name__} - {"sum_parts"})
         start(self, tensors, h)
 
     monkeypatch.setattr(Launch, "__call__", counted)
@@ -206,6 +207,103 @@ class PostNorm(nn.Module):
         return self.norm(self.dense(x) + x)
 
 
+class InAnIf(SkipOnTheRight):
+    """As in RegNet: the activation of a sum that stands in an `if`."""
+
+    activation: type[nn.Module] = nn.ReLU
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = self.activation()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Which the rewritten one keeps."""
+        shortcut = x
+        x = self.norm(self.conv(x))
+        if self.downsample is not None:
+            x = self.drop_path(x) + self.downsample(shortcut)
+        return self.act(x)
+
+
+class InAnIfSmooth(InAnIf):
+    activation = nn.GELU
+
+
+class BetweenIfs(PreNorm):
+    """As in GPT-2: between a sum and its norm is an `if`."""
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        x = self.ls1(self.attn(self.norm1(x))) + x
+        if context is not None:
+            x = self.attn(context) + x
+        residual = x
+        x = self.norm2(x)
+        return residual + self.mlp(x)
+
+
+class Reshaped(PreNorm):
+    """As in Swin: between a sum and its norm the state gets another shape."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, channels = x.shape
+        x = x + self.attn(self.norm1(x))
+        x = x.reshape(batch * length, channels)
+        x = x + self.mlp(self.norm2(x))
+        return x.view(batch, length, channels)
+
+
+class BeforeAnIf(SkipOnTheRight):
+    """As in EfficientNet: what is done to the branch stands before the `if` that the sum stands in."""
+
+    has_skip = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x
+        x = self.conv(x)
+        x = self.norm(x)
+        if self.has_skip and shortcut is not None:
+            x = self.drop_path(x) + shortcut
+        else:
+            shortcut = shortcut + x.abs()
+        x = x * 2
+        return x + shortcut.mean() if self.has_skip else x - shortcut
+
+
+class AugmentedElsewhere(SkipOnTheRight):
+    """In the other half of the `if` the name is augmented, which a branch that waits could not be."""
+
+    has_skip = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x
+        x = self.norm(self.conv(x))
+        if self.has_skip:
+            x = self.drop_path(x) + shortcut
+        else:
+            x += 1
+        return x
+
+
+class DropsFirst(Block):
+    """As in PoolFormer: drop path before LayerScale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = Scale(8, 0.5, use_nchw=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.ls(self.drop_path(self.mlp(self.norm(x))))
+        return x + self.scale(self.drop_path(self.mlp(x)))
+
+
+class NormWithActivation(Tail):
+    """The batch norm of timm that has an activation, here none."""
+
+    def __init__(self, apply_act: bool = False) -> None:
+        super().__init__()
+        self.norm = BatchNormAct2d(8, apply_act=apply_act)
+
+
 def tokens() -> Tensor:
     return torch.randn(4, 5, 8, device=DEVICE)
 
@@ -272,6 +370,13 @@ def encoder(norm_first: bool) -> Callable[[], nn.Module]:
     return lambda: nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True, norm_first=norm_first)
 
 
+def gpt2() -> nn.Module:
+    config = transformers.GPT2Config(
+        vocab_size=50, n_embd=8, n_layer=2, n_head=2, use_cache=False, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0
+    )
+    return transformers.GPT2Model(config)
+
+
 # What a model does forward in training and in inference: each letter a kernel.
 KERNELS = {"s": "step", "n": "norm", "b": "bn"}
 Builder = Callable[[], nn.Module]
@@ -287,6 +392,15 @@ MODELS: dict[str, tuple[Builder, Callable[[], Tensor], str, str]] = {
     "PreNorm": (PreNorm, tokens, "ns", "ns"),
     "PreRMSNorm": (PreRMSNorm, tokens, "ns", "ns"),
     "PostNorm": (PostNorm, tokens, "n", "n"),
+    "InAnIf": (InAnIf, images, "s", "s"),
+    "InAnIfSmooth": (InAnIfSmooth, images, "s", "s"),
+    "BetweenIfs": (BetweenIfs, tokens, "n", "n"),
+    "Reshaped": (Reshaped, tokens, "n", "n"),
+    "NormWithActivation": (NormWithActivation, images, "s", "b"),
+    "BeforeAnIf": (BeforeAnIf, images, "s", "b"),
+    "AugmentedElsewhere": (AugmentedElsewhere, images, "s", ""),
+    "DropsFirst": (DropsFirst, tokens, "ss", "ss"),
+    "GPT-2": (gpt2, ids, "nn", "nn"),
     "timm ResNet": (timm_resnet(drop_path_rate=0.5), pictures, "ssss", "bbbb"),
     "timm SE-ResNet": (timm_resnet(block_args={"attn_layer": "se"}), pictures, "ssss", "ssss"),
     "timm ConvNeXt": (timm_convnext, large_pictures, "sssss", "sssss"),
@@ -809,6 +923,99 @@ def test_a_norm_that_is_not_called_next_is_called(build: Builder, launches: list
         with kernels.mode("triton"):
             torch.testing.assert_close(model(x.clone()), expected)
     assert "norm_forward" not in launches
+
+
+class Context(PreNorm):
+    """An `if` that is gone through writes into the state, or makes another one."""
+
+    exchanged = False
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        x = x + self.attn(x)
+        if context is not None:
+            x.abs_()
+            if self.exchanged:
+                x = x + self.attn(context)
+        return x + self.mlp(self.norm2(x))
+
+
+@pytest.mark.parametrize("exchanged", [False, True])
+@pytest.mark.filterwarnings("ignore:the stream from the model's input:eulernet.EulernetWarning")
+def test_an_if_before_a_norm_that_is_gone_through(exchanged: bool, launches: list[str]) -> None:
+    """What was computed ahead is forgotten, in inference mode too, where nobody counts who writes."""
+    model, x, context = randomized(Context()).eval(), tokens(), tokens()
+    model.exchanged = exchanged
+    eulernet.patch(model, h=0.3, example_inputs=x)
+    with torch.inference_mode():
+        for given in ((x,), (x, context)):
+            expected = model(*given)
+            with kernels.mode("triton"):
+                torch.testing.assert_close(model(*given), expected)
+    assert launches == ["norm_forward"] * 2
+
+
+def test_an_if_around_a_sum_that_is_left_out(launches: list[str]) -> None:
+    """Its activation is called, and the method keeps its docstring."""
+    model, x = randomized(InAnIfSmooth()).eval(), images()
+    eulernet.patch(model, h=0.3, example_inputs=x)
+    assert type(model).forward.__doc__ == InAnIfSmooth.forward.__doc__
+    model.downsample = None
+    with kernels.mode("triton"), torch.no_grad():
+        torch.testing.assert_close(model(x), model.act(model.norm(model.conv(x))))
+    assert launches == []
+
+
+@pytest.mark.parametrize("build", [BeforeAnIf, AugmentedElsewhere])
+def test_a_branch_that_waits_is_a_tensor_in_the_other_half_of_an_if(build: Builder, launches: list[str]) -> None:
+    model, x = randomized(build()).eval(), images()
+    eulernet.patch(model, h=0.3, example_inputs=x)
+    model.has_skip = False
+    with torch.no_grad():
+        expected = model(x)
+        with kernels.mode("triton"):
+            torch.testing.assert_close(model(x), expected)
+    assert type(expected) is Tensor and launches == []
+
+
+@pytest.mark.parametrize(("name", "steps"), [("efficientnet_b0", 9), ("mobilenetv3_small_100", 6)])
+@pytest.mark.filterwarnings("ignore::eulernet.EulernetWarning")
+def test_inverted_residuals_do_their_batch_norm_with_the_step(name: str, steps: int, launches: list[str]) -> None:
+    model, x = randomized(timm.create_model(name, num_classes=3)).eval(), pictures()
+    eulernet.patch(model, h=0.3, example_inputs=x)
+    with torch.no_grad():
+        expected = model(x)
+        with kernels.mode("triton"):
+            torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+    assert launches == ["bn_forward"] * steps
+
+
+def test_a_state_in_another_shape_has_the_norm_of_its_rows(launches: list[str]) -> None:
+    """Where the new shape has other rows, or they were copied, the norm is called."""
+    state = torch.randn(4, 2, 8, device=DEVICE)
+    norm = nn.LayerNorm(8).to(DEVICE)
+    for given, known in (
+        (state, True), (state.reshape(8, 8), True), (state.view(2, 2, 2, 8), True), (state.reshape(4, 16), False),
+        (state.transpose(0, 1), False), (state.transpose(0, 1).reshape(8, 8), False), (state[:2], False),
+    ):  # fmt: skip
+        marked = torch.full_like(state, 7.0)
+        found = fuse.PrecomputedNorm(norm, state, marked).of(given)
+        assert (found is not None) == known
+        if found is not None:
+            assert found.shape == given.shape and found.unique().tolist() == [7]
+
+
+@pytest.mark.parametrize("where", ["act", "drop", "activation"])
+def test_what_a_batch_norm_holds_runs(where: str, launches: list[str]) -> None:
+    """A hook on its activation, and one that is not the identity."""
+    model, x = randomized(NormWithActivation(apply_act=where == "activation")).eval(), images()
+    eulernet.patch(model, h=0.3, example_inputs=x)
+    if where != "activation":
+        getattr(model.norm, where).register_forward_hook(lambda module, args, out: out + 1)
+    with torch.no_grad():
+        expected = model(x)
+        with kernels.mode("triton"):
+            torch.testing.assert_close(model(x), expected)
+    assert launches == ["step_forward"]
 
 
 def test_what_was_computed_ahead_is_not_kept(launches: list[str]) -> None:

@@ -45,6 +45,7 @@ def test_the_class_of_a_patched_model_makes_models_that_are_not(tmp_path: Path) 
     model.save_pretrained(tmp_path)
     for other in (type(model).from_pretrained(tmp_path), type(model)(model.config), unpatched(model)):
         assert not eulernet.is_patched(other)
+        assert set(hs(eulernet.patch(copy.deepcopy(other), 0.3))) == {0.3}
         other.eval()(TEXT)
         other.half().save_pretrained(tmp_path / "other")
         assert not (tmp_path / "other" / "eulernet.json").exists()

@@ -107,7 +107,7 @@ def _reason(graph: Graph, trace: Trace, addition: Addition, branches: list[set[i
 
 def _step_call(graph: Graph, trace: Trace, addition: Addition, results: dict[int, StepCall]) -> StepCall | None:
     for skip, branch in _pairs(addition):
-        if graph.nodes[skip].shape != graph.nodes[addition.result].shape:
+        if graph.nodes[skip].shape != graph.nodes[addition.result].shape or _is_series(graph, skip, branch):
             continue
         for start in _starts(graph, trace, addition, skip):
             found = _identity(graph, skip, branch, start) or _parallel(graph, skip, branch, start, results)
@@ -212,6 +212,15 @@ def _is_aside(graph: Graph, result: int, branch: int, within: set[int]) -> bool:
     own = within | {result}
     goes_on = any(graph.readers.get(node, set()) - own for node in within - last)
     return goes_on and all(graph.nodes[n].op in SQUASHES or n in graph.sums for n in graph.uses(result))
+
+
+def _is_series(graph: Graph, skip: int, branch: int) -> bool:
+    """Whether a weight is made of itself, as by a power series (OFT): the branch has no weights that the skip has not."""
+
+    def leaves(node: int) -> set[int]:
+        return {n for n in graph.ancestors(node, 0, -1) if not graph.nodes[n].inputs}
+
+    return graph.constant[skip] and graph.constant[branch] and leaves(branch) <= leaves(skip)
 
 
 def _is_centred(graph: Graph, result: int, within: set[int]) -> bool:

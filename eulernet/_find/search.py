@@ -19,6 +19,7 @@ from eulernet._find.account import Origin, left_out, origin_of, outside, reached
 from eulernet._find.apart import alone, apart
 from eulernet._find.classify import Sums, classify
 from eulernet._find.graph import StepCall
+from eulernet._find.hints import example_for
 from eulernet._find.inputs import as_arguments, guess_inputs
 from eulernet._find.locate import Location
 from eulernet._find.sandbox import Sandbox, no_fakes_left
@@ -200,7 +201,7 @@ def _guessed(model: nn.Module, training: bool) -> tuple[tuple[Any, ...], dict[st
     if guess is None:
         raise EulernetError(
             f"{type(model).__name__} does not say what it takes. Pass an example (shapes matter, values do not): "
-            "eulernet.patch(model, h=0.1, example_inputs=torch.zeros(2, 3, 224, 224))"
+            f"eulernet.patch(model, h=0.1, example_inputs={example_for(model)})"
         )
     return guess
 

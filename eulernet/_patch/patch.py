@@ -107,10 +107,11 @@ def patch(
             (FSDP2 takes no scalars) and of the block's dtype: `layer1.0.log_h_bias`, or `blocks.0.log_h_0_bias` and
             `blocks.0.log_h_1_bias` where a block has several steps; where one line of a loop adds for all layers, of
             the module with the loop: `log_h_layers_0_bias`. Blocks that share an h hold the same parameter, as tied
-            weights do (and as with these, FSDP2 refuses to shard them apart, and Hugging Face's `save_pretrained` to
-            write them). log_h must have no weight decay, which would pull h to 1. In float16 and bfloat16 it is rounded
-            like any parameter. The branch is kept for the gradient of h, and copied where it is the left operand of an
-            addition in place. To fix what was learned: `eulernet.patch(model, h=eulernet.steps(model))`.
+            weights do (and as with these, FSDP2 refuses to shard them apart). log_h must have no weight decay, which
+            would pull h to 1; who decays by names or dimensions, as Hugging Face's Trainer and timm, leaves it out. In
+            float16 and bfloat16 it is rounded like any parameter. The branch is kept for the gradient of h, and copied
+            where it is the left operand of an addition in place. To fix what was learned: `eulernet.patch(model,
+            h=eulernet.steps(model))`.
 
     Returns:
         The same model.

@@ -77,6 +77,9 @@ def rewrite(function: FunctionType, edits: dict[Span, tuple[str, int]], free: bo
             if block and call is not None:  # two statements become the second one, around what the first one adds
                 call.args = [node]  # type: ignore[list-item]
                 del block[i]
+    for span, (_, place) in edits.items():
+        if span.add_norm and not any(stands_at(sum_, span, first) for sum_ in _assigned(mine.body)):
+            _unset(_normed_name(place), mine.body)  # the addition stands in an `if`
     keys = _keep_keys(mine, edits, first)
     editor = _Editor(edits, function, receiver, keys)
     visited = [editor.visit(node) for node in mine.body]
@@ -109,11 +112,21 @@ def _keep_keys(definition: ast.FunctionDef, edits: dict[Span, tuple[str, int]], 
         for node in inside[number]:
             if isinstance(node, ast.Call) and id(node) not in elsewhere and ast.dump(node.func) == ast.dump(call.func):
                 keys.setdefault(id(node), []).append(place)
-        unset = ast.Assign([ast.Name(_key_name(place), ast.Store())], ast.Constant(None))
-        line = bodies[number][0].lineno
-        unset.lineno, unset.end_lineno, unset.col_offset, unset.end_col_offset = line, line, 0, 0
-        bodies[number].insert(0, ast.fix_missing_locations(unset))
+        _unset(_key_name(place), bodies[number])
     return keys
+
+
+def _unset(name: str, body: list[ast.stmt]) -> None:
+    """The variable is None at the start of these statements, after a docstring."""
+    at = 1 if isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant) and len(body) > 1 else 0
+    unset = ast.Assign([ast.Name(name, ast.Store())], ast.Constant(None))
+    line = body[at].lineno
+    unset.lineno, unset.end_lineno, unset.col_offset, unset.end_col_offset = line, line, 0, 0
+    body.insert(at, ast.fix_missing_locations(unset))
+
+
+def _assigned(body: list[ast.stmt]) -> list[ast.BinOp]:
+    return [s.value for s in body if isinstance(s, ast.Assign) and isinstance(s.value, ast.BinOp)]
 
 
 class _Editor(ast.NodeTransformer):
@@ -150,7 +163,7 @@ class _Editor(ast.NodeTransformer):
                 kept = ast.NamedExpr(ast.Name(_key_name(place), ast.Store()), node.func)
                 node.func = ast.copy_location(kept, node.func)
         if edit is None:
-            return self._surrounding(node) if isinstance(node, ast.Call | ast.BinOp | ast.Name) else node
+            return self._surrounding(node) if isinstance(node, ast.Call | ast.BinOp | ast.Name | ast.Compare) else node
         _, (kind, index) = edit
         if kind == "via":
             assert isinstance(node, ast.Call)
@@ -242,7 +255,7 @@ class _Editor(ast.NodeTransformer):
         assigned = ast.Assign([ast.copy_location(targets, target)], ast.copy_location(call, sum_))
         return ast.copy_location(assigned, node)
 
-    def _surrounding(self, node: ast.Call | ast.BinOp | ast.Name) -> ast.expr:
+    def _surrounding(self, node: ast.Call | ast.BinOp | ast.Name | ast.Compare) -> ast.expr:
         kind, index = self.around.get(span_of(node, self.first), (None, 0))
         match kind, node:
             case "materialize", _:
@@ -253,6 +266,10 @@ class _Editor(ast.NodeTransformer):
                 new = ast.Call(
                     self._attribute(TAKE_NORM), [func, argument, ast.Name(_normed_name(index), ast.Load())], []
                 )
+            case "forget norm", ast.Compare():
+                forgotten = ast.NamedExpr(ast.Name(_normed_name(index), ast.Store()), ast.Constant(None))
+                always = ast.Compare(forgotten, [ast.Is()], [ast.Constant(None)])
+                return ast.copy_location(ast.BoolOp(ast.And(), [node, always]), node)
             case _, ast.BinOp(left=left, right=right) | ast.Call(func=ast.Attribute(value=left), args=[right]) if kind:
                 first = ast.Constant(kind == "gamma first")
                 new = self._call(DEFER_MUL, [left, right, first], index, [])

@@ -32,10 +32,12 @@ _BEFORE = {
     ("timm.layers.drop", "DropPath"): "drop path",
     ("timm.layers.layer_scale", "LayerScale"): "LayerScale",
     ("timm.layers.layer_scale", "LayerScale2d"): "LayerScale",
+    ("timm.models.metaformer", "Scale"): "LayerScale",
     ("torchvision.ops.stochastic_depth", "StochasticDepth"): "drop path",
     ("torch.nn.modules.batchnorm", "BatchNorm1d"): "batch norm",
     ("torch.nn.modules.batchnorm", "BatchNorm2d"): "batch norm",
     ("torch.nn.modules.batchnorm", "BatchNorm3d"): "batch norm",
+    ("timm.layers.norm_act", "BatchNormAct2d"): "batch norm",
 }
 _NORMS = {
     ("torch.nn.modules.normalization", "LayerNorm"): "layer_norm",
@@ -54,6 +56,8 @@ def before(module: Any) -> str | None:
     """What a module does to a branch that is about to be added, None where it is nothing that a step knows."""
     cls = type(module)
     known = _BEFORE.get((cls.__module__, cls.__qualname__))
+    if known == "batch norm" and not all(type(each) is nn.Identity for each in module.children()):
+        return None  # with an activation or dropout of its own
     if known is not None:
         return known
     if _proven(cls, "LayerScale"):
@@ -160,6 +164,16 @@ def _bare(module: nn.Module) -> bool:
 # ---- before the addition
 
 
+def _gamma(module: Any) -> Tensor:
+    """What a LayerScale multiplies with."""
+    name = type(module).__name__
+    if name == "Scale":
+        return module.scale.view(module.shape)  # type: ignore[no-any-return]
+    if name == "LayerScale2d":
+        return module.gamma.view(1, -1, 1, 1)  # type: ignore[no-any-return]
+    return module.lambda1 if hasattr(module, "lambda1") else module.gamma  # type: ignore[no-any-return]
+
+
 class DeferredBranch:
     """A branch, and what is yet to be done to it."""
 
@@ -176,18 +190,17 @@ class DeferredBranch:
 
     def take(self, module: Any, role: str | None) -> bool:
         """Put off one more module, which does this to a branch, if it can be part of the step."""
-        if role is None or self.mask is not None or not _bare(module):
+        if role is None or (self.mask is not None and role != "LayerScale") or not _bare(module):
             return False
         if role == "batch norm":
             return self._take_norm(module)
         if role == "LayerScale":
-            gamma = module.lambda1 if hasattr(module, "lambda1") else module.gamma
-            return self.multiply(gamma.view(1, -1, 1, 1) if type(module).__name__ == "LayerScale2d" else gamma, module)
+            return self.multiply(_gamma(module), module)
         return role == "identity" or self._take_drop_path(module, role)
 
     def multiply(self, gamma: Tensor, call: Callable[[Any], Any]) -> bool:
         """Put off the multiplication with gamma, which `call` does."""
-        if self.scale is not None or self.mask is not None or self.norm is not None or not kernels.plain(gamma):
+        if self.scale is not None or self.norm is not None or not kernels.plain(gamma):
             return False
         if varying(gamma, self.branch.shape) == SEVERAL:
             return False
@@ -196,7 +209,13 @@ class DeferredBranch:
         return True
 
     def _take_norm(self, module: Any) -> bool:
-        if self.calls or module.training or self.branch.dim() not in _DIMENSIONS[type(module)]:
+        dimensions = _DIMENSIONS.get(type(module), (4,))
+        if (
+            self.calls
+            or module.training
+            or self.branch.dim() not in dimensions
+            or not all(map(_bare, module.children()))
+        ):
             return False
         small = (module.running_mean, module.running_var, module.weight, module.bias)
         if small[0] is None:
@@ -326,12 +345,22 @@ def step(
 
 
 class PrecomputedNorm:
-    """The norm of a state, computed together with it."""
+    """The norm of a state, or its activation, computed together with it."""
 
     def __init__(self, module: nn.Module, state: Tensor, normed: Tensor) -> None:
         self.module = module
         self.state: Tensor | None = state
         self.normed: Tensor | None = normed
+
+    def of(self, state: Any) -> Tensor | None:
+        """That of a state, if it is that state or holds its rows in another shape."""
+        mine, normed = self.state, self.normed
+        if mine is state or mine is None or normed is None:
+            return normed
+        if type(state) is not type(mine) or not (state.is_contiguous() and mine.is_contiguous()):
+            return None
+        rows = state.shape[-1:] == mine.shape[-1:] and state.numel() == mine.numel() and normed.is_contiguous()
+        return normed.view(state.shape) if rows and state.data_ptr() == mine.data_ptr() else None
 
 
 def add_norm(
@@ -342,16 +371,17 @@ def add_norm(
     if kernels.possible(skip):
         module: Any = getattr(owner, name, None)
         both = _fused(module, skip, branch, h, skip_is_left, alpha, in_place=False)
-        if both is not None:
-            return both[0], PrecomputedNorm(module, *both)
+        if both is not None:  # of an activation only its result, which nobody reads before it is asked for
+            return both[0], PrecomputedNorm(module, both[0], both[-1])
     return step(None, left, right, h, skip_is_left, alpha), None
 
 
 def take_norm(module: Any, state: Any, known: PrecomputedNorm | None) -> Any:
     """`module(state)`, which may be known already: since the addition nothing was called."""
-    if known is not None and known.state is state and known.module is module:
-        result, known.state, known.normed = known.normed, None, None  # it is not kept longer than the original's
-        if _bare(module):
+    if known is not None and known.module is module:
+        result = known.of(state)
+        known.state, known.normed = None, None  # it is not kept longer than the original's
+        if result is not None and (result is state or _bare(module)):
             return result
     return module(state)
 

@@ -195,11 +195,11 @@ class Patched:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[misc]
-        held = [self.__dict__.get(name) for name in (FACTORS, STEPS)]
+        held = [getattr(self, name, None) for name in (FACTORS, STEPS)]
         number = len({slot for _, slot, *_ in self._euler_plan})
         if any(slot is None for _, slot, *_ in self._euler_plan) and isinstance(held[1], list):
             number = len(held[1])  # the keys, which say which step is whose, may not be filled yet
-        if not all(isinstance(values, list) and len(values) == number for values in held):
+        if not all(isinstance(values, list | tuple) and len(values) == number for values in held):
             raise EulernetError(
                 f"the pickle of {type(self).__name__} has a plan for {number} steps, and not as many step factors. "
                 "Build the model anew, load its state_dict, and patch it with h=Steps.from_json(...)"

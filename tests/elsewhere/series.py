@@ -88,6 +88,5 @@ PACKAGES = {
         Case(Call("torch_geometric.nn.GPSConv", 8, Call("torch_geometric.nn.GCNConv", 8, 8), heads=2), (NODES, EDGES), 3),
         Case(Call("torch_geometric.nn.GCN", 8, 8, 2), (NODES, EDGES), 0),
         Case(Call("torch_geometric.nn.GraphSAGE", 8, 8, 2), (NODES, EDGES), 0),
-        Case(Call("torch_geometric.nn.GroupAddRev", Call("torch_geometric.nn.GCNConv", 4, 4), num_groups=2), (NODES, EDGES), 2),
     ],
 }
