@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import eulernet
 from eulernet import kernels
-from eulernet._run import fuse
+from eulernet._run import fuse, known
 from tests.helpers.checks import assert_identical, run, train
 from tests.helpers.reference import tensors
 
@@ -993,13 +993,13 @@ def test_a_state_in_another_shape_has_the_norm_of_its_rows(launches: list[str]) 
     """Where the new shape has other rows, or they were copied, the norm is called."""
     state = torch.randn(4, 2, 8, device=DEVICE)
     norm = nn.LayerNorm(8).to(DEVICE)
-    for given, known in (
+    for given, expected in (
         (state, True), (state.reshape(8, 8), True), (state.view(2, 2, 2, 8), True), (state.reshape(4, 16), False),
         (state.transpose(0, 1), False), (state.transpose(0, 1).reshape(8, 8), False), (state[:2], False),
     ):  # fmt: skip
         marked = torch.full_like(state, 7.0)
         found = fuse.PrecomputedNorm(norm, state, marked).of(given)
-        assert (found is not None) == known
+        assert (found is not None) == expected
         if found is not None:
             assert found.shape == given.shape and found.unique().tolist() == [7]
 
@@ -1134,19 +1134,19 @@ def test_a_norm_of_timm_is_known_by_what_it_computes(divides_by: str) -> None:
             return x * torch.rsqrt(divided + self.eps) * self.weight
 
     RmsNorm.__module__, RmsNorm.__qualname__ = "timm.layers.norm", "RmsNorm"
-    assert (fuse.norm(RmsNorm(8)) is not None) == (divides_by == "mean square")
+    assert (known.norm(RmsNorm(8)) is not None) == (divides_by == "mean square")
 
 
 def test_a_class_is_known_by_what_it_computes() -> None:
     """Not by its name alone; and nothing is drawn from the generators to find out."""
     layers = transformers.models.dinov2.modeling_dinov2
-    assert fuse.before(layers.Dinov2LayerScale(dinov2().config)) == "LayerScale"
-    assert fuse.before(layers.Dinov2DropPath(0.5)) == "DropPath"
+    assert known.before(layers.Dinov2LayerScale(dinov2().config)) == "LayerScale"
+    assert known.before(layers.Dinov2DropPath(0.5)) == "DropPath"
     norm = transformers.models.llama.modeling_llama.LlamaRMSNorm(8)
-    assert fuse.norm(norm) == fuse.Norm("rms_norm", 8, norm.weight, None, 1e-6, written_out=True)
+    assert known.norm(norm) == known.Norm("rms_norm", 8, norm.weight, None, 1e-6, written_out=True)
     others = [MyDropPath(), TwiceLayerScale(), MyRMSNorm(), nn.LayerNorm((2, 8))]
     state = torch.get_rng_state()
-    assert not any(fuse.before(module) or fuse.norm(module) for module in others)
+    assert not any(known.before(module) or known.norm(module) for module in others)
     assert torch.equal(torch.get_rng_state(), state)
 
 
