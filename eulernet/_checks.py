@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.parameter import is_lazy
 
 from eulernet._errors import EulernetError
 from eulernet._step import ROOT
@@ -99,6 +100,17 @@ def check_model(model: nn.Module, caller: str) -> None:
                 f"{path} is a fake tensor: {name} was made inside a FakeTensorMode, and holds no weights. Make it on "
                 f"the meta device instead: with torch.device('meta'): model = {name}(...), then "
                 f"eulernet.{caller}(model)"
+            )
+    for path, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise EulernetError(
+                f"{path} has no shape yet: {name} holds lazy modules. Run it once, model(example), then "
+                f"eulernet.{caller}(model)"
+            )
+        if hasattr(tensor, "ds_id"):
+            raise EulernetError(
+                f"{path} is partitioned by DeepSpeed (ZeRO-3): this process holds no more than a part of {name}. "
+                f"Before deepspeed.zero.Init and deepspeed.initialize: eulernet.{caller}(model)"
             )
     for path, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -72,6 +72,18 @@ class Write:
     def make(self) -> None:
         with torch.no_grad():
             self.write(self.tensor)
+
+
+@contextlib.contextmanager
+def surely(undo: Callable[[], None]) -> Iterator[None]:
+    """Undo something in the end, twice, so that what cuts it short the first time does not leave it half undone."""
+    try:
+        try:
+            yield
+        finally:
+            undo()
+    finally:
+        undo()
 
 
 def put_back(held: dict[str, Any], before: Mapping[str, Any]) -> None:

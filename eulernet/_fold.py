@@ -22,7 +22,8 @@ from eulernet._patch.select import HLike, values
 from eulernet._patch.subclass import remove_steps
 from eulernet._run.learned import step_parameters
 from eulernet._run.patched import slots
-from eulernet._tune.groups import transfer_groups
+from eulernet._step import LEFT_ALONE
+from eulernet._tune.groups import Parameters, transfer_groups
 
 
 def fold(model: Model, *, where_possible: bool = False, example_inputs: Any = None) -> Model:
@@ -111,7 +112,8 @@ def param_groups(
     to the learning rate, leaving the first effect alone. A learned step factor is a group of its own without decay.
 
     Patch before or after the optimiser is built, both work, with `preserve=True` and `fold` as well: parameters stay
-    the same objects. A fixed h adds none; a learned one does, so there patch first.
+    the same objects. A fixed h adds none; a learned one does, so there patch first. With FSDP2: patch, make the groups,
+    shard, build the optimiser from the groups, which hold what is in the model when the optimiser reads them.
 
     Args:
         model: any model: unpatched, patched or folded.
@@ -175,7 +177,7 @@ def param_groups(
             factors_now(model, result)  # refuses what was patched at other additions
             chosen = list(steps(model))
         else:
-            chosen = [s for s in found.values() if s.kind != "long"]
+            chosen = [s for s in found.values() if s.kind not in LEFT_ALONE]
         factors = {found[s.name].index: value for s, value in zip(chosen, values(h, chosen), strict=True)}
         scales, refused = absorbing(model, result, factors)
         if refused:
@@ -187,7 +189,7 @@ def param_groups(
             groups[scales.get(parameter, 1.0)].append(parameter)
     rates = {scale: _RATES[rule](scale) for scale in groups}
     return [
-        {"params": groups[scale], "lr": lr * rate, "weight_decay": weight_decay * decay}
+        {"params": Parameters(model, groups[scale]), "lr": lr * rate, "weight_decay": weight_decay * decay}
         for scale, (rate, decay) in rates.items()
         if groups[scale]
-    ] + ([{"params": list(step_parameters(model)), "lr": lr, "weight_decay": 0.0}] if own else [])
+    ] + ([{"params": Parameters(model, list(step_parameters(model))), "lr": lr, "weight_decay": 0.0}] if own else [])

@@ -28,7 +28,7 @@ from reproductions.errors import DataError
 from reproductions.evidence.claims import Row
 from reproductions.options import chosen, device_of, known_preset
 from reproductions.records import FILE, Record, check_folder, read_records, write_records
-from reproductions.studies import GRIDS
+from reproductions.studies import GRIDS, STUDIES
 
 app = typer.Typer(
     name="python -m reproductions",
@@ -168,24 +168,31 @@ def dynamics(
     _finish(records, folder, [_rows(study.start_claims(Results(records)))])
 
 
-@app.command()
-def bounds(
-    data_root: DataRoot = DATA,
-    preset: Preset = "smoke",
-    device: Device = "",
-    seeds: Seeds = 0,
-    out: Out = None,
-) -> None:
-    """Eq. 6, Propositions 1 and 2: gains, gradient growth and noise beside their bounds, over depth and h."""
-    from reproductions.evidence.claims import Results
-    from reproductions.presets import SEEDS
-    from reproductions.studies import propositions as study
+def _measured_command(name: str) -> None:
+    """The command of a study that is no grid, and whose `run` gives all its records at once."""
+    study = STUDIES[name]
 
-    known_preset(preset)
-    folder = check_folder(out or Path("runs/bounds"), "bounds")
-    with _progress() as progress:
-        records = study.run(preset, seeds or SEEDS[preset], data_root, device_of(device), _bar(progress))
-    _finish(records, folder, [_rows(study.claims(Results(records), preset))])
+    def command(
+        data_root: DataRoot = DATA,
+        preset: Preset = "smoke",
+        device: Device = "",
+        seeds: Seeds = 0,
+        out: Out = None,
+    ) -> None:
+        from reproductions.evidence.claims import Results
+        from reproductions.presets import SEEDS
+
+        known_preset(preset)
+        folder = check_folder(out or Path(f"runs/{name}"), name)
+        with _progress() as progress:
+            records = study.run(preset, seeds or SEEDS[preset], data_root, device_of(device), _bar(progress))
+        _finish(records, folder, [_rows(study.claims(Results(records), preset))])
+
+    app.command(name, help=(study.__doc__ or "").splitlines()[0])(command)
+
+
+for _name in ("bounds", "memory"):
+    _measured_command(_name)
 
 
 def _grid_command(name: str, about: str) -> None:
@@ -336,8 +343,11 @@ def throughput(
 @app.command()
 def transfer(
     data_root: Annotated[Path, typer.Option(help="The folder that holds ag_news.")] = DATA,
-    preset: Annotated[str, typer.Option(help="desk: an hour of two cores; smoke: half a minute.")] = "smoke",
-    workers: Annotated[int, typer.Option(min=1, help="Trainings at a time, each in one thread of its own.")] = 2,
+    preset: Annotated[
+        str, typer.Option(help="desk: an hour of two cores; gpu: 8 minutes of one, wider; smoke: half a minute.")
+    ] = "smoke",
+    workers: Annotated[int, typer.Option(min=1, help="Trainings at a time, each in a process of one thread.")] = 2,
+    device: Annotated[str, typer.Option(help="Where to train, such as cuda.")] = "cpu",
     minutes: Annotated[float, typer.Option(help="Begin nothing that would not be done by then.")] = math.inf,
     out: Out = None,
 ) -> None:
@@ -355,7 +365,7 @@ def transfer(
         def show(label: str, share: float) -> None:
             progress.update(whole, description=label, completed=share)
 
-        records = pool.run(cells, folder, data_root, workers, minutes, show)
+        records = pool.run(cells, folder, data_root, workers, minutes, show, device)
     console.print(f"{len(records)} of {len(cells)} trainings have a record in {folder / FILE}.", soft_wrap=True)
 
 

@@ -26,14 +26,26 @@ def _seed() -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--write-coverage", type=Path, metavar="FILE", help="write the table of what the sweeps verified")
+    parser.addoption(
+        "--write-coverage", type=Path, metavar="FILE", help="write the table of what the sweeps that run verified"
+    )
+    parser.addoption("--write-support", type=Path, metavar="FILE", help="write the page of what works with other tools")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    path: Path | None = config.getoption("--write-coverage")
+    passed = [report for report in terminalreporter.stats.get("passed", []) if report.when == "call"]
+    path: Path | None = config.getoption("--write-support")
+    if path is not None:
+        from tests.support import ROWS
+        from tests.support.base import foot
+        from tests.support.base import page as support
+
+        numbers = {value for report in passed for name, value in report.user_properties if name == "support"}
+        path.write_text(support(row for number, row in enumerate(ROWS) if number in numbers) + "\n" + foot())
+        terminalreporter.write_line(f"{path}: {len(numbers)} of {len(ROWS)} lines")
+    path = config.getoption("--write-coverage")
     if path is None:
         return
-    passed = [report for report in terminalreporter.stats.get("passed", []) if report.when == "call"]
     rows = {Covered(*value) for report in passed for name, value in report.user_properties if name == "coverage"}
-    path.write_text(page(sorted(rows)))
+    path.write_text(page(sorted(rows), path.read_text() if path.exists() else ""))
     terminalreporter.write_line(f"{path}: {len(rows)} models")

@@ -144,12 +144,12 @@ def test_json_is_the_steps_and_nothing_else(run: Run) -> None:
     assert list(steps) == list(eulernet.find_steps(timm.create_model("resnet18")))
 
 
-def test_json_is_whole_when_the_model_prints(run: Run, module: Callable[[str], str]) -> None:
+def test_json_is_whole_when_the_model_prints(module: Callable[[str], str], capfd: pytest.CaptureFixture[str]) -> None:
     source = MY_MODEL.replace("def build(width=8):", "def build(width=8):\n    print('building')")
-    name = module(source)
-    result = CliRunner().invoke(cli.app, ["inspect", f"{name}:build", "--input", "2,4", "--json"])
-    assert len(Steps.from_json(result.stdout)) == 3
-    assert "building" in result.stderr
+    cli.app(["inspect", f"{module(source)}:build", "--input", "2,4", "--json"], standalone_mode=False)
+    out, err = capfd.readouterr()
+    assert len(Steps.from_json(out)) == 3
+    assert "building" in err
 
 
 def test_json_with_h_patches(run: Run) -> None:

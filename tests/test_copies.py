@@ -247,6 +247,27 @@ class OwnState(Block):
         super().__setstate__(state)
 
 
+class OwnCopy(Block):
+    """Copies itself as a new module with the same weights."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "OwnCopy":
+        twin = type(self)()
+        twin.load_state_dict(self.state_dict(), strict=False)
+        return twin
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_a_module_with_its_own_way_of_copying(trainable: bool, x: Tensor) -> None:
+    model = eulernet.patch(nn.Sequential(OwnCopy(), OwnCopy()), [0.5, 0.25], example_inputs=x, trainable=trainable)
+    other = copy.deepcopy(model)
+    assert type(other[0]) is type(model[0]) and list(other.state_dict()) == list(model.state_dict())
+    assert torch.equal(other(x), model(x))
+    eulernet.set_h(other, 1.0)
+    assert factors(model) == pytest.approx([0.5, 0.25]) and factors(other) == [1.0, 1.0]
+    again = eulernet.patch(model, 0.125, example_inputs=x)
+    assert factors(again) == [0.125] * 2 and type(eulernet.unpatch(again)[0]) is OwnCopy
+
+
 def test_averaged_models(original: Net, model: Net, x: Tensor) -> None:
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5), use_buffers=True)
     reference = AveragedModel(original, multi_avg_fn=get_ema_multi_avg_fn(0.5), use_buffers=True)

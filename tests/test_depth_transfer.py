@@ -94,12 +94,27 @@ def test_the_plan_begins_with_the_primary_cells_and_repeats_none() -> None:
     assert {c.depth for c in primary} == {4, 64} and {c.seed for c in primary} == {0, 1, 2}
 
 
+def test_the_plan_for_a_gpu_is_wider_and_has_the_whole_grid_at_the_base() -> None:
+    cells = study.cells("gpu")
+    assert len({cell.key for cell in cells}) == len(cells) and {cell.seed for cell in cells} == {0, 1, 2}
+    assert {(cell.width, cell.initial, cell.precision) for cell in cells} == {(256, 1 / 16, "tf32")}
+    assert {cell.learning_rate for cell in cells if cell.depth == 4} == set(study.GRIDS["wide"])
+    assert {cell.learning_rate for cell in cells if cell.depth == 64} == set(study.GRIDS["wide"][1:5])
+    assert not {cell.key for cell in cells} & {cell.key for cell in study.cells("desk")}
+
+
+def test_a_stored_record_is_of_the_cell_that_it_names() -> None:
+    records = read_records(Path("reproductions/results/transfer"))
+    assert [record["key"] for record in records] == [Cell(**record["config"]).key for record in records]
+
+
 # ------------------------------------------------------------------------------------------------------- one training
 
 
-def test_a_training_is_the_hand_written_one(data_root: str) -> None:
+@pytest.mark.parametrize("changed", [{}, {"width": 32, "texts": 5, "context": 24, "precision": "tf32"}])
+def test_a_training_is_the_hand_written_one(data_root: str, changed: dict[str, Any]) -> None:
     """Unpatched, with h in the output projections: the same function, so the same loss before the first update."""
-    cell = Cell(depth=3, h=0.25, iterations=1)
+    cell = Cell(depth=3, h=0.25, iterations=1, **changed)
     record = train(cell, data_root)
     assert record is not None
     torch.manual_seed(0)
@@ -107,7 +122,8 @@ def test_a_training_is_the_hand_written_one(data_root: str) -> None:
     with torch.no_grad():
         for name, parameter in network.named_parameters():
             parameter.mul_(0.25 if "c_proj" in name else 1.0)
-    inputs, labels = Bytes(data_root).batch(torch.Generator().manual_seed(1000))
+    inputs, labels = Bytes(data_root, cell.texts, cell.context).batch(torch.Generator().manual_seed(1000))
+    assert inputs.shape == labels.shape == (cell.texts, cell.context)
     loss = nn.functional.cross_entropy(network(inputs).logits.transpose(1, 2), labels)
     assert record["result"]["curve"] == pytest.approx([loss.item()], rel=1e-5)
 

@@ -3,13 +3,15 @@
 import copy
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel
 
 import eulernet
@@ -92,3 +94,57 @@ def test_ddp_is_refused_with_the_call_to_make_instead() -> None:
     with pytest.raises(eulernet.EulernetError, match=r"itself: eulernet\.find_steps\(wrapped\.module\)"):
         eulernet.find_steps(wrapped, example_inputs=x)
     assert not eulernet.is_patched(model)
+
+
+def test_groups_made_before_sharding_move_the_shards() -> None:
+    """Patch, make the groups, shard, build the optimiser: it moves what the unsharded model's does."""
+    model, x = network()
+    eulernet.patch(model, 0.3, example_inputs=x, trainable=True)
+    twin = copy.deepcopy(model)
+    groups = eulernet.param_groups(model, lr=0.1, h=0.5, example_inputs=x)
+    optimizers = [torch.optim.SGD(eulernet.param_groups(twin, lr=0.1, h=0.5, example_inputs=x))]
+    shards = sharded(model)
+    optimizers.append(torch.optim.SGD(groups))
+    ours: list[Any] = list(shards.parameters())
+    before = [p.full_tensor().clone() for p in ours]
+    for net, optimizer in zip((twin, shards), optimizers, strict=True):
+        net(x).square().sum().backward()
+        optimizer.step()
+    for shard, whole, start in zip(ours, twin.parameters(), before, strict=True):
+        assert torch.equal(shard.full_tensor(), whole) and not torch.equal(whole, start)
+    with pytest.raises(eulernet.EulernetError, match=r"eulernet\.param_groups\(model\), then fully_shard\(model\)"):
+        eulernet.param_groups(shards, lr=0.1, h=0.5, example_inputs=x)
+
+
+def test_a_learned_h_inside_ddp_is_refused() -> None:
+    model, x = network()
+    wrapped = DistributedDataParallel(model)
+    for part in (wrapped.module, model[0]):
+        with pytest.raises(eulernet.EulernetError, match=r"each rank would learn its own.*trainable=True\)\)$"):
+            eulernet.patch(part, 0.3, example_inputs=x, trainable=True)
+    assert not eulernet.is_patched(model)
+    eulernet.patch(model, 0.3, example_inputs=x)  # fixed, there is nothing to average
+    other, _ = network()
+    eulernet.patch(other, 0.3, example_inputs=x, trainable=True)
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_fsdp1_trains_as_one_process(trainable: bool) -> None:
+    model, x = network()
+    eulernet.patch(model, 0.3, example_inputs=x, trainable=trainable)
+    twin = copy.deepcopy(model)
+    wrapped = FullyShardedDataParallel(
+        model, auto_wrap_policy=ModuleWrapPolicy({Block}), use_orig_params=True, device_id=torch.device("cpu")
+    )
+    for net in (wrapped, twin):
+        optimizer = torch.optim.SGD(net.parameters(), 0.1)
+        for _ in range(2):
+            optimizer.zero_grad()
+            net(x).square().sum().backward()
+            optimizer.step()
+    assert [step.h for step in eulernet.steps(wrapped)] == [step.h for step in eulernet.steps(twin)]
+    assert trainable == ([step.h for step in eulernet.steps(twin)] != [0.3] * 3)
+    torch.testing.assert_close(wrapped(x), twin(x))
+    if not trainable:
+        eulernet.set_h(wrapped, 0.5)
+        torch.testing.assert_close(wrapped(x), eulernet.set_h(twin, 0.5)(x))

@@ -384,7 +384,7 @@ def test_an_attribute_of_the_class_with_a_name_of_eulernets_is_refused() -> None
     refused(model, lambda: patch(model), r"0 \(NamedByItsClass\) has _euler_step of its own.*exclude='0'\)$")
 
 
-@pytest.mark.parametrize("name", ["log_h"])
+@pytest.mark.parametrize("name", ["log_h_bias"])
 def test_an_attribute_with_the_name_of_a_learned_h_is_refused(name: str) -> None:
     model = chain(Block(), Named(name))
     refused(

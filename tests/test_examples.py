@@ -7,8 +7,12 @@ import sys
 import time
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+import torch
+
+import eulernet
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 optuna = pytest.importorskip("optuna")
@@ -75,3 +79,30 @@ def test_poor_trials_are_pruned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         study.enqueue_trial({"lr": lr, "h": h})
     study.optimize(example.objective, n_trials=3)
     assert [trial.state.name for trial in study.trials] == ["COMPLETE", "COMPLETE", "PRUNED"]
+
+
+def test_the_training_script_of_timm_has_one_line_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It trains a patched model and its average, and goes on with the steps of its checkpoint."""
+    pytest.importorskip("timm")
+    monkeypatch.chdir(tmp_path)
+    source = (EXAMPLES / "timm_train.py").read_text()
+    assert (
+        sum("eulernet." in line and '"""' not in line for line in source.partition("import eulernet")[2].splitlines())
+        == 1
+    )
+    example = load("timm_train")
+    small = ["--epochs", "1", "--images", "16", "--device", "cpu"]
+    model = example.main([*small, "--h", "0.3"])
+    assert {step.h for step in eulernet.steps(model)} == {0.3}
+    saved = torch.load("output/last.pth.tar", weights_only=False)
+    for name in ("state_dict", "state_dict_ema"):
+        again = eulernet.patch(timm_model(), saved[name])
+        assert {step.h for step in eulernet.steps(again)} == {0.3}
+    assert not torch.equal(saved["state_dict"]["conv1.0.weight"], saved["state_dict_ema"]["conv1.0.weight"])
+    resumed = example.main([*small, "--epochs", "2", "--resume", "output/last.pth.tar"])
+    assert {step.h for step in eulernet.steps(resumed)} == {0.3}
+    assert torch.load("output/last.pth.tar", weights_only=False)["epoch"] == 1
+
+
+def timm_model() -> Any:
+    return pytest.importorskip("timm").create_model("test_resnet", num_classes=10)

@@ -1104,6 +1104,17 @@ class TwiceLayerScale(nn.Module):
         return x * self.lambda1 * self.lambda1
 
 
+class MyLayerScale(nn.Module):
+    """As in timm up to 1.0.13, whose models have their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inplace, self.gamma = False, nn.Parameter(torch.rand(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mul_(self.gamma) if self.inplace else x * self.gamma
+
+
 class MyDropPath(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -1140,11 +1151,13 @@ def test_a_norm_of_timm_is_known_by_what_it_computes(divides_by: str) -> None:
 def test_a_class_is_known_by_what_it_computes() -> None:
     """Not by its name alone; and nothing is drawn from the generators to find out."""
     layers = transformers.models.dinov2.modeling_dinov2
-    assert known.before(layers.Dinov2LayerScale(dinov2().config)) == "LayerScale"
+    assert known.before(layers.Dinov2LayerScale(dinov2().config)) == known.before(MyLayerScale()) == "LayerScale"
     assert known.before(layers.Dinov2DropPath(0.5)) == "DropPath"
     norm = transformers.models.llama.modeling_llama.LlamaRMSNorm(8)
     assert known.norm(norm) == known.Norm("rms_norm", 8, norm.weight, None, 1e-6, written_out=True)
-    others = [MyDropPath(), TwiceLayerScale(), MyRMSNorm(), nn.LayerNorm((2, 8))]
+    ambiguous = MyLayerScale()
+    ambiguous.lambda1 = nn.Parameter(torch.rand(8))
+    others = [ambiguous, MyDropPath(), TwiceLayerScale(), MyRMSNorm(), nn.LayerNorm((2, 8))]
     state = torch.get_rng_state()
     assert not any(known.before(module) or known.norm(module) for module in others)
     assert torch.equal(torch.get_rng_state(), state)

@@ -66,5 +66,5 @@ def test_what_does_not_run_as_a_step_is_left_out_of_the_proof() -> None:
     with pytest.warns(eulernet.EulernetWarning, match=r"not scaled: 1 \(OnceInTwo\): the addition at .* ran 1 times"):
         eulernet.patch(model, 0.3, example_inputs=x, trainable=True)
     assert [step.name for step in eulernet.steps(model)] == ["0", "2"]
-    assert [name for name, _ in model.named_parameters() if "log_h" in name] == ["0.log_h", "2.log_h"]
+    assert [name for name, _ in model.named_parameters() if "log_h" in name] == ["0.log_h_bias", "2.log_h_bias"]
     assert type(model[1]) is OnceInTwo

@@ -209,10 +209,10 @@ def test_where_no_layer_can_hold_it_there_is_one_step(cls: type[nn.Module], name
 def test_each_layer_learns_its_own() -> None:
     model, inputs = patched(trainable=True)
     assert [name for name, _ in model.named_parameters() if "log_h" in name] == [
-        f"log_h_{name.replace('.', '_')}" for name in NAMES
+        f"log_h_{name.replace('.', '_')}_bias" for name in NAMES
     ]
     model(*inputs).square().sum().backward()
-    gradients = [getattr(model, f"log_h_{name.replace('.', '_')}").grad for name in NAMES]
+    gradients = [getattr(model, f"log_h_{name.replace('.', '_')}_bias").grad for name in NAMES]
     other, _ = build(TransformerLoop, torch.float64)
     h = torch.tensor(FACTORS, dtype=torch.float64, requires_grad=True)
     other.reference(*inputs, h=h).square().sum().backward()

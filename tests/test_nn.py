@@ -203,7 +203,7 @@ def test_all_that_looks_at_steps_sees_them() -> None:
     assert len(log.records[0]["step_size"]) == 3
     model = Mixed()
     eulernet.patch(model, 0.5, trainable=True, example_inputs=IMAGE, include=["first", "step"])
-    assert [name for name, _ in model.named_parameters() if "log_h" in name] == ["first.log_h", "step.log_h"]
+    assert [name for name, _ in model.named_parameters() if "log_h" in name] == ["first.log_h_bias", "step.log_h_bias"]
     model = eulernet.patch(Mixed(), 0.5, example_inputs=IMAGE).eval()
     before = model(IMAGE)
     torch.testing.assert_close(eulernet.fold(model, example_inputs=IMAGE)(IMAGE), before)

@@ -43,7 +43,9 @@ def test_the_sdist_holds_what_its_tests_need(built: Path) -> None:
     (sdist,) = built.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    needed = "README.md LICENSE CITATION.cff mkdocs.yml tests/test_docs.py reproductions/cli.py benchmarks/gpu/__main__.py"
+    needed = (
+        "README.md LICENSE CITATION.cff mkdocs.yml tests/test_docs.py reproductions/cli.py benchmarks/gpu/__main__.py"
+    )
     assert set(needed.split()) <= names
 
 

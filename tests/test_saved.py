@@ -91,7 +91,7 @@ def test_the_steps_that_were_left_out_stay_out() -> None:
 def test_a_learned_h_is_read_from_the_weights() -> None:
     learned = patched(trainable=True)
     with torch.no_grad():
-        learned[1].log_h.fill_(-1.0)
+        learned[1].log_h_bias.fill_(-1.0)
     state = copy.deepcopy(learned.state_dict())
     fixed = eulernet.patch(net(), state, example_inputs=IMAGE)
     assert hs(fixed) == hs(learned) and fixed[1]._euler[0].value == pytest.approx(torch.tensor(-1.0).exp().item())

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import eulernet
+from eulernet._find import apart
 from tests.helpers.blocks import Block, Dropped, chain
 
 X = torch.ones(2, 8)
@@ -173,6 +174,21 @@ def test_each_addition_takes_the_old_h_or_the_new_one_of_another_thread() -> Non
 
     together(set_on, run_on)
     assert seen <= {1.0 + 1.0, *(a + b for a in (1.0, 2.0) for b in (1.0, 16.0, 32.0))}
+
+
+def test_the_stand_in_for_a_missing_gpu_outlives_the_thread_of_the_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From torch 2.9 on it dies with the thread that made it, and the fake tensors of the next trace crash."""
+    made_by: list[threading.Thread] = []
+    monkeypatch.setattr(
+        torch._C, "_ensureCUDADeviceGuardSet", lambda: made_by.append(threading.current_thread()), raising=False
+    )
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    apart._stand_in_for_a_missing_gpu.cache_clear()
+    for _ in range(2):
+        patch_one()
+    assert made_by[0].is_alive() and made_by[0].daemon
+    assert all(thread.name == "eulernet" for thread in made_by[1:])  # those of the traces find it there
 
 
 def test_a_forward_that_calls_eulernet_is_traced() -> None:

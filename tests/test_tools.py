@@ -1,6 +1,7 @@
 """Trainers that people use: h moves, is logged, saved, and goes on where it was."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,18 @@ def test_a_trainer_that_resumes_ends_where_the_whole_run_does(tmp_path: Path) ->
         assert torch.equal(one, other)
     again = eulernet.patch(bert(), h=tmp_path)
     assert set(hs(again)) == {0.1}
+
+
+def test_a_checkpoint_of_a_trainer_holds_the_steps_without_a_callback(tmp_path: Path) -> None:
+    run = trainer(tmp_path)
+    eulernet.patch(run.model, {"bert.encoder.layer.0.output": 0.5, "*": 0.2})
+    run.train()
+    again = trainer(tmp_path)
+    eulernet.patch(again.model, tmp_path / "checkpoint-2")
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert hs(again.model) == hs(run.model)
+    for one, other in zip(run.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_a_reporter_of_the_trainer_sees_h_and_the_sizes_of_steps(tmp_path: Path) -> None:
@@ -143,10 +156,39 @@ def test_lightning_moves_logs_saves_and_resumes_h(tmp_path: Path) -> None:
 
     half = eulernet.patch(nn.Sequential(Written(8), Written(8)), tmp_path / "step=2.ckpt", example_inputs=IMAGE)
     assert hs(half) == [0.55, 0.55]
-    _, resumed = lightning_run(tmp_path / "resumed", callback(), tmp_path / "step=2.ckpt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", eulernet.EulernetWarning)
+        _, resumed = lightning_run(tmp_path / "resumed", callback(), tmp_path / "step=2.ckpt")
     assert hs(resumed.net) == [0.1, 0.1]
     for one, other in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+def test_a_module_of_lightning_takes_its_steps_from_its_checkpoint(tmp_path: Path) -> None:
+    pl = pytest.importorskip("lightning.pytorch")
+
+    class Module(pl.LightningModule):  # type: ignore[misc, name-defined]
+        def __init__(self, h: float | None = None) -> None:
+            super().__init__()
+            self.net = nn.Sequential(Written(8), Written(8))
+            if h is not None:
+                eulernet.patch(self.net, h, example_inputs=IMAGE)
+
+        def training_step(self, batch: Any, index: int) -> Any:
+            return self.net(batch).square().mean()
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu", "logger": False}
+    run, module = pl.Trainer(max_steps=1, default_root_dir=tmp_path, **quiet), Module(0.3)
+    run.fit(module, torch.utils.data.DataLoader(torch.ones(8, 8, 4, 4), 2))
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    again = Module.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=False)
+    eulernet.patch(again.net, tmp_path / "last.ckpt", example_inputs=IMAGE)
+    assert torch.equal(again.net(IMAGE + 1), module.net(IMAGE + 1)) and hs(again.net) == [0.3, 0.3]
+    with pytest.warns(eulernet.EulernetWarning, match="saved at h = 0.3, and are loaded into steps with h = 0.5"):
+        Module.load_from_checkpoint(tmp_path / "last.ckpt", h=0.5, weights_only=False)
 
 
 def test_accelerate_keeps_the_state_of_a_schedule(tmp_path: Path) -> None:
@@ -165,3 +207,60 @@ def test_accelerate_keeps_the_state_of_a_schedule(tmp_path: Path) -> None:
             accelerator.load_state(str(tmp_path / "state"))
         states.append(hs(model))
     assert states[0] == states[1] == [0.55]
+
+
+def llama() -> Any:
+    tf = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    return tf.LlamaForCausalLM(tf.LlamaConfig(vocab_size=50, num_key_value_heads=2, **size)).eval()
+
+
+def with_lora(model: nn.Module) -> Any:
+    peft = pytest.importorskip("peft")
+    return peft.get_peft_model(
+        model, peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2, init_lora_weights=False)
+    )
+
+
+@pytest.mark.parametrize("trainable", [False, True, "model"])
+def test_an_adapter_keeps_the_steps(trainable: Any, tmp_path: Path) -> None:
+    """Also those that are learned, on a model that is patched before the adapter is put on it, or after."""
+    peft = pytest.importorskip("peft")
+    model = eulernet.patch(with_lora(llama()), 0.3, trainable=trainable)
+    learned = [p for name, p in model.named_parameters() if "log_h" in name]
+    assert all(p.requires_grad for p in learned) and bool(learned) == bool(trainable)
+    for parameter in learned:
+        parameter.data.fill_(-1.0)
+    model.save_pretrained(tmp_path)
+    ids = torch.arange(1, 9)[None]
+    before = peft.PeftModel.from_pretrained(eulernet.patch(llama(), tmp_path), tmp_path)
+    after = eulernet.patch(peft.PeftModel.from_pretrained(llama(), tmp_path), tmp_path)
+    wanted = model.eval()(ids).logits
+    for again in (before, after):
+        assert hs(again) == hs(model)
+        assert torch.equal(again.eval()(ids).logits, wanted) or trainable
+        torch.testing.assert_close(again(ids).logits, wanted)  # exp, in another precision
+
+
+def test_what_was_merged_is_saved_with_its_steps(tmp_path: Path) -> None:
+    merged = eulernet.patch(with_lora(llama()), 0.3).merge_and_unload()
+    merged.save_pretrained(tmp_path)
+    again = eulernet.patch(llama(), tmp_path)
+    assert hs(again) == [0.3] * 4
+
+
+def test_a_learned_h_that_peft_froze_is_noticed_once() -> None:
+    ids = torch.arange(1, 9)[None]
+    model = with_lora(eulernet.patch(llama(), 0.3, trainable="model")).train()
+    with pytest.warns(eulernet.EulernetWarning, match=r"frozen.*patch\(get_peft_model\(model, config\), h=0.1, train"):
+        model(ids)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", eulernet.EulernetWarning)
+        model(ids)
+        with_lora(eulernet.patch(llama(), 0.3, trainable=True)).eval()(ids)
+
+
+def test_a_patch_inside_a_peft_model_says_what_to_patch() -> None:
+    with pytest.warns(eulernet.EulernetWarning, match=r"Patch that: eulernet\.patch\(peft_model, h=0\.1\)"):
+        eulernet.patch(with_lora(llama()).get_base_model(), 0.3)

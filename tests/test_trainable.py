@@ -44,8 +44,8 @@ def log_h(step: Step, keyed: bool = False) -> str:
     """The name of the parameter of a step, by the rule that the docstring of `patch` gives."""
     module, _, number = step.name.partition(":")
     if keyed:
-        return "_".join(("log_h", *module.split("."), *([number] if number else [])))
-    name = f"log_h_{number}" if number else "log_h"
+        return "_".join(("log_h", *module.split("."), *([number] if number else []), "bias"))
+    name = f"log_h_{number}_bias" if number else "log_h_bias"
     return name if module == "<root>" else f"{module}.{name}"
 
 
@@ -137,10 +137,10 @@ def test_a_frozen_factor_has_no_gradient_and_the_rest_has() -> None:
 
 def test_second_derivatives() -> None:
     _, model, inputs = learning(Plus, 0.3)
-    parameter = model.log_h
+    parameter = model.log_h_bias
 
     def loss(log: Tensor) -> Tensor:
-        return functional_call(model, {"log_h": log}, inputs).square().sum()
+        return functional_call(model, {"log_h_bias": log}, inputs).square().sum()
 
     assert torch.autograd.gradgradcheck(loss, (parameter.detach().requires_grad_(),))
 
@@ -174,8 +174,8 @@ class Net(nn.Module):
 
 
 NAMES = [
-    *("layer1.0.log_h", "layer1.1.log_h", "layer2.0.log_h_0", "layer2.0.log_h_1"),
-    *("layer2.1.log_h_0", "layer2.1.log_h_1", "last.log_h"),
+    *("layer1.0.log_h_bias", "layer1.1.log_h_bias", "layer2.0.log_h_0_bias", "layer2.0.log_h_1_bias"),
+    *("layer2.1.log_h_0_bias", "layer2.1.log_h_1_bias", "last.log_h_bias"),
 ]
 
 
@@ -240,7 +240,7 @@ def test_stages(name: str, expected: str) -> None:
 def test_stages_of_a_resnet() -> None:
     timm = pytest.importorskip("timm")
     model = eulernet.patch(timm.create_model("resnet10t"), 0.5, trainable="stage", include=["layer1", "layer3"])
-    assert logs(model) == ["layer1.0.log_h", "layer3.0.log_h"]
+    assert logs(model) == ["layer1.0.log_h_bias", "layer3.0.log_h_bias"]
     assert len(list(step_parameters(model))) == 2
 
 
@@ -265,14 +265,14 @@ class Repeated(nn.Module):
 
 def test_a_repeated_block_sums_the_gradients_of_its_calls() -> None:
     model = eulernet.patch(Repeated().double(), 0.3, example_inputs=X.double(), trainable=True)
-    assert logs(model) == ["block.log_h"]
+    assert logs(model) == ["block.log_h_bias"]
     h = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
     x = X.double()
     for _ in range(3):
         x = model.block.reference(x, h)
     (expected,) = torch.autograd.grad(x.square().sum(), h)
     model(X.double()).square().sum().backward()
-    torch.testing.assert_close(model.block.log_h.grad, (h * expected).detach().view(1), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(model.block.log_h_bias.grad, (h * expected).detach().view(1), rtol=1e-12, atol=1e-12)
 
 
 # -------------------------------------------------------------------------------------------------------- as parameters
@@ -368,7 +368,7 @@ def test_replicas_of_data_parallel() -> None:
     block = model.layer1[0]
     replica = block._replicate_for_data_parallel()
     replica.norm, replica.a = block.norm, block.a
-    replica.log_h = torch.zeros(1, requires_grad=True)
+    replica.log_h_bias = torch.zeros(1, requires_grad=True)
     assert torch.equal(replica(X), block.reference(X, 1.0))
     torch.testing.assert_close(block(X), block.reference(X, 0.25))
 
@@ -559,11 +559,11 @@ def test_other_words_are_refused(value: Any) -> None:
 
 def test_a_name_that_is_taken() -> None:
     model = net()
-    model.layer1[1].log_h = 3
+    model.layer1[1].log_h_bias = 3
     call = lambda: eulernet.patch(model, 0.1, example_inputs=X, trainable=True)  # noqa: E731
-    refused(model, call, r"layer1\.1 \(Block\)", "log_h of its own", re.escape("exclude='layer1.1'"))
+    refused(model, call, r"layer1\.1 \(Block\)", "log_h_bias of its own", re.escape("exclude='layer1.1'"))
     eulernet.patch(model, 0.1, example_inputs=X, exclude="layer1.1", trainable=True)
-    assert len(logs(model)) == 6 and model.layer1[1].log_h == 3
+    assert len(logs(model)) == 6 and model.layer1[1].log_h_bias == 3
 
 
 def test_the_meta_device_is_refused() -> None:
@@ -575,7 +575,7 @@ def test_the_meta_device_is_refused() -> None:
     learned = eulernet.patch(net(), 0.1, example_inputs=X, trainable=True).to("meta")
     with pytest.raises(EulernetError, match="meta device"):
         eulernet.steps(learned)
-    assert "h=exp(log_h)" in repr(learned)
+    assert "h=exp(log_h_bias)" in repr(learned)
 
 
 def test_a_model_patched_in_inference_mode_can_be_trained() -> None:
@@ -658,7 +658,7 @@ def test_fsdp_learns_as_one_process() -> None:
     for each in (model, shards):
         learn(each, list(each.parameters()))
     assert factors(shards) == factors(model) != [0.25] * 7
-    assert "h=exp(log_h)" in repr(shards.last)
+    assert "h=exp(log_h_bias)" in repr(shards.last)
     eulernet.set_h(shards, 0.5)
     assert factors(shards) == pytest.approx([0.5] * 7, rel=1e-7)
     torch.testing.assert_close(shards(X), eulernet.set_h(model, 0.5)(X))

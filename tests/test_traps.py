@@ -435,11 +435,14 @@ class Skewed(nn.Module):
         return x + self.a(x)
 
 
-def test_a_step_that_vanishes_in_training_is_named() -> None:
-    model = nn.Sequential(Skewed(), OwnForward())
-    found = eulernet.find_steps(model, example_inputs=torch.randn(4, 6))
-    assert "0" in [step.name for step in found]
-    assert any("0" in line and "train" in line for line in (*found.unsupported, *found.notes))
+def test_a_step_that_is_added_otherwise_in_training_is_one_step() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Skewed(), OwnForward()), torch.randn(4, 6)
+    eulernet.patch(model, 0.5, example_inputs=x)
+    assert [step.name for step in eulernet.steps(model)] == ["0", "1"]
+    branch = model[0].a(x[:2])
+    torch.testing.assert_close(model[0].train()(x), torch.cat((x[:2] + 0.5 * 2 * branch, x[2:])))
+    torch.testing.assert_close(model[0].eval()(x), x + 0.5 * model[0].a(x))
 
 
 # ---------------------------------------------------------------------------------------------- files as they come

@@ -1,10 +1,11 @@
 """An operation that is interrupted, at any line, leaves the model as it was or as it was to be, and can be repeated.
 
-A sample of the lines is tried; EULERNET_POINTS=1000000 tries all.
+A sample of the lines is tried; EULERNET_POINTS=1000000 tries all, each at its first run and at its last.
 """
 
 import ast
 import contextlib
+import copy
 import logging
 import os
 import random
@@ -21,17 +22,19 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 import eulernet
 from eulernet import _commit
 from eulernet._find import apart
-from tests.helpers.blocks import Block, Closed, Frozen, chain
+from eulernet._run.patched import FACTORS
+from tests.helpers.blocks import Block, Closed, Fails, Frozen, Loop, Weighted, chain
 
 X = torch.linspace(-1, 1, 16).view(2, 8)
 ROOT = str(Path(eulernet.__file__).parent)
-POINTS = int(os.environ.get("EULERNET_POINTS", "16"))
+POINTS = int(os.environ.get("EULERNET_POINTS", "9"))
 
 
 @pytest.fixture(autouse=True)
@@ -66,6 +69,34 @@ def stepping() -> tuple[nn.Module, Callable[[], Any]]:
     return model, step_to_two
 
 
+def scheduling() -> tuple[nn.Module, Callable[[], Any]]:
+    model = patched()
+    return model, lambda: eulernet.HScheduler(model, start=0.25, end=0.125, total_steps=4)
+
+
+def with_average() -> tuple[nn.Module, Callable[[], Any]]:
+    model = patched()
+    average = copy.deepcopy(model)
+    return nn.ModuleList([model, average]), lambda: eulernet.set_h([model, average], [0.1, 0.2])
+
+
+def in_a_loop(**options: Any) -> tuple[nn.Module, Callable[[], Any]]:
+    torch.manual_seed(0)
+    model = Loop()
+    return model, lambda: eulernet.patch(model, [0.5, 0.25], example_inputs=X, **options)
+
+
+def parametrized(operation: str) -> tuple[nn.Module, Callable[[], Any]]:
+    model = chain(Weighted(), Weighted())
+    if operation == "unpatch":
+        eulernet.patch(model, 0.5, example_inputs=X)
+    for block in model:
+        nn.utils.parametrizations.weight_norm(block)
+    if operation == "unpatch":
+        return model, lambda: eulernet.unpatch(model)
+    return model, lambda: eulernet.patch(model, 0.5, example_inputs=X)
+
+
 def loading() -> tuple[nn.Module, Callable[[], Any]]:
     model, schedule = scheduled()
     state = {**schedule.state_dict(), "last_step": 3, "kind": "cosine"}
@@ -80,38 +111,64 @@ OPERATIONS: dict[str, Callable[[], tuple[nn.Module, Callable[[], Any]]]] = {
     "patch": lambda: patching(chain(), 0.5),
     "patch, preserve": lambda: patching(chain(), 0.5, preserve=True),
     "patch, trainable": lambda: patching(chain(), 0.5, trainable=True),
+    "patch, preserve where possible": lambda: patching(chain(), 0.5, preserve="where_possible"),
+    "patch, the layers of a loop": in_a_loop,
+    "patch, the layers of a loop, trainable": lambda: in_a_loop(trainable=True),
+    "patch, parametrized": lambda: parametrized("patch"),
     "patch again": lambda: patching(patched(), 0.25),
+    "patch again, preserve": lambda: patching(patched(), 0.25, preserve=True),
     "patch again, from trainable": lambda: patching(patched(trainable=True), 0.25),
     "patch again, to trainable": lambda: patching(patched(trainable="model"), 0.25, trainable=True),
     "unpatch": lambda: on(patched(), eulernet.unpatch),
     "unpatch, trainable": lambda: on(patched(trainable=True), eulernet.unpatch),
+    "unpatch, parametrized": lambda: parametrized("unpatch"),
     "set_h": lambda: on(patched(), eulernet.set_h, [0.1, 0.2]),
     "set_h, trainable": lambda: on(patched(trainable=True), eulernet.set_h, [0.1, 0.2]),
+    "set_h, two models": with_average,
+    "HScheduler": scheduling,
     "HScheduler.step": stepping,
     "HScheduler.load_state_dict": loading,
     "fold": lambda: folding(),
     "fold, trainable": lambda: folding(trainable=True),
+    "fold, where possible": lambda: folding(where_possible=True),
 }
 
 
-def folding(**options: Any) -> tuple[nn.Module, Callable[[], Any]]:
+def folding(where_possible: bool = False, **options: Any) -> tuple[nn.Module, Callable[[], Any]]:
     model = patched(**options)
-    return model, lambda: eulernet.fold(model, example_inputs=X) if eulernet.is_patched(model) else None
+
+    def fold() -> None:
+        if eulernet.is_patched(model):
+            eulernet.fold(model, where_possible=where_possible, example_inputs=X)
+
+    return model, fold
 
 
 def state(model: nn.Module) -> Any:
     """Classes, attributes, parameters in their order, h, hooks, and what the model computes."""
     modules = [
         (
-            type(module),
+            classes(module),
             sorted(vars(module)),
             [(key, value.tolist()) for key, value in module._parameters.items() if value is not None],
             [hook for hooks in (module._forward_hooks, module._forward_pre_hooks) for hook in hooks],
+            [contents(factor) for factor in vars(module).get(FACTORS, ())],
         )
         for module in model.modules()
     ]
     hs = [step.h for step in eulernet.steps(model)] if eulernet.is_patched(model) else None
-    return modules, hs, model(X).tolist()
+    models = model if isinstance(model, nn.ModuleList) else [model]
+    return modules, hs, [one(X).tolist() for one in models]
+
+
+def classes(module: nn.Module) -> list[Any]:
+    """Those of `parametrize` by their names: each module has one of its own."""
+    return [cls.__name__ if cls.__module__ == parametrize.__name__ else cls for cls in type(module).__mro__]
+
+
+def contents(factor: Any) -> list[Any]:
+    values = {name: v.item() if isinstance(v, torch.Tensor) else v for name, v in vars(factor).items()}
+    return [type(factor), sorted(values.items())]
 
 
 def process() -> Any:
@@ -215,6 +272,29 @@ def test_a_parameter_that_is_refused_leaves_all_blocks_as_they_were() -> None:
         eulernet.patch(model, 0.5, example_inputs=X, trainable=True)
     assert state(model) == before
     assert [step.h for step in eulernet.steps(eulernet.patch(model, 0.5, example_inputs=X))] == [0.5] * 3
+
+
+@pytest.mark.parametrize("afterwards", [False, True], ids=["before", "afterwards"])
+@pytest.mark.parametrize("error", [RuntimeError(), MemoryError(), KeyboardInterrupt()], ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize("former", [None, False, True], ids=["plain", "patched", "learned"])
+def test_a_module_that_fails_to_take_a_parameter_leaves_all_blocks_as_they_were(
+    former: bool | None, error: BaseException, afterwards: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Fails, "error", error)
+    monkeypatch.setattr(Fails, "afterwards", afterwards)
+    for number in range(3):
+        blocks: list[nn.Module] = [Block(), Block(), Block()]
+        blocks[number] = Fails()
+        model = chain(*blocks)
+        if former is not None:
+            eulernet.patch(model, 0.25, example_inputs=X, trainable=former)
+        before = state(model)
+        monkeypatch.setattr(Fails, "times", 1)
+        with pytest.raises((eulernet.EulernetError, MemoryError, KeyboardInterrupt)):
+            eulernet.patch(model, 0.5, example_inputs=X, trainable=True)
+        assert state(model) == before
+        eulernet.patch(model, 0.5, example_inputs=X, trainable=True)
+        assert [name for name, _ in model.named_parameters() if "log_h" in name] == [f"{i}.log_h" for i in range(3)]
 
 
 def test_a_class_that_its_module_does_not_let_go_is_exchanged() -> None:

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from eulernet._commit import Change, Write
 from eulernet._errors import EulernetError
@@ -116,6 +117,10 @@ class _TracedRun:
 
     def path(self, step_call: StepCall) -> Path:
         """From the branch of a step back to the parameters that scale it."""
+        if step_call.mixture:
+            raise NotAbsorbable("it goes a part of the way from one tensor to another, and is no sum of the two")
+        if step_call.addition.op == "addcdiv" and step_call.branch != step_call.addition.right[0]:
+            raise NotAbsorbable("its branch is what addcdiv divides by")
         path: Path = Counter()
         self.trace_back(step_call.addition.result, step_call.branch, path)
         return path
@@ -332,6 +337,11 @@ def refusal(search: Search, refused: Mapping[int, str], instead: str) -> Eulerne
 
 def check_scalable(model: nn.Module, scales: Mapping[nn.Parameter, float]) -> None:
     """Raise where a parameter could not be multiplied, or would leave the range of its dtype."""
+    with _disable_current_modes():  # one of the caller's may have no values
+        _check_scalable(model, scales)
+
+
+def _check_scalable(model: nn.Module, scales: Mapping[nn.Parameter, float]) -> None:
     names = {parameter: name for name, parameter in model.named_parameters()}
     for parameter, scale in scales.items():
         name = names.get(parameter, "a parameter of an unregistered module")

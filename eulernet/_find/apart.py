@@ -5,18 +5,18 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import logging
-import random
-import sys
 import threading
 import types
 import warnings
 from collections.abc import Callable, Iterator
-from functools import wraps
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from eulernet._commit import surely
 
 T = TypeVar("T")
 _LOCK = threading.RLock()
@@ -41,6 +41,7 @@ def apart(work: Callable[[], T]) -> T:
     results: list[T] = []
     errors: list[BaseException] = []
     inherit = _surroundings()
+    _stand_in_for_a_missing_gpu()
 
     def run() -> None:
         try:
@@ -66,6 +67,29 @@ def apart(work: Callable[[], T]) -> T:
         errors.clear()  # an error holds its frames, and these would hold the error
 
 
+@cache
+def _stand_in_for_a_missing_gpu() -> None:
+    """Where a torch built for CUDA finds no GPU, the first fake tensors put a stand-in in the place of CUDA's guard.
+
+    From torch 2.9 on it dies with the thread that made it (it is `thread_local` in DeviceGuardImplInterface.cpp; later
+    releases made it static), and the next fake tensors of the process crash. So a thread makes it that never ends.
+    """
+    put: Callable[[], None] | None = getattr(torch._C, "_ensureCUDADeviceGuardSet", None)  # torch 2.8 has none
+    if put is None or torch.version.cuda is None or torch.cuda.device_count() > 0:
+        return
+    made = threading.Event()
+
+    def make() -> None:
+        try:
+            put()
+        finally:
+            made.set()
+        threading.Event().wait()
+
+    threading.Thread(target=make, name="eulernet: stands in for a missing GPU", daemon=True).start()
+    made.wait()
+
+
 def _surroundings() -> Callable[[], contextlib.ExitStack]:
     """What of the caller's thread is a setting rather than a mode: default device, autocast, stream of the GPU."""
     device = torch.get_default_device()
@@ -83,18 +107,6 @@ def _surroundings() -> Callable[[], contextlib.ExitStack]:
         return stack
 
     return enter
-
-
-@contextlib.contextmanager
-def surely(undo: Callable[[], None]) -> Iterator[None]:
-    """Undo something in the end, twice, so that what cuts it short the first time does not leave it half undone."""
-    try:
-        try:
-            yield
-        finally:
-            undo()
-    finally:
-        undo()
 
 
 # ---- warnings and logs
@@ -136,43 +148,7 @@ def quiet() -> Iterator[None]:
         yield
 
 
-# ---- random numbers
-
-
-class Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Draws of torch come from generators of this mode's own, which all begin alike, and not from the process's."""
-
-    supports_higher_order_operators = True
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.generators: dict[torch.device, torch.Generator] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if torch.Tag.nondeterministic_seeded in getattr(func, "tags", ()):
-            tensors = (a for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
-            device = next((t.device for t in tensors), None) or torch.device(kwargs.get("device") or "cpu")
-            if device.type != "meta" and kwargs.get("generator") is None:
-                return self._draw(func, args, kwargs, device)
-        return func(*args, **kwargs)
-
-    def _draw(self, func: Any, args: Any, kwargs: Any, device: torch.device) -> Any:
-        if device not in self.generators:
-            self.generators[device] = torch.Generator(device).manual_seed(0)
-        own = self.generators[device]
-        packet, name = func.overloadpacket, func._overloadname
-        with_generator = "generator" if name == "default" else f"{name}_generator"
-        if any(argument.name == "generator" for argument in func._schema.arguments):
-            return func(*args, **{**kwargs, "generator": own})
-        if with_generator in packet.overloads():
-            return getattr(packet, with_generator)(*args, **{**kwargs, "generator": own})
-        default = _default_generator(device)  # some, such as attention with dropout on a GPU, take no other one
-        before = default.get_state()
-        try:
-            return func(*args, **kwargs)
-        finally:
-            default.set_state(before)
+# ---- dtypes
 
 
 class OneDtype(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -186,47 +162,6 @@ class OneDtype(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if len(dtypes) > 1:
                 raise TypeError(f"{func._schema.name} of {' and '.join(sorted(map(str, dtypes)))}")
         return func(*args, **(kwargs or {}))
-
-
-def _default_generator(device: torch.device) -> Any:
-    if device.type == "cuda":
-        return torch.cuda.default_generators[device.index or 0]
-    return torch.default_generator
-
-
-@contextlib.contextmanager
-def own_numbers() -> Iterator[None]:
-    """Draws of Python and NumPy in this thread come from generators that begin alike; other threads keep theirs."""
-    here = threading.current_thread()
-    numpy = sys.modules.get("numpy.random")
-    places: list[tuple[Any, Any, Any]] = [(random, random._inst, random.Random(0))]
-    if numpy is not None:
-        places.append((numpy, numpy.mtrand._rand, numpy.RandomState(0)))
-    replaced: list[tuple[Any, str, Any]] = [(torch, "manual_seed", torch.manual_seed)]
-    torch_seed = _answered(torch.manual_seed, lambda seed: torch.default_generator, here)
-    answers: list[Any] = [torch_seed]
-    for module, instance, own in places:
-        for name, function in list(vars(module).items()):
-            if getattr(function, "__self__", None) is instance or name == "seed":
-                replaced.append((module, name, function))
-                answers.append(_answered(function, getattr(own, name), here))
-
-    def undo() -> None:
-        for module, name, function in replaced:
-            setattr(module, name, function)
-
-    with surely(undo):
-        for (module, name, _), answer in zip(replaced, answers, strict=True):
-            setattr(module, name, answer)
-        yield
-
-
-def _answered(function: Any, own: Callable[..., Any], here: threading.Thread) -> Callable[..., Any]:
-    @wraps(function)
-    def answer(*args: Any, **kwargs: Any) -> Any:
-        return (own if threading.current_thread() is here else function)(*args, **kwargs)
-
-    return answer
 
 
 # ---- hooks

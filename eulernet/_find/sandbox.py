@@ -6,20 +6,24 @@ import contextlib
 import copy
 import functools
 import gc
-import random
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import _disable_current_modes
 
-from eulernet._find.apart import Draws, OneDtype, alone, own_numbers, quiet, surely, without_global_hooks
+from eulernet._commit import surely
+from eulernet._draws import Draws, own_numbers
+from eulernet._errors import EulernetError
+from eulernet._find.apart import OneDtype, alone, quiet, without_global_hooks
 from eulernet._find.tensors import tensors_in
 from eulernet._find.trace import DispatchTracer, Trace, Tracer, all_modules
+from eulernet._step import ROOT
 
 _CACHE = functools._lru_cache_wrapper
 
@@ -35,9 +39,13 @@ class Sandbox:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else None
         if self.mode and any(isinstance(v, torch.ScriptObject) for m in all_modules(model) for v in vars(m).values()):
             self.mode.cache_enabled = False  # it compares arguments, which packed weights refuse
+        self.tracer: Tracer | None = None  # while it runs
         memo: dict[int, Any] = {}
-        with FakeCopyMode(self.mode) if self.mode else contextlib.nullcontext():
+        fakes, draws = FakeCopyMode(self.mode) if self.mode else contextlib.nullcontext(), Draws()
+        with fakes, own_numbers(draws), draws, _generators_cloned():
             self.copy: nn.Module = _copy(model, memo)
+        _check_copied(model, self.copy)
+        _without_compiling(self.copy)
         self.fakes: list[weakref.ref[Tensor]] = []  # to `forget` once the sandbox is gone
         self.original: dict[nn.Module, nn.Module] = {}
         for module in {id(m): m for m in all_modules(model)}.values():
@@ -49,15 +57,16 @@ class Sandbox:
                 for key in [key for key, hook in owners.items() if not _computes_weights(hook)]:
                     del owners[key]
 
-    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool) -> Trace:
-        """Run the copy in eval or train mode, and return the trace."""
-        tracer = Tracer(self.copy)
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool, backward: bool = False) -> Trace:
+        """Run the copy in eval or train mode, and return the trace; with that of its backward if asked."""
+        self.tracer = tracer = Tracer(self.copy)
         tracer.kept.update(id(t) for fake in self.fakes if (t := fake()) is not None)  # in a cache since an earlier run
         handles = []
         for module in self.original:
             handles.append(module.register_forward_pre_hook(tracer.enter, with_kwargs=True))
             handles.append(module.register_forward_hook(tracer.leave))
         self.copy.train(training)
+        draws = Draws()
         try:
             with contextlib.ExitStack() as stack:
                 stack.enter_context(torch.set_grad_enabled(training))
@@ -66,8 +75,8 @@ class Sandbox:
                     stack.enter_context(self.mode)
                     stack.enter_context(OneDtype())  # type: ignore[no-untyped-call]
                 else:
-                    stack.enter_context(Draws())  # a layer that is dropped at random is dropped in each run
-                stack.enter_context(own_numbers())
+                    stack.enter_context(draws)  # a layer that is dropped at random is dropped in each run
+                stack.enter_context(own_numbers(draws))
                 stack.enter_context(without_global_hooks(list(self.original)))
                 args, kwargs = self._inputs(args), self._inputs(kwargs)
                 stack.enter_context(DispatchTracer(tracer))
@@ -75,11 +84,26 @@ class Sandbox:
                 output = self.copy(*args, **kwargs)
                 tracer.inside = True
                 tracer.trace.outputs = [tracer.node(t) for t in tensors_in(output)]
+                if backward:
+                    ends = tuple(t for t in tensors_in(output) if t.requires_grad)
+                    gradients = tuple(torch.ones_like(t) for t in ends)
+                    tracer.inside, tracer.trace.forward = False, len(tracer.trace.additions)
+                    # Not by torch.autograd.backward, itself a torch function, which would hide what is in it.
+                    with torch.autograd.set_multithreading_enabled(False):
+                        rest = False, False, ()  # no graph is kept or made; all leaves get their gradients
+                        engine = torch.autograd.graph._engine_run_backward
+                        engine(ends, gradients, *rest, allow_unreachable=True, accumulate_grad=True)
         finally:
             for handle in handles:
                 handle.remove()
+            self.tracer = None
             self.fakes.extend(weakref.ref(t) for t in tracer.alive if isinstance(t, FakeTensor))
         return tracer.trace
+
+    def parameter(self, of_model: nn.Parameter) -> nn.Parameter:
+        """A copy of a parameter that is put into the copy."""
+        value = of_model.detach()
+        return nn.Parameter(self.mode.from_tensor(value, static_shapes=True) if self.mode else value.clone())
 
     def _inputs(self, value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -128,6 +152,34 @@ def _copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
             if own is not value:
                 vars(module)[name] = own
     return twin
+
+
+@contextlib.contextmanager
+def _generators_cloned() -> Iterator[None]:
+    """A generator's copy reads a copy of its state, and torch 2.8 crashes where that is a fake tensor."""
+    copiers: dict[type, Any] = copy._deepcopy_dispatch  # type: ignore[attr-defined]
+    with surely(lambda: copiers.pop(torch.Generator, None)):
+        copiers[torch.Generator] = lambda generator, memo: generator.clone_state()
+        yield
+
+
+def _check_copied(model: nn.Module, twin: nn.Module) -> None:
+    """A copy that holds a module of the model's would run it."""
+    own = {id(module) for module in all_modules(model)}
+    for name, module in twin.named_modules():
+        if id(module) in own:
+            raise EulernetError(
+                f"{name or ROOT} ({type(module).__name__}) gives itself back where it is copied, by its __deepcopy__, "
+                "and it is a copy that eulernet runs. Make that return a new module"
+            )
+
+
+def _without_compiling(twin: nn.Module) -> None:
+    """Modules that `torch.compile` has wrapped stand there themselves."""
+    for module in list(twin.modules()):
+        for name, part in module._modules.items():
+            if type(part).__name__ == "OptimizedModule":
+                module._modules[name] = part._orig_mod  # type: ignore[union-attr, assignment]
 
 
 def _shared(model: nn.Module) -> dict[int, Any]:
@@ -209,30 +261,17 @@ def _is_module(value: Any) -> bool:
 
 
 @contextlib.contextmanager
-def preserve_state() -> Iterator[None]:
-    """For measurements, which draw from the process's generators: leave these as they are, and call no global hook.
+def measuring(modules: Iterable[nn.Module] = (), seed: int = 0) -> Iterator[None]:
+    """Draw from generators of one's own, and call no hook of the process on these modules of a copy.
 
-    Other threads that draw meanwhile get numbers that were drawn before.
+    Those of torch give what follows on `torch.manual_seed(seed)`.
     """
-    python = random.getstate()
-    numpy = sys.modules.get("numpy")
-    numpy_state = numpy.random.get_state() if numpy else None
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
-    with alone(), quiet(), torch.random.fork_rng(devices=devices), torch.inference_mode(False):
-        module = torch.nn.modules.module
-        hooks = [(held, dict(held)) for held in (module._global_forward_hooks, module._global_forward_pre_hooks)]
-
-        def undo() -> None:
-            for held, before in hooks:
-                held.update(before)
-            random.setstate(python)
-            if numpy:
-                numpy.random.set_state(numpy_state)
-
-        with surely(undo):
-            for held, _ in hooks:
-                held.clear()
-            yield
+    draws = Draws(seed)
+    calm = alone(), quiet(), torch.inference_mode(False), _disable_current_modes(), without_global_hooks(list(modules))
+    with contextlib.ExitStack() as stack:
+        for context in (*calm, own_numbers(draws), draws):
+            stack.enter_context(context)
+        yield
 
 
 @contextlib.contextmanager

@@ -19,16 +19,19 @@ from eulernet._run.patched import (
     CALL_VIA,
     DEFER,
     DEFER_MUL,
+    DIFFERENCE,
     EPILOGUE,
     EPILOGUE_IN_PLACE,
     FUNCTION,
     MATERIALIZE,
+    PROBE,
     SCALE,
     STEP,
     STEP_IN_PLACE,
     TAKE_NORM,
 )
 from eulernet._source import (
+    TO_BE_SEEN,
     Span,
     bind,
     compiled,
@@ -79,7 +82,8 @@ def rewrite(function: FunctionType, edits: dict[Span, tuple[str, int]], free: bo
             _unset(_normed_name(place), mine.body)  # the addition stands in an `if`
     keys = _keep_keys(mine, edits, first)
     editor = _Editor(edits, function, receiver, keys)
-    mine.body = [editor.visit(node) for node in mine.body]
+    visited = [editor.visit(node) for node in mine.body]
+    mine.body = [s for result in visited for s in (result if isinstance(result, list) else [result])]
     code = compiled(tree, statement, ast.fix_missing_locations(copied), function)
     assert code is not None
     return bind(function, code)
@@ -132,12 +136,21 @@ class _Editor(ast.NodeTransformer):
         self.keys = keys
         self.keyed = {place for span, (_, place) in edits.items() if span.key is not None}
         self.edits = edits
+        self.skips = {span.skip: place for span, (_, place) in edits.items() if isinstance(span.skip, Span)}
         self.function = function
         self.receiver = receiver
         self.first = function.__code__.co_firstlineno
         self.around = {at: (kind, place) for span, (_, place) in edits.items() for kind, at in span.edits}
 
     def visit(self, node: ast.AST) -> Any:
+        if self.skips and isinstance(node, ast.expr) and (at := span_of(node, self.first)) in self.skips:
+            name = ast.Name(_skip_name(self.skips.pop(at)), ast.Store())  # evaluated once, where it was
+            return ast.copy_location(ast.NamedExpr(name, self.visit(node)), node)
+        whole = self._edit(node, by_difference=True)
+        new = self._changed(node)
+        return new if whole is None else self._by_difference(new, whole[0].skip, whole[1][1])
+
+    def _changed(self, node: ast.AST) -> Any:
         match node:
             case ast.Call(args=[sum_]) if (edit := self._edit(sum_)) and edit[0].epilogue:
                 return self._with_epilogue(node, sum_, edit[1][1])
@@ -171,6 +184,58 @@ class _Editor(ast.NodeTransformer):
             call = self._call(STEP_IN_PLACE, [ast.Name(left.id, ast.Load()), right], index, [])
             return ast.copy_location(ast.Assign([left], ast.copy_location(call, node)), node)
         return ast.copy_location(self._call(STEP_IN_PLACE if in_place else STEP, [left, right], index, keywords), node)
+
+    def _by_difference(self, node: Any, skip: str | Span | None, index: int) -> Any:
+        """The expression gives the sum as it did, to a method that takes the skip as well."""
+        if isinstance(node, ast.AugAssign):  # written into its target, which gets another value then
+            if not isinstance(node.target, ast.Name):
+                return node
+            sum_ = ast.copy_location(ast.Name(node.target.id, ast.Load()), node.target)
+            if skip == TO_BE_SEEN:
+                node = self._seen(node, index)
+            target = ast.copy_location(ast.Name(node.target.id, ast.Store()), node.target)
+            value = self._with_skip(sum_, skip, index)
+            return [node, ast.copy_location(ast.Assign([target], value), node)]
+        if skip == TO_BE_SEEN:
+            node = self._seen(node, index)
+        return self._with_skip(node, skip, index)
+
+    def _with_skip(self, sum_: Any, skip: str | Span | None, index: int) -> ast.expr:
+        if skip == TO_BE_SEEN:
+            return ast.copy_location(self._call(PROBE, [sum_], index, []), sum_)
+        held = ast.Name(skip if isinstance(skip, str) else _skip_name(index), ast.Load())
+        return ast.copy_location(self._call(DIFFERENCE, [sum_, held], index, []), sum_)
+
+    def _seen(self, node: Any, index: int) -> Any:
+        """An expression whose operands and arguments are shown to the probe as they are evaluated."""
+
+        def seen(part: Any) -> Any:
+            if isinstance(part, ast.Name | ast.Constant | ast.Starred | ast.GeneratorExp):
+                return part
+            span = span_of(part, self.first)
+            if isinstance(part, ast.BinOp | ast.UnaryOp | ast.Call | ast.List | ast.Tuple):
+                part = self._seen(part, index)
+            at = ast.Tuple(
+                [ast.Constant(n) for n in (span.line, span.end_line, span.column, span.end_column)], ast.Load()
+            )
+            return ast.copy_location(ast.Call(self._attribute(PROBE), [part, ast.Constant(index), at], []), part)
+
+        match node:
+            case ast.BinOp():
+                node.left, node.right = seen(node.left), seen(node.right)
+            case ast.AugAssign():
+                node.value = seen(node.value)
+            case ast.UnaryOp():
+                node.operand = seen(node.operand)
+            case ast.List() | ast.Tuple():
+                node.elts = [seen(part) for part in node.elts]
+            case ast.Call():
+                node.args = [seen(part) for part in node.args]
+                for keyword in node.keywords:
+                    keyword.value = seen(keyword.value)
+                if isinstance(node.func, ast.Attribute):
+                    node.func.value = seen(node.func.value)
+        return node
 
     def _with_epilogue(self, call: ast.Call, node: ast.AST, index: int) -> ast.expr:
         """The activation or norm is handed over with the operands of the sum."""
@@ -212,10 +277,12 @@ class _Editor(ast.NodeTransformer):
                 return node
         return ast.copy_location(new, node)
 
-    def _edit(self, node: ast.AST) -> tuple[Span, tuple[str, int]] | None:
+    def _edit(self, node: ast.AST, by_difference: bool = False) -> tuple[Span, tuple[str, int]] | None:
         if isinstance(node, ast.BinOp | ast.AugAssign | ast.Call):
             for span, edit in self.edits.items():
-                if stands_at(node, span, self.first) and (edit[0] == "step" or isinstance(node, ast.Call)):
+                if (span.skip is not None) != by_difference or not stands_at(node, span, self.first):
+                    continue
+                if edit[0] == "step" or isinstance(node, ast.Call):
                     return span, edit
         return None
 
@@ -231,6 +298,10 @@ class _Editor(ast.NodeTransformer):
 
     def _attribute(self, name: str) -> ast.Attribute:
         return ast.Attribute(ast.Name(self.receiver, ast.Load()), name, ast.Load())
+
+
+def _skip_name(place: int) -> str:
+    return f"_euler_skip_{place}"
 
 
 def _key_name(place: int) -> str:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
+import copy
+import functools
+import inspect
 import json
 import math
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -14,8 +19,10 @@ import torch
 from torch import nn
 
 from eulernet._checks import unwrapped
-from eulernet._errors import EulernetError
-from eulernet._run.patched import KEY
+from eulernet._errors import EulernetError, EulernetWarning
+from eulernet._run.factor import LearnedFactor
+from eulernet._run.learned import step_parameters
+from eulernet._run.patched import FACTORS, KEY, bound
 from eulernet._step import FILE, Step, Steps, step_name
 
 _WEIGHTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".tar")
@@ -65,7 +72,8 @@ def _in_file(file: Path) -> Steps | None:
         text = header.get("__metadata__", {}).get(KEY)
         return None if text is None else Steps.from_json(text)
     try:
-        loaded = torch.load(file, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the options of the script, as timm keeps them
+            loaded = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         raise EulernetError(
             f"h={str(file)!r}: torch.load(..., weights_only=True) cannot read it ({type(error).__name__}); load it as "
@@ -116,3 +124,60 @@ def _named_as_in(model: nn.Module, steps: Steps) -> Steps:
                     ]
                 )
     return steps  # whoever selects by them says which are unknown
+
+
+# ---- writing
+
+
+def with_steps(save: Callable[..., Any]) -> Callable[..., Any]:
+    """The `save_pretrained` of a class (of Hugging Face, PEFT, diffusers, the Hub) that writes the steps as well."""
+    signature = inspect.signature(save)
+
+    @functools.wraps(save)
+    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(self, *args, **kwargs)
+        _, folder, *_ = given.arguments.values()
+        if "state_dict" in signature.parameters:
+            given.arguments["state_dict"] = _unshared(self, given.arguments.get("state_dict"))
+        result = save(*given.args, **given.kwargs)
+        if given.arguments.get("is_main_process", True) and Path(folder).is_dir():
+            _write_steps(self, Path(folder))
+        return result
+
+    return save_pretrained
+
+
+def _unshared(model: nn.Module, weights: Any) -> Any:
+    """The weights to save, where an h that steps share has memory of its own for each: safetensors takes no other."""
+    own = {id(parameter) for parameter in step_parameters(model)}
+    names = [name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in own]
+    if len(names) == len(own):
+        return weights
+    weights = copy.copy(model.state_dict() if weights is None else weights)
+    weights.update({name: weights[name].clone() for name in names if name in weights})
+    return weights
+
+
+def _write_steps(model: nn.Module, folder: Path) -> None:
+    held = [(module, factor) for module in model.modules() for factor in module.__dict__.get(FACTORS, ())]
+    if not all(f.bound_to(m).readable for m, f in held if isinstance(f, LearnedFactor)):
+        warnings.warn(
+            f"{folder} got no {FILE}: the steps have a learned h, which is sharded and cannot be read by one process. "
+            f"Call in all processes: steps = eulernet.steps(model); and in one: steps.save({str(folder)!r})",
+            EulernetWarning,
+            stacklevel=3,
+        )
+    elif held:
+        Steps([step for _, step, _ in bound(model, "steps")]).save(folder)
+
+
+def saved_in(model: nn.Module) -> tuple[str, Steps] | None:
+    """The folder that a model says it was loaded from, and the steps beside the weights there, where there are any."""
+    for module in model.modules():
+        source = getattr(module, "name_or_path", None)  # Hugging Face: what from_pretrained was called with
+        if isinstance(source, str) and source and (Path(source) / FILE).is_file():
+            try:
+                return source, read_steps(Path(source), model)
+            except EulernetError:
+                return None
+    return None

@@ -16,8 +16,21 @@ from eulernet._checks import brief
 from eulernet._commit import Change
 from eulernet._errors import EulernetError
 from eulernet._patch.rewrite import rewrite
+from eulernet._patch.saved import with_steps
 from eulernet._run.factor import LearnedFactor
-from eulernet._run.patched import FUNCTION, KEYS, SLOTS, Become, Patched, Plan, original, original_class, places_of
+from eulernet._run.patched import (
+    FACTORS,
+    FUNCTION,
+    KEYS,
+    SLOTS,
+    STEPS,
+    Become,
+    Patched,
+    Plan,
+    original,
+    original_class,
+    places_of,
+)
 from eulernet._source import VIA, Span, Target, Unsupported, digest, expression_at, free_function, rebuild
 
 # Weak, so that a class that was made in a function goes when its last patched model does.
@@ -70,6 +83,12 @@ def _build(original: type[nn.Module], plan: Plan) -> type[nn.Module]:
         namespace["activation_relu_or_gelu"] = property(lambda self: 0, _set_in_dict("activation_relu_or_gelu"))
     if issubclass(original, nn.TransformerEncoder):  # nor does its container's conversion to nested tensors
         namespace["use_nested_tensor"] = property(lambda self: False, _set_in_dict("use_nested_tensor"))
+    if hasattr(original, "__deepcopy__"):
+        namespace["__deepcopy__"] = Patched._euler_deepcopy
+    if hasattr(original, "save_pretrained"):
+        namespace["save_pretrained"] = with_steps(original.save_pretrained)
+    if not plan:  # one that is made by the class, `type(model)(config)`, is not patched
+        namespace |= {FACTORS: (), STEPS: ()}
     cls: type[nn.Module] = _subclass(original, tuple(bases), namespace)
     return cls
 

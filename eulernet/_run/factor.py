@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import _disable_current_modes
 
 from eulernet._commit import Change, Set, Write
-from eulernet._errors import EulernetError
+from eulernet._errors import EulernetError, EulernetWarning
 
 
 class StepFactor:
@@ -23,6 +26,7 @@ class StepFactor:
     """
 
     scheduled = False  # whether an HScheduler moves it
+    traced = False  # whether a graph of torch.fx has been made since it was set, which holds it as a number
 
     def __init__(self, value: float, like: Tensor | None = None) -> None:
         self.value = value
@@ -44,12 +48,15 @@ class StepFactor:
 
     def set(self, value: float) -> list[Change]:
         """The changes that give it another value."""
-        return [Write(self.tensor, lambda tensor: tensor.fill_(value)), Set(self, {"value": value})]
+        return [Write(self.tensor, lambda tensor: tensor.fill_(value)), Set(self, {"value": value, "traced": False})]
 
-    def current(self, module: Any) -> float | Tensor:
+    def current(self, module: Any, operand: Any = None) -> float | Tensor:
         """What the additions of a forward use: the tensor where a graph is compiled, else the number."""
-        # Compiled, the number is not even read: a graph that saw it would be compiled again for another one.
-        return self.tensor if torch.compiler.is_compiling() else self.value
+        if torch.compiler.is_compiling():
+            return self.tensor  # the number is not even read: a graph that saw it would be compiled again for another
+        if type(operand) is Proxy:
+            self.traced = True
+        return self.value
 
     def bound_to(self, module: Any) -> StepFactor:
         return self
@@ -80,7 +87,7 @@ class UnsettledFactor(StepFactor):
     def saved(self) -> str:
         return str(self)
 
-    def current(self, module: Any) -> float | Tensor:
+    def current(self, module: Any, operand: Any = None) -> float | Tensor:
         return self.value
 
     def to_device_of(self, fn: Callable[[Tensor], Tensor]) -> None:
@@ -98,13 +105,29 @@ class LearnedFactor:
     to read and to `set`.
     """
 
+    noticed = False  # whether it was said that it is frozen
+
     def __init__(self, name: str, module: Any = None) -> None:
         self.name = name
         self.module = module
 
-    def current(self, module: Any) -> Tensor:
-        h: Tensor = getattr(module, self.name).exp()
-        return h.squeeze(0)  # without dimensions it takes part in no broadcast, and promotes no dtype
+    def current(self, module: Any, operand: Any = None) -> Tensor:
+        log_h: Tensor = getattr(module, self.name)
+        if type(log_h) is nn.Parameter and not log_h.requires_grad and not torch.compiler.is_compiling():
+            self._notice_frozen(module)
+        return log_h.exp().squeeze(0)  # without dimensions it takes part in no broadcast, and promotes no dtype
+
+    def _notice_frozen(self, module: Any) -> None:
+        """PEFT freezes what is there before it."""
+        if "peft" in sys.modules and module.training and torch.is_grad_enabled() and not self.noticed:
+            self.noticed = True
+            warnings.warn(
+                f"{type(module).__name__} has an h that is learned, and frozen: PEFT freezes what is there before it. "
+                "Patch after it: eulernet.patch(get_peft_model(model, config), h=0.1, trainable=True); or keep h as it "
+                "is: eulernet.patch(model, h=eulernet.steps(model))",
+                EulernetWarning,
+                stacklevel=2,
+            )
 
     def bound_to(self, module: Any) -> LearnedFactor:
         return LearnedFactor(self.name, module)
@@ -135,6 +158,10 @@ class LearnedFactor:
     @property
     def value(self) -> float:
         self._check_readable()
+        with _disable_current_modes():  # one of the caller's may have no values
+            return self._value()
+
+    def _value(self) -> float:
         whole = getattr(self.parameter, "full_tensor", lambda: self.parameter)()  # FSDP2 keeps a part of it
         if whole.device.type == "meta":
             raise EulernetError(
@@ -153,9 +180,13 @@ class LearnedFactor:
             )
         return [Write(self.parameter, lambda parameter: parameter.fill_(math.log(value)))]
 
+    @property
+    def readable(self) -> bool:
+        """Others cannot be read, or not by one process alone."""
+        return type(self.parameter) is nn.Parameter and self.parameter.device.type != "meta"
+
     def __str__(self) -> str:
-        plain = type(self.parameter) is nn.Parameter and self.parameter.device.type != "meta"
-        return f"{self.value:.4g}" if plain else f"exp({self.name})"  # others cannot be read, or not by one process
+        return f"{self.value:.4g}" if self.readable else f"exp({self.name})"
 
 
 def _is_freed(tensor: Tensor) -> bool:
@@ -203,6 +234,16 @@ def scaled_add_(left: Any, right: Any, h: float | Tensor, skip_is_left: bool, al
     if alpha == 1 and left.dtype == right.dtype and not torch.is_grad_enabled():
         return torch.add(right, left, alpha=h, out=left)  # one pass; autograd does not allow out=
     return left.mul_(h).add_(right, alpha=alpha)
+
+
+def scaled_difference(total: Any, skip: Any, h: float | Tensor) -> Any:
+    """`s + h * (y - s)` of a sum `y = s + f` that is made as it was: y itself, to the bit, where h is 1."""
+    if isinstance(h, float):
+        if h == 1.0:
+            return total
+        if total.dtype == skip.dtype and total.shape == skip.shape and total.stride() == skip.stride():
+            return torch.lerp(skip, total, h)
+    return (total + (total - skip) * (h - 1)).to(total.dtype)
 
 
 def scale(branch: Any, h: float | Tensor) -> Any:

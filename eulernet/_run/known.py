@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from eulernet import kernels
+from eulernet._draws import Draws
 
 # Known by name, so that nothing is imported for them.
 _BEFORE = {
@@ -43,7 +44,11 @@ def before(module: Any) -> str | None:
     known = _BEFORE.get((cls.__module__, cls.__qualname__))
     if known == "batch norm" and not all([type(each) is nn.Identity for each in module._modules.values()]):
         return None  # with an activation or dropout of its own
-    return known or next((name for name in ("LayerScale", "DropPath") if _proven(cls, name)), None)
+    if known is not None:
+        return known
+    if _proven(cls, "LayerScale"):
+        return None if {"lambda1", "gamma"} <= module._parameters.keys() else "LayerScale"  # which of them it would be
+    return "DropPath" if _proven(cls, "DropPath") else None
 
 
 def after(module: Any) -> bool:
@@ -106,7 +111,7 @@ def held(module: nn.Module, name: str) -> Any:
 
 
 def _proven(cls: type, name: str) -> bool:
-    """Whether a class of this name computes what Hugging Face's do, which each model has of its own."""
+    """Whether a class of this name computes what those of Hugging Face and timm do, of which models have their own."""
     return cls.__name__.endswith(name) and issubclass(cls, nn.Module) and _proof(cls, name)
 
 
@@ -124,7 +129,8 @@ def _computes(cls: type[nn.Module], what: str) -> bool:
     """The proof: its forward, called once with a stand-in for the module that has no more than what is known."""
     x = torch.linspace(-2, 2, 64, device="cpu", dtype=torch.float32).view(16, 4)
     gamma, keep, eps = x[5], 0.75, 1e-3
-    module: Any = SimpleNamespace(lambda1=gamma, drop_prob=1 - keep, training=True, weight=gamma, variance_epsilon=eps)
+    scales = {"lambda1": gamma, "gamma": gamma, "inplace": False}
+    module: Any = SimpleNamespace(**scales, drop_prob=1 - keep, training=True, weight=gamma, variance_epsilon=eps)
     if what in _NORMS.values():
         module = SimpleNamespace(normalized_shape=(4,), weight=gamma, bias=gamma, eps=eps, _fast_norm=False)
     expected: dict[str, Callable[[], Tensor]] = {
@@ -134,13 +140,13 @@ def _computes(cls: type[nn.Module], what: str) -> bool:
         "rms_norm": lambda: F.rms_norm(x, (4,), gamma, eps),
         "layer_norm": lambda: F.layer_norm(x, (4,), gamma, gamma, eps),
     }
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.autocast("cpu", enabled=False):
-        torch.default_generator.manual_seed(0)
+    draws = Draws()
+    with draws, torch.no_grad(), torch.autocast("cpu", enabled=False):
         try:
             result = cls.forward(module, x)
         except Exception:
             return False
-        torch.default_generator.manual_seed(0)
+        draws.seed(0)
         same = isinstance(result, Tensor) and result.shape == x.shape
         return same and torch.allclose(result, expected[what](), atol=1e-6)
 

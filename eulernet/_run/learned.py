@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import _disable_current_modes
 
 from eulernet._checks import brief
 from eulernet._errors import EulernetError
@@ -60,6 +63,7 @@ def plan_learned(
     model: nn.Module, blocks: Iterable[tuple[nn.Module, Sequence[Step], Sequence[float]]], sharing: str
 ) -> list[Slot]:
     """A parameter for the h of each step of these blocks; nothing is changed."""
+    _check_ranks(model)
     registered = {module: name for name, module in model.named_modules()}
     parameters: dict[object, nn.Parameter] = {}
     slots: list[Slot] = []
@@ -79,7 +83,7 @@ def plan_learned(
                 )
             key = _SHARING[sharing](step)
             if key not in parameters:
-                with torch.inference_mode(False):
+                with torch.inference_mode(False), _disable_current_modes():
                     log_h = torch.full((1,), math.log(h), device=like.device, dtype=like.dtype)
                     parameters[key] = nn.Parameter(log_h)
             if parameters[key].device != like.device:
@@ -91,6 +95,20 @@ def plan_learned(
             slots.append(Slot(module, number, _free_name(module, registered[module], step, slots), parameters[key]))
     check_shared(shared)
     return slots
+
+
+def _check_ranks(model: nn.Module) -> None:
+    """`DistributedDataParallel` averages the gradients of the parameters that it saw when it was made."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    inside = set(model.modules())
+    wrappers = [o for o in gc.get_objects() if issubclass(type(o), nn.parallel.DistributedDataParallel)]
+    if any(not inside.isdisjoint(wrapper.modules()) for wrapper in wrappers):
+        raise EulernetError(
+            f"{type(model).__name__} is inside DistributedDataParallel already, which would not average the gradients "
+            "of a learned h, so that each rank would learn its own. Patch first: model = "
+            "DistributedDataParallel(eulernet.patch(model, h=0.1, trainable=True))"
+        )
 
 
 def _first_of(*modules: nn.Module) -> torch.Tensor:
@@ -113,11 +131,14 @@ def check_shared(steps: Iterable[tuple[Step, object, float]]) -> None:
 
 
 def _free_name(module: nn.Module, module_name: str, step: Step, slots: Iterable[Slot]) -> str:
-    """`log_h`, `log_h_1` for the step `:1` of its module, `log_h_layers_0` where a loop has a step for each layer."""
-    name = "log_h" if step.number is None else f"log_h_{step.number}"
+    """`log_h_bias`, `log_h_1_bias` for the step `:1` of its module, `log_h_layers_0_bias` for a layer of a loop.
+
+    What is called a bias gets no weight decay from those who go by names, as Hugging Face's Trainer does.
+    """
+    key = ""
     if step.module_name != module_name:
-        key = step.module_name.removeprefix(f"{module_name}." if module_name else "").replace(".", "_")
-        name = name.replace("log_h", f"log_h_{key}")
+        key = "_" + step.module_name.removeprefix(f"{module_name}." if module_name else "").replace(".", "_")
+    name = f"log_h{key}{'' if step.number is None else f'_{step.number}'}_bias"
     taken = any(slot.module is module and slot.name == name for slot in slots)
     mine = [f.name for f in module.__dict__.get(FACTORS, ()) if isinstance(f, LearnedFactor)]
     if taken or (hasattr(module, name) and name not in mine):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copyreg
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -16,7 +17,7 @@ from eulernet._checks import check_module, unwrapped
 from eulernet._commit import put_back
 from eulernet._errors import EulernetError, EulernetWarning
 from eulernet._run import fuse
-from eulernet._run.factor import LearnedFactor, StepFactor, scale, scaled_add, scaled_add_
+from eulernet._run.factor import LearnedFactor, StepFactor, scale, scaled_add, scaled_add_, scaled_difference
 from eulernet._source import Targets, behind
 from eulernet._step import Step, step_name
 
@@ -28,8 +29,10 @@ ADD_NORM, TAKE_NORM = "_euler_add_norm", "_euler_take_norm"
 DEFER, DEFER_MUL, MATERIALIZE = "_euler_defer", "_euler_defer_mul", "_euler_materialize"
 FUNCTION = "_euler_function_"  # with a number: a free function that the addition stands in
 CALL_VIA = "_euler_via"  # with a callee and a number: a function that no name leads to
+DIFFERENCE = "_euler_difference"  # with a sum and its skip
+PROBE = "_euler_probe"  # with a value, and where it stands: not in a class, but for a moment in a copy's __dict__
 # Those that a hook on the steps hides, by entries of the module's __dict__ with their names.
-OBSERVED = (STEP, STEP_IN_PLACE, SCALE, EPILOGUE, EPILOGUE_IN_PLACE, ADD_NORM, DEFER, DEFER_MUL)
+OBSERVED = (STEP, STEP_IN_PLACE, SCALE, EPILOGUE, EPILOGUE_IN_PLACE, ADD_NORM, DEFER, DEFER_MUL, DIFFERENCE)
 # The entries of a patched module's __dict__: the factors of its steps, and the steps. Where one addition in a loop is
 # a step for each module that makes its branch (a key), these modules too; each of them holds which step it is where.
 FACTORS, STEPS, KEYS = "_euler", "_euler_steps", "_euler_keys"
@@ -78,32 +81,32 @@ class Patched:
 
     def _euler_step(self, left: Any, right: Any, place: int, alpha: float = 1, key: Any = None) -> Any:
         slot, skip_is_left, sign = self._euler_places[place]
-        h = (self._euler_factor(place, key) if slot is None else self._euler[slot]).current(self)
+        h = (self._euler_factor(place, key) if slot is None else self._euler[slot]).current(self, left)
         if type(left) is fuse.DeferredBranch or type(right) is fuse.DeferredBranch or type(h) is not float:
             return fuse.step(None, left, right, h, skip_is_left, sign * alpha)
         return scaled_add(left, right, h, skip_is_left, sign * alpha)
 
     def _euler_step_(self, left: Any, right: Any, place: int, alpha: float = 1, key: Any = None) -> Any:
         slot, skip_is_left, sign = self._euler_places[place]
-        h = (self._euler_factor(place, key) if slot is None else self._euler[slot]).current(self)
+        h = (self._euler_factor(place, key) if slot is None else self._euler[slot]).current(self, left)
         if type(left) is fuse.DeferredBranch or type(right) is fuse.DeferredBranch:
             return fuse.step(None, left, right, h, skip_is_left, sign * alpha, in_place=True)
         return scaled_add_(left, right, h, skip_is_left, sign * alpha)
 
     def _euler_epilogue(self, then: Any, left: Any, right: Any, place: int, key: Any = None) -> Any:
         _, skip_is_left, sign = self._euler_places[place]
-        return fuse.step(then, left, right, self._euler_factor(place, key).current(self), skip_is_left, sign)
+        return fuse.step(then, left, right, self._euler_factor(place, key).current(self, left), skip_is_left, sign)
 
     def _euler_epilogue_(self, then: Any, left: Any, right: Any, place: int, key: Any = None) -> Any:
         _, skip_is_left, sign = self._euler_places[place]
-        h = self._euler_factor(place, key).current(self)
+        h = self._euler_factor(place, key).current(self, left)
         return fuse.step(then, left, right, h, skip_is_left, sign, in_place=True)
 
     def _euler_add_norm(
         self, norm: str, left: Any, right: Any, place: int, key: Any = None
     ) -> tuple[Any, fuse.PrecomputedNorm | None]:
         _, skip_is_left, sign = self._euler_places[place]
-        h = self._euler_factor(place, key).current(self)
+        h = self._euler_factor(place, key).current(self, left)
         return fuse.add_norm(self, norm, left, right, h, skip_is_left, sign)
 
     def _euler_take_norm(self, norm: Any, state: Any, known: fuse.PrecomputedNorm | None) -> Any:
@@ -115,6 +118,9 @@ class Patched:
     def _euler_defer_mul(self, left: Any, right: Any, gamma_first: bool, place: int, key: Any = None) -> Any:
         return fuse.defer_mul(left, right, gamma_first, self._euler_factor(place, key))
 
+    def _euler_difference(self, total: Any, skip: Any, place: int, key: Any = None) -> Any:
+        return scaled_difference(total, skip, self._euler_factor(place, key).current(self))
+
     def _euler_via(self, callee: Any, number: int) -> Any:
         """What is called here, whatever expression led to it, with its addition made a step."""
         function, before, keywords = behind(callee)
@@ -124,7 +130,7 @@ class Patched:
         return fuse.materialize(value)
 
     def _euler_scale(self, branch: Any, place: int, key: Any = None) -> Any:
-        return scale(branch, self._euler_factor(place, key).current(self))
+        return scale(branch, self._euler_factor(place, key).current(self, branch))
 
     def extra_repr(self) -> str:
         shown = ", ".join(str(factor.bound_to(self)) for factor in self._euler)
@@ -146,17 +152,21 @@ class Patched:
             metadata.setdefault(prefix[:-1], {})[KEY] = saved
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any) -> None:
-        before, now = [h for _, h in local_metadata.get(KEY, ())], [factor.saved for factor in self._euler]
-        scheduled = any(getattr(factor, "scheduled", False) for factor in self._euler)  # its state is loaded as well
-        if any(isinstance(h, float) for h in before) and before != now and not scheduled:
-            shown = [", ".join(f"{h:g}" if isinstance(h, float) else str(h) for h in hs) for hs in (before, now)]
-            warnings.warn(
-                f"the weights were saved at h = {shown[0]}, and are loaded into steps with h = {shown[1]}. For the h "
-                "of the weights: eulernet.set_h(model, h=state_dict)",
-                EulernetWarning,
-                stacklevel=2,
-            )
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)  # type: ignore[misc]
+        factors = self.__dict__.get(FACTORS, ())  # which one that is being copied has not got yet
+        before, now = [h for _, h in local_metadata.get(KEY, ())], [factor.saved for factor in factors]
+        scheduled = any(getattr(factor, "scheduled", False) for factor in factors)  # its state is loaded as well
+        if any(isinstance(h, float) for h in before) and now and before != now and not scheduled:
+            shown = [", ".join(f"{h:g}" if isinstance(h, float) else str(h) for h in hs) for hs in (before, now)]
+            try:
+                warnings.warn(
+                    f"the weights were saved at h = {shown[0]}, and are loaded into steps with h = {shown[1]}. For the "
+                    "h of the weights: eulernet.set_h(model, h=state_dict)",
+                    EulernetWarning,
+                    stacklevel=2,
+                )
+            except EulernetWarning as error:  # torch raises it once all modules have their weights
+                args[-1].append(str(error))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(protocol)
@@ -171,13 +181,25 @@ class Patched:
             rest[0] = {name: value for name, value in rest[0].items() if name not in OBSERVED}
         return (type(self)._euler_restore, (self._euler_original, self._euler_plan, *args[1:]), *rest)
 
+    def _euler_deepcopy(self, memo: dict[int, Any]) -> Any:
+        """The copy that the owner's `__deepcopy__` makes, maybe as a new module of this class, with the steps."""
+        twin: Any = self._euler_original.__deepcopy__(self, memo)  # type: ignore[attr-defined]
+        if isinstance(twin, Patched) and FACTORS not in twin.__dict__:
+            memo[id(self)] = twin
+            for name in (FACTORS, STEPS, KEYS, SLOTS):
+                if name in self.__dict__:
+                    twin.__dict__[name] = deepcopy(self.__dict__[name], memo)
+            for name in learned_names(self):  # type: ignore[arg-type]
+                twin._parameters[name] = deepcopy(self._parameters[name], memo)  # type: ignore[attr-defined]
+        return twin
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[misc]
-        held = [self.__dict__.get(name) for name in (FACTORS, STEPS)]
+        held = [getattr(self, name, None) for name in (FACTORS, STEPS)]
         number = len({slot for _, slot, *_ in self._euler_plan})
         if any(slot is None for _, slot, *_ in self._euler_plan) and isinstance(held[1], list):
             number = len(held[1])  # the keys, which say which step is whose, may not be filled yet
-        if not all(isinstance(values, list) and len(values) == number for values in held):
+        if not all(isinstance(values, list | tuple) and len(values) == number for values in held):
             raise EulernetError(
                 f"the pickle of {type(self).__name__} has a plan for {number} steps, and not as many step factors. "
                 "Build the model anew, load its state_dict, and patch it with h=Steps.from_json(...)"

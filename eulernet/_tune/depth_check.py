@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from eulernet._checks import positive, whole_number
 from eulernet._errors import EulernetError
+from eulernet._find.apart import without_global_hooks
 from eulernet._find.inputs import as_arguments
-from eulernet._find.sandbox import preserve_state
+from eulernet._find.sandbox import measuring
 from eulernet._find.search import short
 from eulernet._patch.patch import is_patched, patch
 from eulernet._patch.select import HLike
@@ -171,7 +172,7 @@ def depth_check(
             with the groups of `param_groups`.
         lr: of AdamW; smaller than one would train with, so that the changes stay small beside the state.
         iterations: of training, on the one batch.
-        seeds: trainings a depth; each begins with `torch.manual_seed`. The caller's random numbers stay as they are.
+        seeds: trainings a depth; each draws what follows on `torch.manual_seed`, from generators of its own.
         progress: show a bar where the output is a terminal.
 
     Returns:
@@ -205,8 +206,7 @@ def depth_check(
         optimizer = partial(_adamw, lr=lr, h=h, inputs=batch[0])
     rows = []
     for depth, seed in _shown([(depth, seed) for depth in depths for seed in range(seeds)], progress):
-        with preserve_state():
-            torch.manual_seed(seed)
+        with measuring(seed=seed):
             rows.append(_train(build, depth, batch, loss_fn, h, optimizer, iterations))
     return _result([_mean([row for row in rows if row.depth == depth]) for depth in depths], iterations)
 
@@ -265,21 +265,22 @@ def _train(
         patch(model, h=1.0 if h is None else h, example_inputs=inputs)
     optimizer = make_optimizer(model.train())
     losses: list[float] = []
-    before = _see(model, args, kwargs)
-    for _ in range(iterations + 1):  # the last for its loss alone
-        try:
-            loss = loss_fn(model(*args, **kwargs), targets)
-            losses.append(loss.item())
-            if len(losses) <= iterations:
-                optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
-                optimizer.step()
-        except Exception as error:
-            raise EulernetError(
-                f"the model of depth {depth} failed on the batch: {short(error)}. The batch is (inputs, targets), and "
-                "loss_fn(output, targets) gives a tensor of one number"
-            ) from error
-    after = _see(model, args, kwargs)
+    with without_global_hooks(list(model.modules())):
+        before = _see(model, args, kwargs)
+        for _ in range(iterations + 1):  # the last for its loss alone
+            try:
+                loss = loss_fn(model(*args, **kwargs), targets)
+                losses.append(loss.item())
+                if len(losses) <= iterations:
+                    optimizer.zero_grad()
+                    loss.backward()  # type: ignore[no-untyped-call]
+                    optimizer.step()
+            except Exception as error:
+                raise EulernetError(
+                    f"the model of depth {depth} failed on the batch: {short(error)}. The batch is (inputs, targets), "
+                    "and loss_fn(output, targets) gives a tensor of one number"
+                ) from error
+        after = _see(model, args, kwargs)
     size = _norm(before.last)
     pairs = zip(before.increments, after.increments, strict=True)
     return DepthRow(

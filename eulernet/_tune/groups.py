@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, overload
 
 from torch import nn
 
@@ -59,11 +59,39 @@ def transfer_groups(
     made = []
     for (m, decays), parameters in sorted(groups.items(), key=lambda one: (one[0][0] != 1, one[0][0], not one[0][1])):
         rate, epsilon, decay = FACTORS[optimizer](m, rule.alpha)
-        made.append(_group(parameters, lr * rate, weight_decay * decay * decays, optimizer, eps * epsilon))
-    return made + ([_group(learned, lr, 0.0, optimizer, eps)] if learned else [])
+        made.append(
+            _group(Parameters(model, parameters), lr * rate, weight_decay * decay * decays, optimizer, eps * epsilon)
+        )
+    return made + ([_group(Parameters(model, learned), lr, 0.0, optimizer, eps)] if learned else [])
 
 
-def _group(parameters: list[nn.Parameter], lr: float, decay: float, optimizer: str, eps: float) -> dict[str, Any]:
+class Parameters(Sequence[nn.Parameter]):
+    """Parameters of a model, as they are there when an optimiser reads them: FSDP2 puts others in their places."""
+
+    def __init__(self, model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
+        held = {id(p): (module, name) for module in model.modules() for name, p in module._parameters.items()}
+        self._places = [held[id(parameter)] for parameter in parameters]
+
+    @overload
+    def __getitem__(self, index: int) -> nn.Parameter: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[nn.Parameter]: ...
+    def __getitem__(self, index: int | slice) -> nn.Parameter | list[nn.Parameter]:
+        places = self._places[index]
+        found = [getattr(module, name) for module, name in ([places] if isinstance(places, tuple) else places)]
+        return found if isinstance(index, slice) else found[0]
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __iter__(self) -> Iterator[nn.Parameter]:
+        return iter(self[:])
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} parameters>"
+
+
+def _group(parameters: Sequence[nn.Parameter], lr: float, decay: float, optimizer: str, eps: float) -> dict[str, Any]:
     group = {"params": parameters, "lr": lr, "weight_decay": decay}
     return group if optimizer == "sgd" else {**group, "eps": eps}
 

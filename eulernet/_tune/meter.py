@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from eulernet._checks import check_model, unwrapped, whole_number
 from eulernet._errors import EulernetError, EulernetWarning
 from eulernet._find.inputs import as_arguments
-from eulernet._find.sandbox import Sandbox, preserve_state
+from eulernet._find.sandbox import Sandbox, measuring
 from eulernet._find.search import described, short
 from eulernet._patch.patch import assign, is_patched, patch
 from eulernet._run.hooks import StepInputs, add_step_hook
@@ -97,7 +97,7 @@ class StepMeter:
         self.notes: list[str] = []
         self.calls: list[MeasuredCall] = []
         self.watching: Callable[[MeasuredCall, StepInputs], None] | None = None
-        with preserve_state():
+        with measuring():
             self.model = Sandbox(model, fake=False).copy
         for module in self.model.modules():
             module._backward_hooks.clear()
@@ -162,7 +162,7 @@ class StepMeter:
     def gradients(self, gains: bool = False) -> list[MeasuredCall]:
         """One forward and one backward pass: norms of skips, increments and gradients, in the order of execution."""
         backend = sdpa_kernel(SDPBackend.MATH) if gains else torch.enable_grad()  # the others have one derivative only
-        with preserve_state(), torch.enable_grad(), backend:
+        with measuring(self.model.modules()), torch.enable_grad(), backend:
             args, kwargs = tree_map(_differentiable, (self.args, self.kwargs))
             loss = self._loss(self._run(_measure, args, kwargs))
             edges = [e for c in self.calls for e in (c.state, c.result) if e is not None]
@@ -242,7 +242,7 @@ class StepMeter:
 
     def noise(self, size: float) -> Noise | None:
         """Two runs without gradients, one of them with Gaussian noise of `size` times the norm of the input in it."""
-        with preserve_state(), torch.no_grad():
+        with measuring(self.model.modules()), torch.no_grad():
             arguments = tree_map(_copied, (self.args, self.kwargs))
             self._run(_keep, *arguments)
             clean = stream(self.calls)
@@ -397,6 +397,7 @@ def _difference(clean: MeasuredCall, noisy: MeasuredCall, name: str) -> float:
 
 
 def _seed(seed: int) -> None:
+    """Begin all numbers anew: while something is measured, those of generators of its own."""
     random.seed(seed)
     torch.manual_seed(seed)
     if (numpy := sys.modules.get("numpy")) is not None:

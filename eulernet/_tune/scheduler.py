@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from eulernet._checks import brief, each_of, whole_number
-from eulernet._commit import Set, commit
+from eulernet._commit import Change, Set, commit
 from eulernet._errors import EulernetError, EulernetWarning
-from eulernet._patch.cautions import rounded_away
+from eulernet._patch.cautions import baked, rounded_away
 from eulernet._patch.saved import read_steps
 from eulernet._patch.select import HLike, values
 from eulernet._run.factor import LearnedFactor
@@ -106,9 +106,7 @@ class HScheduler:
             self._model, [(module, h) for (module, _, _), h in zip(each[0], least, strict=True)]
         ):
             warnings.warn(caution, EulernetWarning, stacklevel=2)
-        for factor in self._factors:
-            factor.__dict__["scheduled"] = True
-        self._go({"last_step": 0})
+        self._go({"last_step": 0}, *(Set(factor, {"scheduled": True}) for factor in self._factors))
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -178,11 +176,14 @@ class HScheduler:
     def __repr__(self) -> str:
         return f"HScheduler(kind={self.kind!r}, last_step={self.last_step}, total_steps={self.total_steps})"
 
-    def _go(self, state: dict[str, Any]) -> None:
+    def _go(self, state: dict[str, Any], *also: Change) -> None:
         """Be in another state, and give the model, and its copies, the h of it."""
         hs = _on_the_way(self.__dict__ | state) * self._copies
         moved = [(factor, h) for factor, h in zip(self._factors, hs, strict=True) if factor.value != h]
-        commit([Set(self, state), *(change for factor, h in moved for change in factor.set(h))])
+        if any(getattr(factor, "traced", False) for factor, _ in moved):
+            for caution in baked(self._model, [factor for factor, _ in moved]):
+                warnings.warn(caution, EulernetWarning, stacklevel=3)
+        commit([*also, Set(self, state), *(change for factor, h in moved for change in factor.set(h))])
 
     def _endpoint(self, h: Any, name: str) -> list[float]:
         try:

@@ -8,6 +8,7 @@ from torch import nn
 
 from eulernet._patch.patch import is_patched, patch, steps
 from eulernet._patch.select import HLike
+from eulernet._run.patched import bound
 from eulernet._tune.scheduler import HScheduler
 from eulernet._tune.watch import watch
 
@@ -24,6 +25,9 @@ class Run:
         """A model that is patched already stays so."""
         if not is_patched(model):
             patch(model, self.h, **self.options)
+        if self.end is not None:  # weights of any h may be loaded: where the training is says which it is
+            for _, _, factor in bound(model, "patch"):
+                factor.__dict__["scheduled"] = True
 
     def begin(self, model: nn.Module, step: int, total_steps: int, every: int) -> None:
         if self.end is not None:

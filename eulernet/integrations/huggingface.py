@@ -9,7 +9,6 @@ import transformers
 
 from eulernet._patch.patch import set_h, steps
 from eulernet._patch.select import HLike
-from eulernet._run.learned import step_parameters
 from eulernet.integrations._run import Run
 
 
@@ -21,7 +20,7 @@ class EulerCallback(transformers.TrainerCallback):  # type: ignore[misc]
     patches a model again from it. With `load_best_model_at_end` the model has the best checkpoint's h in the end.
 
     `Trainer(..., callbacks=[EulerCallback(...)])` does that, with h and the sizes of steps in `state.log_history`. For
-    TensorBoard, W&B and others, and for a learned h without weight decay: `EulerCallback(...).attach(trainer)`.
+    TensorBoard, W&B and others: `EulerCallback(...).attach(trainer)`. A learned h has no weight decay in any Trainer.
 
     Args:
         h: the step factor, or where it begins, as for `eulernet.patch`. A model that is patched already stays so.
@@ -48,14 +47,6 @@ class EulerCallback(transformers.TrainerCallback):  # type: ignore[misc]
         """Be the first callback of a Trainer, so that what reports after it sees h; patch its model; returns itself."""
         self._run.patch(trainer.model)
         trainer.callback_handler.callbacks.insert(0, self)
-        decayed = trainer.get_decay_parameter_names
-
-        def without_log_h(model: Any) -> list[str]:
-            own = {id(parameter) for parameter in step_parameters(model)}
-            names = {name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in own}
-            return [name for name in decayed(model) if name not in names]
-
-        trainer.get_decay_parameter_names = without_log_h
         return self
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:

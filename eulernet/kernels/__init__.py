@@ -5,6 +5,7 @@ Nothing here imports Triton until a kernel is to run.
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
 import warnings
@@ -72,7 +73,7 @@ class mode:
         if name == "triton" and not _triton():
             raise EulernetError('Triton is not installed: pip install triton, or leave eulernet.kernels.mode("auto")')
         self._before = current()
-        torch._C._stash_obj_in_tls(_KEY, name)
+        _set(name)
 
     def __enter__(self) -> None:
         pass
@@ -80,7 +81,14 @@ class mode:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        torch._C._stash_obj_in_tls(_KEY, self._before)
+        _set(self._before)
+
+
+def _set(name: Mode) -> None:
+    # torch 2.8 to 2.11 gives back a reference here that it has not taken, until Python frees what all others hold.
+    # Where torch takes its own, a name is held once more than needed.
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(name))
+    torch._C._stash_obj_in_tls(_KEY, name)
 
 
 def current() -> Mode:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from reproductions.data.ag_news import load_ag_news
 from reproductions.data.cifar10 import load_cifar10
 
-CONTEXT, TEXTS, HELD_OUT_TEXTS = 64, 8, 128  # bytes of a text, texts of a batch
+HELD_OUT_TEXTS = 128
 SIDE, IMAGES, TRAIN_IMAGES, HELD_OUT_IMAGES = 16, 32, 10_000, 2_000
 SHRUNK = "cifar-10-16x16.npz"
 Samples = tuple[Tensor, Tensor]  # what the network takes, and the labels of what it says
@@ -32,9 +32,10 @@ class Data(Protocol):
 
 
 class Bytes:
-    """The bytes of AG-NEWS, in pieces of 64 from anywhere; each is to say the next one."""
+    """The bytes of AG-NEWS, in pieces from anywhere, so many of so many bytes; each byte is to say the next one."""
 
-    def __init__(self, data_root: str) -> None:
+    def __init__(self, data_root: str, texts: int = 8, context: int = 64) -> None:
+        self.texts, self.context = texts, context
         news = zip(load_ag_news(data_root), (20_000, 2_000), strict=True)
         train, test = (np.frombuffer("\n".join(part.texts[:count]).encode(), np.uint8) for part, count in news)
         counts = np.bincount(train, minlength=256) + 1
@@ -42,14 +43,14 @@ class Bytes:
         self.train, self.test = (torch.from_numpy(part.copy()) for part in (train, test))
 
     def batch(self, generator: torch.Generator) -> Samples:
-        return self._pieces(self.train, TEXTS, generator)
+        return self._pieces(self.train, self.texts, generator)
 
     def held_out(self) -> Samples:
         return self._pieces(self.test, HELD_OUT_TEXTS, torch.Generator().manual_seed(7))
 
     def _pieces(self, data: Tensor, count: int, generator: torch.Generator) -> Samples:
-        starts = torch.randint(0, len(data) - CONTEXT, (count, 1), generator=generator)
-        pieces = data[starts + torch.arange(CONTEXT + 1)].long()
+        starts = torch.randint(0, len(data) - self.context, (count, 1), generator=generator)
+        pieces = data[starts + torch.arange(self.context + 1)].long()
         return pieces[:, :-1], pieces[:, 1:]
 
 
@@ -88,5 +89,5 @@ def shrunk(data_root: Path) -> Path:
 
 
 @lru_cache(maxsize=2)
-def pieces(model: str, data_root: str) -> Data:
-    return Bytes(data_root) if model == "gpt" else Pictures(data_root)
+def pieces(model: str, data_root: str, texts: int = 8, context: int = 64) -> Data:
+    return Bytes(data_root, texts, context) if model == "gpt" else Pictures(data_root)

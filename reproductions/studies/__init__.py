@@ -21,6 +21,7 @@ from reproductions.studies import (
     fig5_noise,
     fig6_choice_of_h,
     finetuning,
+    long_memory,
     propositions,
     robustness,
     throughput,
@@ -39,6 +40,7 @@ STUDIES: dict[str, ModuleType] = {
     "bounds": propositions,
     "cifar10": timm_on_cifar10,
     "transfer": depth_transfer,
+    "memory": long_memory,
     "throughput": throughput,
 }
 

@@ -43,7 +43,7 @@ from reproductions.evidence.style import BLUE, GREEN, GREY, ORANGE, VERMILLION
 from reproductions.training.depth_cells import BASE, Cell
 
 TITLE = "Beyond the paper: the learning rate of a shallow network in a deep one"
-DEEP = {"smoke": 8, "desk": 64}
+DEEP = {"smoke": 8, "desk": 64, "gpu": 64}
 DEPTHS = (2, 4, 8, 16, 32, 64)
 SMALL_REGRET, SMALL_SHIFT = 0.01, 0.5  # nats, octaves
 SEEDS = 3
@@ -58,6 +58,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "0.02": {"initial": 0.02},
     "long": {"iterations": 1000},
     "vit": {"model": "vit", "iterations": 300},
+    "wide": {"width": 256, "initial": 256**-0.5, "texts": 32, "context": 128, "iterations": 300, "precision": "tf32"},
 }
 GRIDS: dict[str, tuple[float, ...]] = {
     "adamw": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2),
@@ -65,6 +66,7 @@ GRIDS: dict[str, tuple[float, ...]] = {
     "0.02": (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3),
     "long": (4e-3,),
     "vit": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3),
+    "wide": (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3),
 }
 HALVES = (1.4e-3, 2.8e-3, 5.7e-3, 1.13e-2)  # between those of `adamw`, near the best
 
@@ -105,6 +107,10 @@ def cells(preset: str, seeds: int = SEEDS) -> list[Cell]:
         one = part(("h = 1", "4/D"), (BASE, deep), (2e-3, 4e-3, 8e-3))
         return list(dict.fromkeys(replace(each, iterations=5) for each in one))
     five, ends, sgd = ARMS[:5], ("h = 1", "4/D"), ("h = 1", "4/D", "Depth-muP")
+    if preset == "gpu":  # each rate of the base, of which the middle ones at depth: the best is expected among them
+        four, wide = ("h = 1", "4/D", "Depth-muP", "zero"), GRIDS["wide"]
+        some = part(("h = 1", "zero"), (BASE,), wide, "wide") + part(four, (deep,), wide[1:4], "wide")
+        return list(dict.fromkeys(some + part(four, (deep,), wide[4:5], "wide")))
     parts = [
         part(ARMS[:4], (BASE,), adamw),
         part(five, (deep,), adamw[2:5]),  # the primary hypotheses: around the best rate of the base
@@ -211,15 +217,18 @@ def claims(results: Results, preset: str) -> list[Row]:
     ]
     for arm in ("zero", "gpt2", "Depth-muP"):
         rows.append(_number(results, f"{arm}: the loss falls with depth (beside)", arm, "loss at depth", below=0.0))
-    for setting, words in (
-        ("long", "1,000 iterations"),
-        ("sgd", "SGD"),
-        ("0.02", "initial weights of 0.02"),
-        ("vit", "a ViT on CIFAR-10"),
+    for setting, words, depth in (
+        ("long", "1,000 iterations", 16),
+        ("sgd", "SGD", 16),
+        ("0.02", "initial weights of 0.02", 16),
+        ("vit", "a ViT on CIFAR-10", 16),
+        ("wide", "width 256, on a GPU", DEEP["gpu"]),
     ):
-        claim = f"{words}, depth 16: with h = 4/D the loss falls with depth (beside)"
-        rows.append(_number(results, claim, "4/D", "loss at depth", 16, setting, below=0.0))
-        rows.append(_against(results, f"{words}, depth 16: 4/D ends below h = 1 (beside)", "h = 1", 16, setting))
+        claim = f"{words}, depth {depth}: with h = 4/D the loss falls with depth (beside)"
+        rows.append(_number(results, claim, "4/D", "loss at depth", depth, setting, below=0.0))
+        rows.append(
+            _against(results, f"{words}, depth {depth}: 4/D ends below h = 1 (beside)", "h = 1", depth, setting)
+        )
     return rows
 
 

@@ -1,4 +1,4 @@
-"""Trainings of small transformers over depth: independent, a minute each, in one thread."""
+"""Trainings of small transformers over depth: independent, a minute each, in one thread or on a GPU."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 import eulernet
-from reproductions.data.pieces import CONTEXT, SIDE, pieces
+from reproductions.data.pieces import SIDE, pieces
 from reproductions.records import Record, environment
+from reproductions.training.loop import tf32_of
 
 BASE = 4  # blocks of the shallow network
-WIDTH, HEADS, PATCH, WARM_UP = 64, 4, 4, 15
+HEADS, PATCH, WARM_UP = 4, 4, 15
 PART = 64  # of what is held out at a time
 MEAN_OVER = 10  # iterations a point of a curve
 MARGIN = 0.05  # nats by which the loss must be below that of the labels' frequencies, or the training has failed
@@ -41,8 +42,12 @@ class Cell:
         learning_rate: after a warm-up over the first tenth of 150 iterations; then constant.
         hidden_rate: factor on the learning rate of the blocks.
         hidden_epsilon: factor on Adam's epsilon of the blocks.
-        iterations: of 8 texts of 64 bytes, or 32 images.
+        iterations: so many batches.
         seed: of the initial weights and of the order of the data.
+        width: of the stream.
+        texts: of a batch; a batch of images has 32.
+        context: bytes of a text.
+        precision: of matrix products on a GPU, `fp32` or `tf32`.
     """
 
     model: Literal["gpt", "vit"] = "gpt"
@@ -56,6 +61,10 @@ class Cell:
     hidden_epsilon: float = 1.0
     iterations: int = 150
     seed: int = 0
+    width: int = 64
+    texts: int = 8
+    context: int = 64
+    precision: Literal["fp32", "tf32"] = "fp32"
 
     @property
     def key(self) -> str:
@@ -88,8 +97,8 @@ def _gpt(cell: Cell) -> tuple[nn.Module, str, tuple[str, ...]]:
 
     config = GPT2Config(
         vocab_size=256,
-        n_positions=CONTEXT,
-        n_embd=WIDTH,
+        n_positions=cell.context,
+        n_embd=cell.width,
         n_layer=cell.depth,
         n_head=HEADS,
         resid_pdrop=0.0,
@@ -107,17 +116,17 @@ def _vit(cell: Cell) -> tuple[nn.Module, str, tuple[str, ...]]:
     from timm.models import VisionTransformer
 
     network = VisionTransformer(
-        img_size=SIDE, patch_size=PATCH, num_classes=10, embed_dim=WIDTH, depth=cell.depth, num_heads=HEADS
+        img_size=SIDE, patch_size=PATCH, num_classes=10, embed_dim=cell.width, depth=cell.depth, num_heads=HEADS
     )
     return network, "blocks.", ("attn.proj.weight", "fc2.weight")
 
 
 @lru_cache(maxsize=8)
-def _patched(model: Literal["gpt", "vit"], depth: int) -> nn.Module:
+def _patched(shape: Cell) -> nn.Module:
     """A patched network to copy, since to trace one of 64 blocks takes seconds."""
-    inputs = torch.zeros(1, 8, dtype=torch.int64) if model == "gpt" else torch.zeros(1, 3, SIDE, SIDE)
+    inputs = torch.zeros(1, 8, dtype=torch.int64) if shape.model == "gpt" else torch.zeros(1, 3, SIDE, SIDE)
     with torch.random.fork_rng(devices=[]):  # the cell's random numbers stay its own
-        network = plain(Cell(model=model, depth=depth))
+        network = plain(shape)
     return eulernet.patch(network, h=1.0, example_inputs=inputs)
 
 
@@ -125,7 +134,8 @@ def build(cell: Cell) -> nn.Module:
     """The patched network of a cell, before training."""
     torch.manual_seed(cell.seed)
     network = plain(cell)
-    patched = copy.deepcopy(_patched(cell.model, cell.depth))
+    shape = Cell(model=cell.model, depth=cell.depth, width=cell.width, context=cell.context)
+    patched = copy.deepcopy(_patched(shape))
     patched.load_state_dict(network.state_dict())
     eulernet.set_h(patched, cell.h)
     return patched
@@ -154,11 +164,14 @@ def loss_of(network: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten())
 
 
-def train(cell: Cell, data_root: str, until: float = math.inf) -> Record | None:
+def train(cell: Cell, data_root: str, until: float = math.inf, device: str = "cpu") -> Record | None:
     """The record of a training; None if it was not done at the time `until` (seconds since the epoch)."""
     started, started_cpu = time.perf_counter(), time.process_time()
-    samples = pieces(cell.model, data_root)
-    network = build(cell)
+    samples = pieces(cell.model, data_root, cell.texts, cell.context)
+    network = build(cell).to(device)
+    products: Any = torch.backends.cuda.matmul
+    name, exact, fast = tf32_of(products)
+    setattr(products, name, fast if cell.precision == "tf32" else exact)
     optimizer = make_optimizer(cell, network)
     rates = [group["lr"] for group in optimizer.param_groups]
     generator = torch.Generator().manual_seed(cell.seed + 1000)
@@ -168,7 +181,7 @@ def train(cell: Cell, data_root: str, until: float = math.inf) -> Record | None:
             return None
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * min(1.0, (iteration + 1) / WARM_UP)
-        loss = loss_of(network, *samples.batch(generator))
+        loss = loss_of(network, *(part.to(device) for part in samples.batch(generator)))
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -177,7 +190,7 @@ def train(cell: Cell, data_root: str, until: float = math.inf) -> Record | None:
             break
     network.eval()
     with torch.no_grad():
-        parts = zip(*(torch.split(part, PART) for part in samples.held_out()), strict=True)
+        parts = zip(*(torch.split(part.to(device), PART) for part in samples.held_out()), strict=True)
         tests = [(loss_of(network, *part).item(), len(part[0])) for part in parts]
     test_loss = sum(loss * count for loss, count in tests) / sum(count for _, count in tests)
     failed = not test_loss < samples.chance - MARGIN
@@ -195,5 +208,5 @@ def train(cell: Cell, data_root: str, until: float = math.inf) -> Record | None:
         },
         "seconds": time.perf_counter() - started,
         "cpu_seconds": time.process_time() - started_cpu,
-        "environment": environment(),
+        "environment": environment(device),
     }

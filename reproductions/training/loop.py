@@ -28,22 +28,33 @@ POINTS = 150  # iterations of a log that a record keeps
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else matrix products on several streams vary
 
 
+def tf32_of(backend: Any) -> tuple[str, Any, Any]:
+    """The name of a backend's setting, what it is in float32, and what in TF32.
+
+    torch 2.8 has the older name alone, and later releases warn of that one.
+    """
+    new = ("fp32_precision", "ieee", "tf32")
+    return new if hasattr(backend, new[0]) else ("allow_tf32", False, True)
+
+
 @contextlib.contextmanager
 def settings(precision: str) -> Iterator[None]:
     """Deterministic, and with TF32 convolutions where the trial allows them; afterwards all is as it was."""
-    convolutions: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    cudnn: Any = torch.backends.cudnn
+    owner = getattr(cudnn, "conv", cudnn)
+    name, exact, fast = tf32_of(owner)
     memory: Any = torch.utils.deterministic
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    fill, tf32 = memory.fill_uninitialized_memory, convolutions.fp32_precision
+    fill, convolutions = memory.fill_uninitialized_memory, getattr(owner, name)
     try:
         torch.use_deterministic_algorithms(True, warn_only=True)
         memory.fill_uninitialized_memory = False  # a kernel for each new tensor
-        convolutions.fp32_precision = "ieee" if precision == "fp32" else "tf32"
+        setattr(owner, name, exact if precision == "fp32" else fast)
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         memory.fill_uninitialized_memory = fill
-        convolutions.fp32_precision = tf32
+        setattr(owner, name, convolutions)
 
 
 class Training:

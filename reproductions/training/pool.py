@@ -1,4 +1,4 @@
-"""Many small trainings, each by one thread of a process of its own, those that tell most first, within some minutes."""
+"""Many small trainings, each by a process of its own, those that tell most first, within some minutes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Show = Callable[[str, float], None]  # what is trained, the share of all work th
 
 
 def work(cell: Cell) -> float:
-    """How much there is to do, roughly in block iterations on 8 texts; a batch of images is as much."""
+    """How much there is to do, roughly in block iterations; a batch of images is as much as one of texts."""
     return (cell.depth + 1) * (cell.iterations + 30)
 
 
@@ -38,6 +38,7 @@ def run(
     workers: int,
     minutes: float = math.inf,
     show: Show = lambda label, share: None,
+    device: str = "cpu",
 ) -> list[Record]:
     """Train what has no record yet, in the order given, and return the records of all that have one.
 
@@ -63,7 +64,7 @@ def run(
                 if (cell := next(fits, None)) is None:
                     break
                 left.remove(cell)
-                flight[pool.submit(train, cell, str(data_root), until)] = cell
+                flight[pool.submit(train, cell, str(data_root), until, device)] = cell
             if not flight:
                 break
             for future in wait(flight, return_when=FIRST_COMPLETED).done:

@@ -25,6 +25,35 @@ class Closed(Block):
         super().register_parameter(name, param)
 
 
+class Fails(Block):
+    """Fails to take a parameter log_h, before it has it or afterwards, as many times as its class says."""
+
+    error: BaseException = RuntimeError("no further parameters")
+    times = 0
+    afterwards = False
+
+    def register_parameter(self, name: str, param: Any) -> None:
+        fails = "log_h" in name and Fails.times > 0
+        if not fails or Fails.afterwards:
+            super().register_parameter(name, param)
+        if fails:
+            Fails.times -= 1
+            raise Fails.error
+
+
+class Loop(nn.Module):
+    """One addition that is a step of each layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+
+
 class Frozen(Block):
     """Its class cannot be assigned by its own `__setattr__`."""
 

@@ -1,5 +1,6 @@
 """docs/coverage.md: made of the sweep tests that passed, so that it cannot say more than they verified."""
 
+import re
 from collections import defaultdict
 from importlib.metadata import version
 from typing import NamedTuple
@@ -8,8 +9,8 @@ from typing import NamedTuple
 class Covered(NamedTuple):
     """What a sweep test records of its model: `record_property("coverage", tuple(Covered(...)))`."""
 
-    library: str  # "timm", "torchvision", "Hugging Face"
-    group: str  # the module of timm, the family of torchvision, the model type of Hugging Face
+    library: str  # "timm", "torchvision", "Hugging Face", "elsewhere"
+    group: str  # the module of timm, the family of torchvision, the model type of Hugging Face, the package elsewhere
     model: str
     steps: int
     long: int
@@ -17,13 +18,14 @@ class Covered(NamedTuple):
     folded: int
 
 
-SWEEPS = "tests/test_timm.py tests/test_torchvision.py tests/test_huggingface.py"
+SWEEPS = "tests/test_timm.py tests/test_torchvision.py tests/test_huggingface.py tests/test_elsewhere.py"
 COMMAND = f"python -m pytest -n 2 {SWEEPS} --write-coverage docs/coverage.md"
+ELSEWHERE = "elsewhere"
 PACKAGES = {"timm": "timm", "torchvision": "torchvision", "Hugging Face": "transformers"}
 
 HEAD = f"""# What was found and verified
 
-Written by `{COMMAND}`.
+Written by `{COMMAND}`; a line whose models did not run is left as it was.
 A model is listed when its test passed: at random weights, patched at h = 0.3, it equals a reference that scales the
 branches at run time; at h = 1 it is bit-identical to the original; after `unpatch` it is what it was; folded, and
 patched with `preserve=True`, it computes what it computed. The number of its steps stands behind its name. *Long*
@@ -32,25 +34,36 @@ steps are left alone unless `include=` names them; *unsupported* additions are n
 something that is not homogeneous, such as a gate on what it multiplies, and are named.
 """
 
+_HEADS = ("| | models and their steps | long | unsupported | folded |", "| --- | --- | --: | --: | --: |")
 
-def page(rows: list[Covered]) -> str:
-    """The table as Markdown: one line a group of each library."""
+
+def page(rows: list[Covered], before: str = "") -> str:
+    """The table as Markdown: one line a group of each library. What no row is about is left as it was before."""
     libraries: dict[str, dict[str, list[Covered]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         libraries[row.library][row.group].append(row)
-    lines = [HEAD]
-    for library, package in PACKAGES.items():
-        groups = libraries[library]
-        lines += [
-            f"## {library}: {sum(map(len, groups.values()))} models ({package} {version(package)})\n",
-            "| | models and their steps | long | unsupported | folded |",
-            "| --- | --- | --: | --: | --: |",
-        ]
-        for name, group in groups.items():
-            models = ", ".join(f"{row.model} {row.steps}" if row.model != name else str(row.steps) for row in group)
-            long, unsupported, folded, steps = (
-                sum(column) for column in zip(*((r.long, r.unsupported, r.folded, r.steps) for r in group), strict=True)
-            )
-            lines.append(f"| {name} | {models} | {long} | {unsupported} | {folded / steps:.0%} |")
-        lines.append("")
-    return "\n".join(lines)
+    parts = {re.split(r": \d", part)[0]: part for part in before.split("\n## ")[1:]}
+    text = [HEAD]
+    for library in (*PACKAGES, ELSEWHERE):
+        if not libraries[library]:
+            text += [f"## {parts[library].rstrip()}\n"] if library in parts else []
+            continue
+        lines = {_group(line): line for line in re.findall(r"^\| [^-|].*$", parts.get(library, ""), re.MULTILINE)}
+        lines |= {name: _line(name, group, library) for name, group in libraries[library].items()}
+        models = sum(line.split(" | ")[1].count(", ") + 1 for line in lines.values())
+        of = f"{len(lines)} packages" if library == ELSEWHERE else f"{PACKAGES[library]} {version(PACKAGES[library])}"
+        text += ["\n".join((f"## {library}: {models} models ({of})\n", *_HEADS, *(lines[name] for name in sorted(lines)))) + "\n"]
+    return "\n".join(text)
+
+
+def _group(line: str) -> str:
+    """The group's name without the version that elsewhere stands behind it."""
+    return re.sub(r" [\d.]+$", "", line.removeprefix("| ").split(" | ")[0])
+
+
+def _line(name: str, group: list[Covered], library: str) -> str:
+    models = ", ".join(f"{row.model} {row.steps}" if row.model != name else str(row.steps) for row in group)
+    columns = zip(*((r.long, r.unsupported, r.folded, r.steps) for r in group), strict=True)
+    long, unsupported, folded, steps = map(sum, columns)
+    title = f"{name} {version(name)}" if library == ELSEWHERE else name
+    return f"| {title} | {models} | {long} | {unsupported} | {folded / steps:.0%} |"

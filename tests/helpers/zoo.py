@@ -94,7 +94,7 @@ class Specimen:
 _Build = Callable[[], Specimen]
 
 
-def _first_that_runs(candidates: Iterator[_Build]) -> Specimen:
+def first_that_runs(candidates: Iterator[_Build]) -> Specimen:
     """The first of the candidates that can be built and runs."""
     reasons = []
     for build in candidates:
@@ -184,7 +184,7 @@ def timm_model(name: str) -> Specimen:
                 x = torch.randn(2, 3, size, size)
                 yield lambda o={**options, **sized}, x=x: _on(timm.create_model(name, **o), x)
 
-    return _first_that_runs(candidates())
+    return first_that_runs(candidates())
 
 
 # torchvision ----------------------------------------------------------------------------------------------------------
@@ -253,7 +253,7 @@ def torchvision_model(name: str) -> Specimen:
                     x = torch.randn(2, 3, size, size)
                     yield lambda o=options, x=x: _on(build_torchvision(name, **o), x)
 
-    return _first_that_runs(candidates())
+    return first_that_runs(candidates())
 
 
 # Hugging Face ---------------------------------------------------------------------------------------------------------
@@ -461,4 +461,4 @@ def hugging_face_model(kind: str) -> Specimen:
             raise ValueError("inputs of more than six million numbers, which take minutes")
         return Specimen(model, inputs, inputs)
 
-    return _first_that_runs(functools.partial(build, scale) for scale in SCALES.values())
+    return first_that_runs(functools.partial(build, scale) for scale in SCALES.values())

@@ -128,6 +128,55 @@ class RolledRows(SelectedRows):
 
 
 @trap
+class SummedGroups(Shortcut):
+    """As FishNet squeezes channels: neighbours are added up."""
+
+    shape = (2, 2 * DIM, 8, 8)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(2 * DIM, DIM, 1)
+
+    def skip(self, x: Tensor) -> Tensor:
+        return x.view(len(x), DIM, 2, *x.shape[2:]).sum(dim=2)
+
+    def branch(self, x: Tensor) -> Tensor:
+        return self.f(self.first(x))
+
+
+@trap
+class CutToTheSizeOfTheBranch(Shortcut):
+    """A U-Net without padding: the skip is cut to what the convolutions leave, at another resolution between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Conv2d(DIM, DIM, 2, 2), nn.ConvTranspose2d(DIM, DIM, 2, 2)
+        self.deep = nn.Conv2d(DIM, DIM, 3)
+
+    def skip(self, x: Tensor) -> Tensor:
+        return F.pad(x, (-2, -2, -2, -2))
+
+    def branch(self, x: Tensor) -> Tensor:
+        return self.up(self.deep(self.down(x)))
+
+
+@trap
+class GatedByALowerResolution(Shortcut):
+    """The branch is no other level: only what gates it was sized up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project, self.gate, self.last = (nn.Conv2d(DIM, DIM, 1) for _ in range(3))
+
+    def skip(self, x: Tensor) -> Tensor:
+        return self.project(x)
+
+    def branch(self, x: Tensor) -> Tensor:
+        gate = torch.sigmoid(F.interpolate(self.gate(F.max_pool2d(x, 2)), scale_factor=2.0))
+        return self.last(self.f(x) * gate)
+
+
+@trap
 class LevelsAreFused(Trap):
     """Levels of a pyramid, made larger and summed up: none of these sums is a step."""
 

@@ -358,3 +358,48 @@ class PoolingResidual(Trap):
 
     def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
         return x + h[0] * self.mix(self.norm(x))
+
+
+@trap
+class WeightedVariance(WithABlock):
+    """Attentive statistics of ECAPA-TDNN: what is left without a mean, whose weights are computed, is squared."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.score = mlp()
+
+    def variance(self, x: Tensor) -> Tensor:
+        weights = torch.softmax(self.score(x), dim=1)
+        mean = (weights * x).sum(dim=1, keepdim=True)
+        return (weights * (x - mean).pow(2)).sum(dim=1, keepdim=True).clamp(1e-6).sqrt() * torch.ones_like(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(self.variance(x))
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        return self.block.reference(self.variance(x), h[0])
+
+
+@trap
+class PowerSeriesOfAWeight(WithABlock):
+    """As PEFT's OFT turns a parameter into a rotation: sums of powers of a weight have nothing to do with the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(DIM, DIM))
+
+    def rotation(self) -> Tensor:
+        skew = 0.1 * (self.weight - self.weight.t())
+        result = torch.eye(DIM, dtype=skew.dtype).add(skew, alpha=2.0)
+        power = skew @ skew
+        result.add_(power, alpha=2.0)
+        for _ in range(2):
+            power = power @ skew
+            result.add_(power, alpha=2.0)
+        return result
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x @ self.rotation())
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        return self.block.reference(x @ self.rotation(), h[0])
