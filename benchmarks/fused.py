@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import eulernet
 from benchmarks.tables import Table, rich_table
 from eulernet import kernels
-from eulernet._run import fuse
+from eulernet._run import fuse, known
 from eulernet._run.patched import ADD_NORM, EPILOGUE, EPILOGUE_IN_PLACE, SCALE, STEP, STEP_IN_PLACE, Patched
 
 RESULTS = Path(__file__).parent / "results" / "fused.json"
@@ -165,8 +165,8 @@ def _named(waiting: fuse.DeferredBranch | None, then: Any) -> str:
         before = {"BatchNorm": waiting.norm, "LayerScale": waiting.scale, "drop path": waiting.mask}
         parts = [name for name, value in before.items() if value is not None] + parts
     if then is not None:
-        known = fuse.norm(then)
-        parts.append(type(then).__name__ if known is None else {"rms_norm": "RMSNorm"}.get(known.kind, "LayerNorm"))
+        by = known.norm(then)
+        parts.append(type(then).__name__ if by is None else {"rms_norm": "RMSNorm"}.get(by.kind, "LayerNorm"))
     return " + ".join(parts) if len(parts) > 1 else ""
 
 
@@ -187,10 +187,10 @@ def table(rows: list[Row]) -> Table:
     shares: dict[bool, list[float]] = {False: [], True: []}
     lines: dict[str, list[str]] = {}
     for row in rows:
-        known = {what: n for what, n in row["with"].items() if what}
-        shares[row["training"]].append(sum(known.values()) / row["steps"])
-        share = f"{sum(known.values())} of {row['steps']}"
-        with_what = "; ".join(f"{n} {what}" for what, n in sorted(known.items(), key=lambda item: -item[1]))
+        counted = {what: n for what, n in row["with"].items() if what}
+        shares[row["training"]].append(sum(counted.values()) / row["steps"])
+        share = f"{sum(counted.values())} of {row['steps']}"
+        with_what = "; ".join(f"{n} {what}" for what, n in sorted(counted.items(), key=lambda item: -item[1]))
         lines.setdefault(row["model"], [row["model"]]).extend([with_what, share])
     ordered = [[name, evaluation, training, a, b] for name, evaluation, a, training, b in lines.values()]
     means = [f"{sum(found) / len(found):.0%}" for found in shares.values()]

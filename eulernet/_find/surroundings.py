@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from eulernet._run import fuse
+from eulernet._run import known
 
 # What an expression is: a module's call or a product with gamma, which can be deferred; a name that is read where
 # its branch may be deferred; the call of a norm or an activation that takes what was computed together with the sum;
@@ -48,7 +48,7 @@ def surroundings(
 ) -> Surroundings:
     """What stands around an addition in a method of a module, whose operand `branch` is scaled."""
     method = _Method(definition, code, receiver, module)
-    found = Surroundings(epilogue=fuse.after(method.called(epilogue(definition, addition)[0])))
+    found = Surroundings(epilogue=known.after(method.called(epilogue(definition, addition)[0])))
     found.edits, operand = method.chain(branch)
     block, i, plainly = _standing(definition, addition)
     calls = [node for node in ast.walk(addition) if isinstance(node, ast.Call)]
@@ -113,7 +113,7 @@ class _Method:
     def can_be_deferred(self, node: ast.AST) -> bool:
         """Whether an expression calls a module that a step knows, or one that only other modules of this class have."""
         module = self.called(node)
-        return module is None or fuse.before(module) is not None
+        return module is None or known.before(module) is not None
 
     def gamma(self, node: ast.AST) -> bool:
         """Whether an expression is a vector of the module, `self.gamma` or `self.gamma.reshape(1, -1, 1, 1)`."""
@@ -230,7 +230,7 @@ class _Method:
             if isinstance(statement, _SIMPLE) and _plain(statement):
                 call = _first_call(statement)
                 match call:
-                    case ast.Call(args=[ast.Name(id=given)]) if given == name and fuse.norm(self.called(call)):
+                    case ast.Call(args=[ast.Name(id=given)]) if given == name and known.norm(self.called(call)):
                         return call, tests
             break
         return None, []
@@ -252,7 +252,7 @@ class _Method:
                         case _:
                             return None
                     match call:
-                        case ast.Call(args=[ast.Name(id=given)]) if given == name and fuse.activation(
+                        case ast.Call(args=[ast.Name(id=given)]) if given == name and known.activation(
                             self.called(call)
                         ):
                             return call

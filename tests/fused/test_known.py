@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import eulernet
 from eulernet import kernels
-from eulernet._run import fuse
+from eulernet._run import known
 from tests.helpers.fused import DEVICE, Builder, InStatements, PreNorm, dinov2, images, randomized, tokens
 
 pytest.importorskip("triton")
@@ -73,21 +73,21 @@ def test_a_norm_of_timm_is_known_by_what_it_computes(divides_by: str) -> None:
             return x * torch.rsqrt(divided + self.eps) * self.weight
 
     RmsNorm.__module__, RmsNorm.__qualname__ = "timm.layers.norm", "RmsNorm"
-    assert (fuse.norm(RmsNorm(8)) is not None) == (divides_by == "mean square")
+    assert (known.norm(RmsNorm(8)) is not None) == (divides_by == "mean square")
 
 
 def test_a_class_is_known_by_what_it_computes() -> None:
     """Not by its name alone; and nothing is drawn from the generators to find out."""
     layers = transformers.models.dinov2.modeling_dinov2
-    assert fuse.before(layers.Dinov2LayerScale(dinov2().config)) == fuse.before(MyLayerScale()) == "LayerScale"
-    assert fuse.before(layers.Dinov2DropPath(0.5)) == "DropPath"
+    assert known.before(layers.Dinov2LayerScale(dinov2().config)) == known.before(MyLayerScale()) == "LayerScale"
+    assert known.before(layers.Dinov2DropPath(0.5)) == "DropPath"
     norm = transformers.models.llama.modeling_llama.LlamaRMSNorm(8)
-    assert fuse.norm(norm) == fuse.Norm("rms_norm", 8, norm.weight, None, 1e-6, written_out=True)
+    assert known.norm(norm) == known.Norm("rms_norm", 8, norm.weight, None, 1e-6, written_out=True)
     ambiguous = MyLayerScale()
     ambiguous.lambda1 = nn.Parameter(torch.rand(8))
     others = [ambiguous, MyDropPath(), TwiceLayerScale(), MyRMSNorm(), nn.LayerNorm((2, 8))]
     state = torch.get_rng_state()
-    assert not any(fuse.before(module) or fuse.norm(module) for module in others)
+    assert not any(known.before(module) or known.norm(module) for module in others)
     assert torch.equal(torch.get_rng_state(), state)
 
 
