@@ -52,7 +52,10 @@ def page(rows: list[Covered], before: str = "") -> str:
         lines |= {name: _line(name, group, library) for name, group in libraries[library].items()}
         models = sum(line.split(" | ")[1].count(", ") + 1 for line in lines.values())
         of = f"{len(lines)} packages" if library == ELSEWHERE else f"{PACKAGES[library]} {version(PACKAGES[library])}"
-        text += ["\n".join((f"## {library}: {models} models ({of})\n", *_HEADS, *(lines[name] for name in sorted(lines)))) + "\n"]
+        text += [
+            "\n".join((f"## {library}: {models} models ({of})\n", *_HEADS, *(lines[name] for name in sorted(lines))))
+            + "\n"
+        ]
     return "\n".join(text)
 
 
