@@ -26,7 +26,9 @@ def _seed() -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--write-coverage", type=Path, metavar="FILE", help="write the table of what the sweeps that run verified")
+    parser.addoption(
+        "--write-coverage", type=Path, metavar="FILE", help="write the table of what the sweeps that run verified"
+    )
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
