@@ -147,7 +147,7 @@ def test_annealing_compiles_once(training: bool) -> None:
 
 
 @pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile], ids=["DataParallel", "compile"])
-def test_a_wrapped_model(wrap: Any) -> None:
+def test_a_wrapped_model_is_scheduled(wrap: Any) -> None:
     model = patched()
     schedule = HScheduler(wrap(model), total_steps=2, end=0.5)
     schedule.step()

@@ -174,7 +174,7 @@ def test_generator_agrees_with_itself(part: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(NETWORKS < 200, reason="fewer networks need not have everything")
-def test_generator_varies() -> None:
+def test_the_generator_makes_many_kinds() -> None:
     """The networks have, between them, everything that the generator can build."""
     seen: set[str] = set()
     for part in range(PARTS):
@@ -225,7 +225,7 @@ def test_steps_and_patched_output(part: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("part", range(PARTS))
-def test_long_steps_and_selections(part: int, tmp_path: Path) -> None:
+def test_long_steps_and_selections_give_the_reference(part: int, tmp_path: Path) -> None:
     """A dry run reports the long steps; named, they are scaled as well; an excluded step is not."""
 
     def check(network: RandomNetwork) -> None:

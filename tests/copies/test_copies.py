@@ -85,7 +85,7 @@ def test_a_copied_block_goes_into_another_model(model: Net, x: Tensor) -> None:
     torch.testing.assert_close(stack(x), expected)
 
 
-def test_a_module_with_its_own_way_of_pickling(x: Tensor) -> None:
+def test_a_module_with_its_own_way_of_pickling_is_patched_when_it_comes_back(x: Tensor) -> None:
     model = OwnState()
     eulernet.patch(model, 0.5, example_inputs=x)
     other = pickle.loads(pickle.dumps(model))
@@ -114,7 +114,7 @@ class OwnCopy(Block):
 
 
 @pytest.mark.parametrize("trainable", [False, True])
-def test_a_module_with_its_own_way_of_copying(trainable: bool, x: Tensor) -> None:
+def test_a_copy_made_by_the_modules_own_way_is_patched(trainable: bool, x: Tensor) -> None:
     model = eulernet.patch(nn.Sequential(OwnCopy(), OwnCopy()), [0.5, 0.25], example_inputs=x, trainable=trainable)
     other = copy.deepcopy(model)
     assert type(other[0]) is type(model[0]) and list(other.state_dict()) == list(model.state_dict())
@@ -125,7 +125,7 @@ def test_a_module_with_its_own_way_of_copying(trainable: bool, x: Tensor) -> Non
     assert factors(again) == [0.125] * 2 and type(eulernet.unpatch(again)[0]) is OwnCopy
 
 
-def test_averaged_models(original: Net, model: Net, x: Tensor) -> None:
+def test_averaged_models_have_an_h_of_their_own(original: Net, model: Net, x: Tensor) -> None:
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5), use_buffers=True)
     reference = AveragedModel(original, multi_avg_fn=get_ema_multi_avg_fn(0.5), use_buffers=True)
     for seed in range(2):
@@ -142,7 +142,7 @@ def test_averaged_models(original: Net, model: Net, x: Tensor) -> None:
     assert torch.equal(average(x), reference(x))
 
 
-def test_replicas_of_data_parallel(model: Net, x: Tensor) -> None:
+def test_replicas_of_data_parallel_are_patched(model: Net, x: Tensor) -> None:
     """``nn.parallel.replicate`` copies each module this way and then gives the copies their parameters."""
     replica = model.plain._replicate_for_data_parallel()
     assert type(replica) is type(model.plain)
@@ -210,14 +210,14 @@ LOAD = """
 """
 
 
-def test_save_and_load_in_a_fresh_process(tmp_path: Path) -> None:
+def test_what_is_saved_loads_in_a_fresh_process(tmp_path: Path) -> None:
     (tmp_path / "pickled.py").write_text(MODULE)
     for script in (SAVE, LOAD):
         result = in_a_fresh_process(tmp_path, script)
         assert result.returncode == 0, result.stderr
 
 
-def test_loading_where_an_unrelated_line_changed(tmp_path: Path) -> None:
+def test_where_an_unrelated_line_changed_it_loads_or_says_why_not(tmp_path: Path) -> None:
     (tmp_path / "pickled.py").write_text(MODULE)
     assert in_a_fresh_process(tmp_path, SAVE).returncode == 0
     (tmp_path / "pickled.py").write_text(MODULE + "\n# A later comment.\n")
@@ -235,7 +235,7 @@ def test_loading_where_an_unrelated_line_changed(tmp_path: Path) -> None:
     ],
     ids=["operands", "statement", "factor"],
 )
-def test_loading_beside_another_version_of_the_source(tmp_path: Path, edit: Callable[[str], str]) -> None:
+def test_it_is_refused_beside_another_version_of_the_source(tmp_path: Path, edit: Callable[[str], str]) -> None:
     (tmp_path / "pickled.py").write_text(MODULE)
     assert in_a_fresh_process(tmp_path, SAVE).returncode == 0
     (tmp_path / "pickled.py").write_text(edit(MODULE))
@@ -247,7 +247,7 @@ def test_loading_beside_another_version_of_the_source(tmp_path: Path, edit: Call
         assert word in last, f"{word!r} is not in: {last}"
 
 
-def test_loading_where_the_class_is_gone(tmp_path: Path) -> None:
+def test_it_is_refused_where_the_class_is_gone(tmp_path: Path) -> None:
     (tmp_path / "pickled.py").write_text(MODULE)
     assert in_a_fresh_process(tmp_path, SAVE).returncode == 0
     (tmp_path / "pickled.py").write_text(MODULE.replace("Block", "Brick"))

@@ -17,7 +17,7 @@ from tests.traps.steps import GlobalSkip
 # ------------------------------------------------------------------------------------------------------------ copies
 
 
-def test_functional_call(original: Net, model: Net, x: Tensor) -> None:
+def test_functional_call_computes_the_patched_model(original: Net, model: Net, x: Tensor) -> None:
     parameters = {name: torch.randn_like(value) for name, value in model.named_parameters()}
     actual = torch.func.functional_call(model, parameters, (x,))
     other = copy.deepcopy(model)
@@ -34,7 +34,7 @@ def test_functional_call(original: Net, model: Net, x: Tensor) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning", "ignore:.*torch.jit.*:DeprecationWarning")
-def test_higher_derivatives_and_forward_mode(x: Tensor) -> None:
+def test_higher_derivatives_and_forward_mode_are_those_of_the_formula(x: Tensor) -> None:
     model = eulernet.patch(Plus(), 0.3, example_inputs=x).double()
     x = x.double()
     _, tangent = torch.func.jvp(model, (x,), (torch.ones_like(x),))
@@ -86,7 +86,7 @@ def test_json_of_a_long_step_patches_it() -> None:
     assert torch.equal(other(x), model(x))
 
 
-def test_a_table_of_the_steps(model: Net) -> None:
+def test_steps_print_as_a_table(model: Net) -> None:
     text = str(eulernet.steps(model))
     for step, name, factor in zip(eulernet.steps(model), NAMES, FACTORS, strict=True):
         (line,) = [line for line in text.splitlines() if name in line.split()]
@@ -133,7 +133,7 @@ def test_export_gives_the_patched_function(model: Net, x: Tensor, strict: bool) 
     torch.testing.assert_close(torch.export.load(buffer).module()(x + 1), model(x + 1))
 
 
-def test_make_fx_and_meta(model: Net, x: Tensor) -> None:
+def test_make_fx_and_meta_see_the_patched_model(model: Net, x: Tensor) -> None:
     from torch.fx.experimental.proxy_tensor import make_fx
 
     torch.testing.assert_close(make_fx(model)(x)(x + 1), model(x + 1))

@@ -63,7 +63,7 @@ def test_repr_shows_h(model: Net) -> None:
     assert "h=" not in repr(eulernet.unpatch(model))
 
 
-def test_repr_of_a_block_with_an_own_extra_repr(x: Tensor) -> None:
+def test_a_block_with_an_own_extra_repr_shows_both(x: Tensor) -> None:
     model = ZeroArgumentSuper()
     before = repr(model)
     eulernet.patch(model, 0.25, example_inputs=torch.randn(2, DIM, 4, 4))

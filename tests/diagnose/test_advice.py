@@ -20,7 +20,7 @@ X = torch.linspace(-1, 1, 12, dtype=torch.float64).view(3, 4)
 # ---- advice
 
 
-def test_advice_where_branches_are_zero() -> None:
+def test_branches_that_are_zero_are_advised_on() -> None:
     x = torch.randn(2, 3, 32, 32)
     zero = eulernet.diagnose(timm.create_model("resnet18", zero_init_last=True), x)
     assert zero.advice == "branches are zero at initialisation: h only lowers their learning rate"
@@ -30,7 +30,7 @@ def test_advice_where_branches_are_zero() -> None:
     assert advice.startswith("branches are nearly zero (at most ") and advice.endswith("lowers their learning rate")
 
 
-def test_advice_where_gradients_do_not_grow() -> None:
+def test_no_change_is_advised_where_gradients_do_not_grow() -> None:
     advice = eulernet.diagnose(linear(12, 0.02), X).advice
     assert advice == (
         "12 steps, gradients grow 1.3-fold from the last block to the first: nothing to gain from a smaller h"
@@ -48,12 +48,12 @@ def test_advice_holds_when_measured_again() -> None:
     assert "with so few steps" in eulernet.diagnose(linear(8, 0.5), X).advice
 
 
-def test_advice_where_branches_are_huge() -> None:
+def test_branches_that_are_huge_are_advised_on() -> None:
     advice = eulernet.diagnose(linear(50, 100.0), X).advice
     assert "from the last block to the first: h = 0.00014 makes it " in advice
 
 
-def test_advice_where_gradients_overflow() -> None:
+def test_gradients_that_overflow_are_advised_on() -> None:
     advice = eulernet.diagnose(linear(50, 10.0, dtype=torch.float32), X.float()).advice
     assert advice.startswith("50 steps, gradients overflow on the way from the last block to the first: h = 0.001")
 
@@ -71,13 +71,13 @@ class Projection(nn.Module):
         return self.skip(x) + self.b(torch.relu(self.a(x)))
 
 
-def test_advice_where_no_h_helps() -> None:
+def test_no_h_is_advised_where_none_helps() -> None:
     """The projection alone lets gradients grow."""
     advice = eulernet.diagnose(nn.Sequential(Projection(10, 1), Projection(10, 1)), X.float()).advice
     assert re.search(r"; at h = 1e-06 that is 100-fold: it does not come from the branches$", advice)
 
 
-def test_advice_where_h_helps_in_part() -> None:
+def test_a_part_is_advised_where_h_helps_in_part() -> None:
     """Two projections make gradients grow 4-fold, branches much more: the advice is an h at which they double it."""
     torch.manual_seed(0)
     model = nn.Sequential(Projection(2, 10), *linear(12, 0.5, dtype=torch.float32), Projection(2, 10))
@@ -93,7 +93,7 @@ def test_advice_where_h_helps_in_part() -> None:
 # ---- what is printed, written and drawn
 
 
-def test_table_and_json() -> None:
+def test_the_table_and_the_json_say_the_same() -> None:
     found = eulernet.diagnose(linear(3, 0.3), X, gains=True)
     lines = str(found).splitlines()
     assert lines[0].split() == ["#", "step", "h", "‖x‖", "‖hF‖/‖x‖", "‖∂L/∂x‖", "W"]
@@ -105,7 +105,7 @@ def test_table_and_json() -> None:
     assert data["rows"][2]["step"] == "2" and data["gradient_growth"] == found.gradient_growth
 
 
-def test_plot(tmp_path: Path) -> None:
+def test_each_measure_is_drawn(tmp_path: Path) -> None:
     found = eulernet.diagnose(linear(3, 0.3), X)
     figure = found.plot(tmp_path / "steps.png")
     assert (tmp_path / "steps.png").read_bytes().startswith(b"\x89PNG")
@@ -117,7 +117,7 @@ def test_plot(tmp_path: Path) -> None:
     assert eulernet.diagnose(linear(12, 0.3), X).plot().axes[0].get_yscale() == "log"
 
 
-def test_plot_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plot_without_matplotlib_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     found = eulernet.diagnose(linear(3, 0.3), X)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(EulernetError, match="pip install matplotlib"):
@@ -143,7 +143,7 @@ def test_plot_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 @pytest.mark.filterwarnings("ignore:Using a target size")
-def test_errors(arguments: tuple[Any, ...], words: str) -> None:
+def test_what_diagnose_cannot_do_is_refused(arguments: tuple[Any, ...], words: str) -> None:
     with pytest.raises(EulernetError, match=words):
         eulernet.diagnose(*arguments)
 
@@ -163,6 +163,6 @@ class Nothing(nn.Module):
         self.inner(x)
 
 
-def test_an_output_without_tensors() -> None:
+def test_an_output_without_tensors_is_refused() -> None:
     with pytest.raises(EulernetError, match=r"returned no tensor with a gradient.*loss_fn\)"):
         eulernet.diagnose(Nothing(), X)

@@ -78,7 +78,7 @@ class Parallel(nn.Module):
 
 
 @pytest.mark.parametrize("h", [1.0, 0.3])
-def test_parallel_branches_and_repeated_calls(h: float) -> None:
+def test_parallel_branches_and_repeated_calls_are_measured_as_by_hand(h: float) -> None:
     """One row a call; the branch of a parallel step is the difference of its two."""
     block = Parallel()
     model = nn.Sequential(block, block, nn.Linear(4, 2)).double()
@@ -108,7 +108,7 @@ def test_parallel_branches_and_repeated_calls(h: float) -> None:
     assert found.gradient_growth == pytest.approx((states[0].grad.norm() / states[-1].grad.norm()).item(), rel=1e-12)
 
 
-def test_a_residual_network_with_projections_in_place() -> None:
+def test_a_residual_network_with_projections_is_measured_as_by_hand() -> None:
     """Gradients with respect to the blocks' inputs, also where the skip is a projection of them."""
     model = ResNet(14, (4, 6, 8)).double()
     x, y = torch.randn(3, 3, 8, 8, dtype=torch.float64), torch.tensor([1, 2, 3])
@@ -143,7 +143,7 @@ def test_a_residual_network_with_projections_in_place() -> None:
         assert row.gain == pytest.approx(largest_singular_value(f, state.detach()), rel=GAIN)
 
 
-def test_two_steps_of_one_module_with_attention() -> None:
+def test_two_steps_of_one_module_are_measured_as_by_hand() -> None:
     model = Tokens(2).double()
     tokens = torch.randint(11, (3, 5))
     found = eulernet.diagnose(model, {"tokens": tokens}, gains=True)

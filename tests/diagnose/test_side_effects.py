@@ -81,7 +81,7 @@ def test_a_patched_model_at_one_gives_what_the_original_gives() -> None:
     assert eulernet.diagnose(eulernet.patch(model, h=1, example_inputs=x), x) == original
 
 
-def test_wrapped_frozen_and_half_precision_models() -> None:
+def test_wrapped_frozen_and_half_precision_models_are_measured() -> None:
     model, x = ResNet(14, (4, 6, 8)), torch.randn(2, 3, 8, 8)
     expected = eulernet.diagnose(model, x)
     assert eulernet.diagnose(nn.DataParallel(model), x) == expected
@@ -101,7 +101,7 @@ class Checkpointed(nn.Module):
         return checkpoint(self.inner, x, use_reentrant=self.use_reentrant)
 
 
-def test_activation_checkpointing() -> None:
+def test_activation_checkpointing_changes_no_number() -> None:
     """Where the graph is made only in the backward pass nothing is known of gradients, and that is said."""
     model = linear(3, 0.3)
     plain = eulernet.diagnose(model, X)

@@ -16,13 +16,13 @@ from tests.helpers.refusals import refused, snapshot
 # -------------------------------------------------------------------------------------------------------------- no step
 
 
-def test_no_step() -> None:
+def test_a_model_without_steps_is_refused() -> None:
     model = nn.Sequential(nn.Linear(6, 6), nn.ReLU())
     refused(model, lambda: eulernet.patch(model, 0.1, example_inputs=X), r"(?i)no (residual )?steps?", "Sequential")
     assert len(eulernet.find_steps(model, example_inputs=X)) == 0
 
 
-def test_no_step_but_a_long_one_names_it() -> None:
+def test_where_only_a_long_step_is_found_it_is_named() -> None:
     class Outer(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -37,7 +37,7 @@ def test_no_step_but_a_long_one_names_it() -> None:
 
 
 @pytest.mark.parametrize("function", [eulernet.patch, eulernet.find_steps])
-def test_no_example_input(function: Callable[..., Any]) -> None:
+def test_a_missing_example_input_is_asked_for(function: Callable[..., Any]) -> None:
     model = Net()
     refused(
         model,
@@ -49,7 +49,7 @@ def test_no_example_input(function: Callable[..., Any]) -> None:
 
 
 @pytest.mark.parametrize("inputs", ["1,3,224,224", 3, object()], ids=["str", "int", "object"])
-def test_example_inputs_of_a_wrong_type(inputs: Any) -> None:
+def test_example_inputs_of_a_wrong_type_are_refused(inputs: Any) -> None:
     model = Net()
     refused(
         model,
@@ -64,7 +64,7 @@ def test_example_inputs_of_a_wrong_type(inputs: Any) -> None:
 
 @pytest.mark.parametrize("model", ["resnet50", Net, lambda x: x], ids=["name", "class", "function"])
 @pytest.mark.parametrize("function", [eulernet.patch, eulernet.find_steps])
-def test_not_a_module(function: Callable[..., Any], model: Any) -> None:
+def test_what_is_not_a_module_is_refused(function: Callable[..., Any], model: Any) -> None:
     with pytest.raises(EulernetError, match=r"nn\.Module"):
         function(model, example_inputs=X)
 
@@ -82,7 +82,7 @@ def test_not_a_module(function: Callable[..., Any], model: Any) -> None:
     ],
     ids=["include", "one-of-two", "exclude", "one-of-two-exclude"],
 )
-def test_a_pattern_that_matches_nothing(arguments: dict[str, Any]) -> None:
+def test_a_pattern_that_matches_nothing_is_refused(arguments: dict[str, Any]) -> None:
     """The message names the pattern, the argument, and steps that there are."""
     model = Net()
     refused(
@@ -105,19 +105,19 @@ def test_a_pattern_matches_components_and_not_prefixes() -> None:
     refused(model, lambda: eulernet.patch(model, 0.1, example_inputs=X, include="lay"), "'lay'")
 
 
-def test_a_class_and_a_predicate_that_match_nothing() -> None:
+def test_a_class_and_a_predicate_that_match_nothing_are_refused() -> None:
     model = Net()
     refused(model, lambda: eulernet.patch(model, example_inputs=X, include=nn.Conv2d), "include", "Conv2d")
     refused(model, lambda: eulernet.patch(model, example_inputs=X, include=lambda step: False), "include")
 
 
-def test_a_selector_of_a_wrong_type() -> None:
+def test_a_selector_of_a_wrong_type_is_refused() -> None:
     model = Net()
     refused(model, lambda: eulernet.patch(model, example_inputs=X, include=3), "include", "3", "pattern", "class")
     refused(model, lambda: eulernet.patch(model, example_inputs=X, exclude=[0.5]), "exclude", "0.5")
 
 
-def test_everything_excluded() -> None:
+def test_excluding_everything_is_refused() -> None:
     """Not the words of "no step": there are steps, and the selection leaves none."""
     model = Net()
     error = refused(model, lambda: eulernet.patch(model, example_inputs=X, exclude=Block), "exclude", r"\b3\b")
@@ -153,7 +153,7 @@ def spoil(model: nn.Module, function: str) -> Callable[[Any], Any]:
 
 @pytest.mark.parametrize("function", ["patch", "set_h"])
 @pytest.mark.parametrize("value", NOT_A_FACTOR.values(), ids=NOT_A_FACTOR.keys())
-def test_h_that_is_not_a_positive_number(value: Any, function: str) -> None:
+def test_an_h_that_is_not_a_positive_number_is_refused(value: Any, function: str) -> None:
     model = Net()
     call = spoil(model, function)
     output = model(X)
@@ -166,7 +166,7 @@ def test_h_that_is_not_a_positive_number(value: Any, function: str) -> None:
 @pytest.mark.parametrize("function", ["patch", "set_h"])
 @pytest.mark.parametrize("value", [float("nan"), -1.0, 0.0, "x", None], ids=["nan", "negative", "zero", "str", "none"])
 @pytest.mark.parametrize("form", ["sequence", "mapping", "callable"])
-def test_one_bad_value_among_good_ones(form: str, value: Any, function: str) -> None:
+def test_one_bad_value_among_good_ones_is_refused(form: str, value: Any, function: str) -> None:
     """The message names the step that the value is for; no step gets its factor."""
     model = Net()
     call = spoil(model, function)
@@ -182,7 +182,7 @@ def test_one_bad_value_among_good_ones(form: str, value: Any, function: str) -> 
 
 @pytest.mark.parametrize("function", ["patch", "set_h"])
 @pytest.mark.parametrize("h", [[0.1], [0.1] * 4, []], ids=["one", "four", "none"])
-def test_a_sequence_of_the_wrong_length(h: Any, function: str) -> None:
+def test_a_sequence_of_the_wrong_length_is_refused(h: Any, function: str) -> None:
     """It says how many steps there are, and how many values came."""
     model = Net()
     call = spoil(model, function)
@@ -190,7 +190,7 @@ def test_a_sequence_of_the_wrong_length(h: Any, function: str) -> None:
 
 
 @pytest.mark.parametrize("function", ["patch", "set_h"])
-def test_a_mapping_with_a_pattern_that_matches_nothing(function: str) -> None:
+def test_a_mapping_with_a_pattern_that_matches_nothing_is_refused(function: str) -> None:
     model = Net()
     call = spoil(model, function)
     refused(model, lambda: call({"layer.*": 0.1, "stages.*": 0.2}), re.escape("stages.*"), r"layer\.0")
@@ -219,14 +219,14 @@ def test_a_callable_that_fails_leaves_nothing() -> None:
     assert snapshot(model) == before
 
 
-def test_steps_of_another_model() -> None:
+def test_steps_of_another_model_are_refused() -> None:
     other = nn.Sequential(Block(), Block(), Block())
     steps = eulernet.steps(eulernet.patch(other, 0.1, example_inputs=X))
     model = Net()
     refused(model, lambda: eulernet.patch(model, steps, example_inputs=X), r"\b0, 1, 2\b", r"layer\.0")
 
 
-def test_json_that_is_not_of_steps() -> None:
+def test_json_that_is_not_of_steps_is_refused() -> None:
     for text in ("", "[1, 2]", '{"a": 1}', "not json"):
         with pytest.raises(EulernetError, match=r"(?i)json"):
             eulernet.Steps.from_json(text)
@@ -236,7 +236,7 @@ def test_json_that_is_not_of_steps() -> None:
 
 
 @pytest.mark.parametrize("function", [eulernet.steps, lambda model: eulernet.set_h(model, 0.1)], ids=["steps", "set_h"])
-def test_a_model_that_is_not_patched(function: Callable[..., Any]) -> None:
+def test_a_model_that_is_not_patched_is_refused(function: Callable[..., Any]) -> None:
     model = Net()
     refused(model, lambda: function(model), r"(?i)not patched", r"eulernet\.patch\(model")
 

@@ -17,7 +17,7 @@ from tests.helpers.refusals import refused
 # ------------------------------------------------------------------------------------------------ models that misbehave
 
 
-def test_a_model_that_fails_on_the_input() -> None:
+def test_a_model_that_fails_on_the_input_is_refused_with_its_reason() -> None:
     model = Net()
     error = refused(
         model,
@@ -31,7 +31,7 @@ def test_a_model_that_fails_on_the_input() -> None:
     assert not isinstance(error.__cause__, EulernetError)
 
 
-def test_a_model_that_cannot_be_copied() -> None:
+def test_a_model_that_cannot_be_copied_is_refused() -> None:
     """What is traced is a copy."""
 
     class Single(Net):
@@ -43,7 +43,7 @@ def test_a_model_that_cannot_be_copied() -> None:
     assert isinstance(error.__cause__, TypeError)
 
 
-def test_a_model_that_raises_an_error_of_its_own() -> None:
+def test_an_error_of_the_models_own_is_repeated() -> None:
     class Strict(Net):
         def forward(self, x: Tensor) -> Tensor:
             raise LookupError("the tokenizer is missing")
@@ -53,7 +53,7 @@ def test_a_model_that_raises_an_error_of_its_own() -> None:
     assert isinstance(error.__cause__, LookupError)
 
 
-def test_a_model_that_fails_in_training_only() -> None:
+def test_a_model_that_fails_in_training_only_is_noted() -> None:
     """An inference model is patched all the same, and it is said that training was not looked at."""
 
     class Inference(Net):

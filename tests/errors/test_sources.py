@@ -45,7 +45,7 @@ def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str = MODULE)
     return importlib.import_module(path.stem), path
 
 
-def test_a_forward_without_source() -> None:
+def test_a_forward_without_source_is_named() -> None:
     namespace: dict[str, Any] = {"__name__": "typed_in"}
     exec(compile(MODULE, "<string>", "exec"), namespace)
     model = nn.Sequential(Block(), namespace["Block"]())
@@ -58,7 +58,7 @@ def test_a_forward_without_source() -> None:
     assert [step.name for step in eulernet.steps(model)] == ["0"]
 
 
-def test_a_file_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_is_gone_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module, path = written(tmp_path, monkeypatch)
     path.unlink()
     model = nn.Sequential(Block(), module.Block())
@@ -76,7 +76,7 @@ def test_a_file_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     ],
     ids=["operands", "constant", "shifted", "syntax-error", "empty"],
 )
-def test_a_file_that_changed_since_import(
+def test_a_file_that_changed_since_import_is_named(
     edit: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module, path = written(tmp_path, monkeypatch)
@@ -102,7 +102,7 @@ class Asserting(nn.Module):
         return x + self.a(x)
 
 
-def test_a_forward_that_pytest_rewrote() -> None:
+def test_a_forward_that_pytest_rewrote_is_refused() -> None:
     model = Asserting()
     refused(model, lambda: eulernet.patch(model, 0.1, example_inputs=X), "Asserting", "(?i)pytest", "assert")
 
@@ -116,7 +116,7 @@ def test_a_file_with_an_edit_elsewhere_is_no_error(tmp_path: Path, monkeypatch: 
     torch.testing.assert_close(block(X), X + 0.5 * block.a(X))
 
 
-def test_without_column_information(tmp_path: Path) -> None:
+def test_code_without_column_information_is_refused(tmp_path: Path) -> None:
     (tmp_path / "module_without_columns.py").write_text(MODULE)
     script = textwrap.dedent(
         """

@@ -157,7 +157,7 @@ class Tied(nn.Module):
         return (x, self.first.f(x)) if self.returns else x
 
 
-def test_a_map_that_steps_share() -> None:
+def test_a_map_that_steps_share_takes_their_common_h() -> None:
     model = eulernet.patch(Tied().double(), 0.3, example_inputs=X)
     expected = in_both_modes(model, X)
     assert_equal_to_rounding(in_both_modes(eulernet.fold(copy.deepcopy(model), example_inputs=X), X), expected)
@@ -188,12 +188,12 @@ class Returned(nn.Module):
         return {"state": x + y, "branch": y}
 
 
-def test_a_branch_that_the_model_returns() -> None:
+def test_a_branch_that_the_model_returns_is_refused() -> None:
     model = eulernet.patch(Returned().double(), 0.3, example_inputs=X)
     refused(model, lambda: eulernet.fold(model, example_inputs=X), r"linear \(in a\) is also returned by the model")
 
 
-def test_an_expert_that_the_example_did_not_reach() -> None:
+def test_an_expert_that_the_example_did_not_reach_is_refused() -> None:
     branch = Branch(lambda s, x: s.experts[int(x.sum() > 1e9)](x), experts=nn.ModuleList([linear(), linear()]))
     model = eulernet.patch(residual(branch), 0.3, example_inputs=X)
     refused(model, lambda: eulernet.fold(model, example_inputs=X), r"never reached f\.experts\.1")
@@ -230,7 +230,7 @@ class Nested(nn.Module):
         return x + self.inner(x)
 
 
-def test_a_step_in_the_branch_of_another() -> None:
+def test_a_step_in_the_branch_of_another_folds_where_possible() -> None:
     model = Nested().double()
     weights = [model.inner[0].weight.clone(), model.inner[1].f.weight.clone(), model.inner[2].f.weight.clone()]
     eulernet.patch(model, {"<root>": 0.5, "*": 0.25}, example_inputs=X, include=["<root>", "inner"])
@@ -249,7 +249,7 @@ def test_a_step_in_the_branch_of_another() -> None:
 
 @pytest.mark.filterwarnings("ignore::eulernet.EulernetWarning", "ignore:None of the inputs have requires_grad=True")
 @pytest.mark.parametrize("cls", [t for t in TRAPS if t not in IN_HALF_PRECISION], ids=lambda cls: cls.__name__)
-def test_every_trap(cls: type[Trap]) -> None:
+def test_every_trap_computes_what_it_computed_once_it_is_folded(cls: type[Trap]) -> None:
     """Whatever the trap, what is folded or preserved computes what it computed."""
     model, inputs = build(cls, torch.float64)
     original = copy.deepcopy(model)
@@ -278,7 +278,7 @@ def test_what_cannot_be_folded_at_all() -> None:
         eulernet.patch(net(), H, example_inputs=X, preserve="yes")  # type: ignore[arg-type]
 
 
-def test_other_inputs_than_those_of_the_patch() -> None:
+def test_other_inputs_than_those_of_the_patch_are_refused() -> None:
     class Optional(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -293,7 +293,7 @@ def test_other_inputs_than_those_of_the_patch() -> None:
     )
 
 
-def test_weights_without_values() -> None:
+def test_weights_without_values_are_refused() -> None:
     model = eulernet.patch(net(), 0.3, example_inputs=X, include=FOLDABLE).to("meta")
     meta = X.to("meta")
     refused(model, lambda: eulernet.fold(model, example_inputs=meta), "meta device", "to_empty", "norm.f.4.weight")
@@ -305,7 +305,7 @@ def test_weights_without_values() -> None:
 
 
 @pytest.mark.parametrize("h", [1e-6, 1e6])
-def test_the_range_of_half_precision(h: float) -> None:
+def test_a_weight_beyond_half_precision_is_refused(h: float) -> None:
     model = residual(linear()).half()
     x = X.half()
     words = ("f.weight, with values up to", "leaves the range of float16", "float32")
@@ -320,7 +320,7 @@ class Packed(Tensor):
     """A weight of another kind, as quantising libraries have them."""
 
 
-def test_packed_weights() -> None:
+def test_packed_weights_are_refused() -> None:
     model = residual(linear())
     model.f.weight = nn.Parameter(model.f.weight.detach().as_subclass(Packed))
     refused(
@@ -360,7 +360,7 @@ def test_a_model_that_says_where_it_was_loaded_from() -> None:
     ("dtype", "h", "least"),
     [(torch.bfloat16, 0.05, "0.062"), (torch.float16, 0.005, "0.0078"), (torch.float32, 1e-9, "")],
 )
-def test_half_precision_and_a_small_h(dtype: torch.dtype, h: float, least: str) -> None:
+def test_half_precision_with_a_small_h_is_warned_of(dtype: torch.dtype, h: float, least: str) -> None:
     model, x = residual(linear()).to(dtype), X.to(dtype)
     if not least:
         eulernet.patch(model, h, example_inputs=x)
@@ -377,7 +377,7 @@ def test_half_precision_and_a_small_h(dtype: torch.dtype, h: float, least: str) 
     eulernet.patch(model, h, example_inputs=x, preserve=True)  # the increment is what it was
 
 
-def test_half_precision_of_a_step_in_a_module_without_parameters() -> None:
+def test_half_precision_is_seen_in_a_module_without_parameters() -> None:
     class Add(nn.Module):
         def forward(self, x: Tensor, f: Tensor) -> Tensor:
             return x + f

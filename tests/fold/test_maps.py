@@ -181,7 +181,7 @@ ABSORBED: dict[str, tuple[Callable[[], nn.Module], str]] = {
 
 
 @pytest.mark.parametrize("name", ABSORBED)
-def test_what_absorbs_h(name: str) -> None:
+def test_h_goes_into_the_last_map_of_a_branch(name: str) -> None:
     branch, maps = ABSORBED[name]
     original = residual(branch())
     model = eulernet.patch(copy.deepcopy(original), 0.3, example_inputs=X)
@@ -245,7 +245,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_does_not(name: str) -> None:
+def test_what_cannot_absorb_h_is_refused_by_name(name: str) -> None:
     branch, words = REFUSED[name]
     model = residual(branch())
     before = copy.deepcopy(model.state_dict())

@@ -88,7 +88,7 @@ def test_h_is_a_scale_and_a_learning_rate(rule: Any, decay: float, norm: bool) -
 
 
 @pytest.mark.parametrize("rule", OPTIMIZERS)
-def test_undoing_the_learning_rate_of_h(rule: Any) -> None:
+def test_the_learning_rate_of_h_can_be_undone(rule: Any) -> None:
     """On a patched model 1 / h leaves the first effect alone: the maps start smaller, and learn as they would."""
     lr, build = RATES[rule], OPTIMIZERS[rule]
     patched = eulernet.patch(MLP(True), 0.25, example_inputs=POINTS)
@@ -99,7 +99,7 @@ def test_undoing_the_learning_rate_of_h(rule: Any) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=0)
 
 
-def test_the_groups() -> None:
+def test_each_parameter_is_in_one_group() -> None:
     model = MLP(True)
     groups = eulernet.param_groups(model, 0.1, h={"blocks.0": 0.5, "*": 1.0}, weight_decay=0.01, example_inputs=POINTS)
     assert [(g["lr"], g["weight_decay"]) for g in groups] == [(0.1, 0.01), (0.025, 0.04)]
@@ -139,7 +139,7 @@ def test_an_optimizer_may_be_built_before_or_after_the_patch(before: bool, prese
         ({"optimizer": "lamb"}, r"optimizer must be one of 'sgd', 'adam', 'adamw', not 'lamb'"),
     ],
 )
-def test_bad_values(arguments: dict[str, Any], words: str) -> None:
+def test_bad_values_are_refused(arguments: dict[str, Any], words: str) -> None:
     model = MLP(False)
     with pytest.raises(EulernetError, match=words):
         eulernet.param_groups(model, **{"lr": 0.1, "h": 0.1, "example_inputs": POINTS, **arguments})

@@ -168,7 +168,7 @@ def test_in_place_stays_in_place(launches: list[str]) -> None:
     assert "step_backward" in launches
 
 
-def test_inference_mode(launches: list[str]) -> None:
+def test_inference_mode_runs_the_kernels(launches: list[str]) -> None:
     model, x = Tail().to(DEVICE).eval(), images()
     eulernet.patch(model, h=0.3, example_inputs=x)
     with torch.inference_mode():
@@ -178,7 +178,7 @@ def test_inference_mode(launches: list[str]) -> None:
     assert launches == ["bn_forward"]
 
 
-def test_the_gradients_of_an_addition_in_place() -> None:
+def test_an_addition_in_place_has_the_gradients_of_eager() -> None:
     model, x = IntoSkip().to(DEVICE).eval(), images().requires_grad_()
     eulernet.patch(model, h=0.3, example_inputs=x)
     with kernels.mode("triton"):
@@ -187,7 +187,7 @@ def test_the_gradients_of_an_addition_in_place() -> None:
     torch.testing.assert_close(actual, expected)
 
 
-def test_frozen_parameters_and_mixed_precision(launches: list[str]) -> None:
+def test_frozen_parameters_and_mixed_precision_give_what_eager_gives(launches: list[str]) -> None:
     model, x = Block().to(DEVICE).eval(), tokens()
     eulernet.patch(model, h=0.3, example_inputs=x)
     model.ls.gamma.requires_grad_(False)

@@ -161,7 +161,7 @@ def test_a_batch_norm_that_learns_in_inference_is_called(launches: list[str]) ->
     torch.testing.assert_close(model.norm.bias.grad, plain.norm.bias.grad)
 
 
-def test_a_learned_h(launches: list[str]) -> None:
+def test_a_learned_h_has_the_gradient_of_eager(launches: list[str]) -> None:
     """With batch norm in inference it is a tensor, which the kernel does not take; with a norm it gets its gradient."""
     model, x = randomized(Returns()).eval(), images()
     eulernet.patch(model, h=0.3, trainable=True, example_inputs=x)

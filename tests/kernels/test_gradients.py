@@ -63,7 +63,9 @@ def test_the_gradient_of_a_plain_skip_is_passed_on() -> None:
 
 @activations
 @pytest.mark.parametrize("scale", [None, (5,)], ids=str)
-def test_gradients_of_gradients(activation: str | None, scale: tuple[int, ...] | None, launches: list[str]) -> None:
+def test_gradients_of_gradients_pass_gradgradcheck(
+    activation: str | None, scale: tuple[int, ...] | None, launches: list[str]
+) -> None:
     inputs = [random(2, 5, dtype=torch.float64), random(2, 5, dtype=torch.float64)]
     inputs += [
         None if scale is None else random(*scale, dtype=torch.float64),
@@ -75,7 +77,7 @@ def test_gradients_of_gradients(activation: str | None, scale: tuple[int, ...] |
 
 
 @pytest.mark.parametrize("kind", ["layer_norm", "rms_norm"])
-def test_gradients_of_gradients_of_step_and_norm(kind: str, launches: list[str]) -> None:
+def test_gradients_of_gradients_of_step_and_norm_pass_gradgradcheck(kind: str, launches: list[str]) -> None:
     inputs = [random(2, 3, dtype=torch.float64) for _ in "12"] + [random(3, dtype=torch.float64) for _ in "123"]
     inputs[3] = inputs[3] if kind == "layer_norm" else None
     with kernels.mode("triton"):

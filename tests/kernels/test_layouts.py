@@ -26,13 +26,15 @@ pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim
         ((1, 6, 3, 5), (90, 15, 5, 1), (1, -2), (1, 6, 15), (1, -2)),
     ],
 )
-def test_walks(shape: Any, stride: Any, small: Any, sizes: Any, axes: Any) -> None:
+def test_operands_are_walked_over_along_their_memory(
+    shape: Any, stride: Any, small: Any, sizes: Any, axes: Any
+) -> None:
     way = _layout.layout(shape, (stride, stride), small)
     assert way is not None
     assert ((way.outer, way.middle, way.inner), way.axes) == (sizes, axes)
 
 
-def test_no_walk() -> None:
+def test_what_has_no_common_walk_has_none() -> None:
     assert _layout.layout((4, 8), ((8, 1), (1, 4)), (-1, -1)) is None  # one operand is transposed
     assert _layout.layout((4, 8), ((16, 2), (16, 2)), (-1, -1)) is None  # gaps
     assert _layout.layout((4, 8), ((8, 1), (8, 1)), (-3, -1)) is None  # scale has several dimensions
@@ -40,7 +42,7 @@ def test_no_walk() -> None:
 
 @pytest.mark.parametrize("rows", [1, 3, 4096])
 @pytest.mark.parametrize("inner", [1, 7, 64, 96, 768, 3136, 2**20, 2**31 + 1])
-def test_tiles(rows: int, inner: int) -> None:
+def test_tiles_fit_rows_and_columns(rows: int, inner: int) -> None:
     height, width = _layout._block(rows, inner)
     assert height & (height - 1) == 0 and width & (width - 1) == 0 and height * width <= _layout.TILE
     assert height >= min(rows, _layout.TILE // width) // 2 + 1 or height * width == _layout.TILE

@@ -144,7 +144,7 @@ def test_tensors_whose_memory_is_not_what_they_say_are_left_to_torch(launches: l
     assert launches == []
 
 
-def test_a_number_of_any_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_number_of_any_kind_is_taken_as_h(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton knows Python's only, and compiles a kernel for each of some integers."""
     given: list[Any] = []
     monkeypatch.setattr(Launch, "__call__", lambda self, tensors, h: given.append(h))
@@ -359,5 +359,5 @@ def test_importing_and_using_eulernet_on_the_cpu_does_not_import_triton() -> Non
 # ---------------------------------------------------------------------------------------------------------------- walks
 
 
-def test_the_public_name() -> None:
+def test_the_kernels_are_a_public_name() -> None:
     assert eulernet.kernels is kernels and kernels.__all__ == ["mode"]

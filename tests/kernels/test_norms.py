@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim
 @pytest.mark.parametrize("affine", [False, True], ids=["", "affine"])
 @pytest.mark.parametrize("shape", [(3, 5, 24), (50, 130), (2, 3, 2, 8), (7,), (3, 2500)], ids=str)
 @dtypes
-def test_step_and_norm(
+def test_a_step_with_a_norm_is_as_near_to_float64_as_eager(
     kind: str, affine: bool, shape: tuple[int, ...], dtype: torch.dtype, launches: list[str]
 ) -> None:
     inputs: list[Tensor | None] = [random(*shape, dtype=dtype), random(*shape, dtype=dtype), None, None]
@@ -40,7 +40,9 @@ def test_step_and_norm(
 
 @pytest.mark.parametrize("kind", ["layer_norm", "rms_norm"])
 @pytest.mark.parametrize("output", [0, 1], ids=["state", "norm"])
-def test_one_output_of_step_and_norm_alone(kind: str, output: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_step_and_norm_of_which_one_output_is_used_makes_no_zeros(
+    kind: str, output: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of a norm after the block only its result is used: the gradient of the state is not made, nor read, as zeros."""
     read: list[bool] = []
     start = Launch.__call__
@@ -71,7 +73,7 @@ def test_h_of_step_and_norm_is_learned(kind: str, h: tuple[int, ...], launches: 
 @pytest.mark.parametrize("shape", [(3, 5, 24), (6, 130), (2, 3, 2, 8)], ids=str)
 @pytest.mark.parametrize("masked", [False, True], ids=["", "drop path"])
 @dtypes
-def test_layer_scale_and_drop_path_before_step_and_norm(
+def test_layer_scale_and_drop_path_go_into_step_and_norm(
     kind: str, shape: tuple[int, ...], masked: bool, dtype: torch.dtype, launches: list[str]
 ) -> None:
     rows, columns = shape[0], shape[-1]
@@ -95,7 +97,7 @@ def test_layer_scale_and_drop_path_before_step_and_norm(
 
 
 @pytest.mark.parametrize("kind", ["layer_norm", "rms_norm"])
-def test_gradcheck_of_step_and_norm(kind: str, launches: list[str]) -> None:
+def test_gradients_of_step_and_norm_pass_gradcheck(kind: str, launches: list[str]) -> None:
     inputs = [random(3, 4, 5, dtype=torch.float64) for _ in range(2)] + [random(5, dtype=torch.float64) for _ in "123"]
     inputs[3] = inputs[3] if kind == "layer_norm" else None
     with kernels.mode("triton"):
@@ -123,7 +125,7 @@ def test_autocast_gives_the_norm_that_it_gives_in_eager(kind: str, launches: lis
 @pytest.mark.parametrize("shape", [(4, 6), (3, 6, 5), (2, 8, 3, 3), (2, 6, 2, 2, 2)], ids=str)
 @pytest.mark.parametrize("channels_last", [False, True], ids=["", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_step_and_batch_norm(
+def test_a_step_with_batch_norm_is_as_near_to_float64_as_eager(
     activation: str | None, shape: tuple[int, ...], channels_last: bool, dtype: torch.dtype, launches: list[str]
 ) -> None:
     affine = len(shape) != 3

@@ -54,7 +54,9 @@ SCALES: dict[str, tuple[tuple[int, ...], tuple[int, ...] | None]] = {
 @pytest.mark.parametrize("masked", [False, True], ids=["", "drop path"])
 @pytest.mark.parametrize("case", SCALES)
 @dtypes
-def test_step(activation: str | None, masked: bool, case: str, dtype: torch.dtype, launches: list[str]) -> None:
+def test_a_step_is_as_near_to_float64_as_eager(
+    activation: str | None, masked: bool, case: str, dtype: torch.dtype, launches: list[str]
+) -> None:
     shape, scale = SCALES[case]
     inputs: list[Tensor | None] = [random(*shape, dtype=dtype), random(*shape, dtype=dtype), None, None]
     if scale is not None:
@@ -79,7 +81,7 @@ def test_types_promote_as_in_eager(
 @activations
 @pytest.mark.parametrize("case", LAYOUTS)
 @pytest.mark.parametrize("scaled", [False, True], ids=["", "scaled"])
-def test_strides_without_copies(activation: str | None, case: str, scaled: bool, launches: list[str]) -> None:
+def test_strides_are_kept_without_copies(activation: str | None, case: str, scaled: bool, launches: list[str]) -> None:
     shape, view = LAYOUTS[case]
     inputs: list[Tensor | None] = [view(random(*shape, grad=False)).requires_grad_() for _ in range(2)] + [None, None]
     if scaled:
@@ -91,7 +93,9 @@ def test_strides_without_copies(activation: str | None, case: str, scaled: bool,
 
 @settings(max_examples=60, deadline=None)
 @given(operands())
-def test_any_shapes_strides_and_dtypes(case: tuple[list[Tensor | None], str | None, float]) -> None:
+def test_any_shapes_strides_and_dtypes_give_what_eager_gives(
+    case: tuple[list[Tensor | None], str | None, float],
+) -> None:
     inputs, activation, h = case
     check(our_step(activation, h), eager_step(activation, h), inputs)
 
@@ -114,7 +118,7 @@ def test_h_is_learned(activation: str | None, h_shape: tuple[int, ...], scaled: 
 
 @activations
 @pytest.mark.parametrize("scale", [None, (), (5,), (3, 1, 1)], ids=str)
-def test_gradcheck(activation: str | None, scale: tuple[int, ...] | None, launches: list[str]) -> None:
+def test_gradients_pass_gradcheck(activation: str | None, scale: tuple[int, ...] | None, launches: list[str]) -> None:
     inputs = [random(2, 3, 2, 5, dtype=torch.float64) for _ in range(2)]
     inputs += [None if scale is None else random(*scale, dtype=torch.float64)]
     inputs += [random(2, 1, 1, 1, dtype=torch.float64, grad=False)]
@@ -133,7 +137,7 @@ def test_the_gradient_of_scale_is_the_same_bits_each_time(launches: list[str]) -
     assert launches.count("step_backward") == 2
 
 
-def test_a_reduction_over_many_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reduction_over_many_tiles_gives_what_eager_gives(monkeypatch: pytest.MonkeyPatch) -> None:
     """A program goes over several tiles, the last of which has fewer rows."""
     for module in (_step, _norm):
         monkeypatch.setattr(module, "_plans", {})  # those that are kept have another number of programs
@@ -169,7 +173,7 @@ def test_one_kernel_ends_the_sums_of_weight_bias_and_scale(h: float | None, monk
     assert ran == ["norm_forward", "norm_backward"] + ["sum_parts"] * (1 if h else 2)
 
 
-def test_offsets_beyond_32_bits(launches: list[str]) -> None:
+def test_offsets_beyond_32_bits_are_reached(launches: list[str]) -> None:
     """Two rows of a tensor of more than 2**31 elements, the pages between which are never touched."""
     torch.use_deterministic_algorithms(False)  # which would write into all of them
     far = 2**31 + 64
@@ -185,7 +189,7 @@ def test_offsets_beyond_32_bits(launches: list[str]) -> None:
 
 @pytest.mark.skipif(not GPU, reason="2**31 elements take the interpreter hours")
 @pytest.mark.parametrize("n", [2**31 - 1, 2**31 + 2**12 + 1])
-def test_more_than_2_to_31_elements(n: int) -> None:
+def test_more_than_2_to_31_elements_are_reached(n: int) -> None:
     skip = torch.randn(n, dtype=torch.float16, device=DEVICE)
     branch = torch.randn(n, dtype=torch.float16, device=DEVICE)
     with kernels.mode("triton"):
@@ -195,7 +199,7 @@ def test_more_than_2_to_31_elements(n: int) -> None:
     assert (actual - expected).abs().max() <= 2**-9
 
 
-def test_empty_tensors() -> None:
+def test_empty_tensors_stay_empty() -> None:
     for shape in ((0,), (0, 4), (3, 0, 4)):
         check(our_step("relu", 0.3), eager_step("relu", 0.3), [random(*shape), random(*shape), random(shape[-1]), None])
 
@@ -230,7 +234,7 @@ def test_drop_path_is_drawn_as_in_timm(shape: tuple[int, ...], mode: str) -> Non
 
 @pytest.mark.parametrize("mode", ["torch", "triton"])
 @activations
-def test_out(mode: str, activation: str | None) -> None:
+def test_out_is_written_into(mode: str, activation: str | None) -> None:
     skip, branch, out = random(4, 8, grad=False), random(4, 8, grad=False), torch.empty(4, 8, device=DEVICE)
     expected = ACTIVATIONS[activation](torch.add(skip, branch, alpha=0.5))
     with kernels.mode(mode):

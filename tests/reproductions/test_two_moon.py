@@ -115,7 +115,7 @@ def test_scaling_amplifies_noise_and_features_alike() -> None:
     assert measured["relative_noise_amplification"].item() == pytest.approx(1.0, rel=1e-4)
 
 
-def test_same_seed_same_results_and_another_seed_others() -> None:
+def test_the_same_seed_gives_the_same_results_and_another_seed_others() -> None:
     def results(seed: int) -> list[dict[str, object]]:
         return trainings.train([trainings.Trial(two_moon.EULER, 0.1, seed)], TINY)[0]
 
@@ -135,7 +135,7 @@ def test_learns_where_it_should_and_fails_where_it_must() -> None:
     ("loss", "expected"),
     [(0.3, False), (0.65, False), (0.66, True), (math.log(2), True), (math.inf, True), (math.nan, True)],
 )
-def test_failed_training(loss: float, expected: bool) -> None:
+def test_a_loss_tells_whether_a_training_failed(loss: float, expected: bool) -> None:
     assert trainings.failed(loss) is expected
 
 

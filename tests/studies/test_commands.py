@@ -86,7 +86,9 @@ def test_diverged_trainings_are_crosses() -> None:
     plt.close(figure)
 
 
-def test_start_bounds_and_throughput_commands(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_start_bounds_and_throughput_commands_write_their_records(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(dynamics, "DEPTHS", (8, 14))
     monkeypatch.setattr(bounds, "DEPTHS", {"smoke": (8, 14)})
     monkeypatch.setattr(throughput, "AT_ONCE", (1, 2))

@@ -125,7 +125,7 @@ def test_wrong_labels_are_others_all_alike() -> None:
     assert shifts[0] == 0 and shifts[1:].min() > 250  # 333 expected, 5 standard deviations
 
 
-def test_same_seed_same_noise(root: Path) -> None:
+def test_the_same_seed_gives_the_same_noise(root: Path) -> None:
     noisy = replace(TINY, noise="gaussian", level=0.2)
     one, same, other = (sources._load(replace(noisy, seed=seed), root, CPU, False).inputs for seed in (1, 1, 2))
     assert torch.equal(one, same) and not torch.equal(one, other)
@@ -156,7 +156,7 @@ def test_small_images_are_means_of_tiles(root: Path) -> None:
     torch.testing.assert_close(small[5].float(), nn.functional.avg_pool2d(pixels[5].float(), 4).round(), rtol=0, atol=0)
 
 
-def test_parts_of_the_data(root: Path) -> None:
+def test_the_parts_of_the_data_are_those_asked_for(root: Path) -> None:
     whole = source_of(replace(TINY, train=0, test=0), root)
     assert len(whole) == 5 * COUNT and len(whole.tests["test"][1]) == COUNT
     held = source_of(replace(TINY, held_out=12), root)

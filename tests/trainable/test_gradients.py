@@ -88,7 +88,7 @@ def test_gradients_are_those_of_finite_differences(cls: type[Trap]) -> None:
 
 @both_modes
 @every_trap
-def test_one_is_bit_identical(cls: type[Trap], training: bool) -> None:
+def test_an_h_of_one_is_bit_identical(cls: type[Trap], training: bool) -> None:
     """exp(0) is 1, and a product with 1 is exact: outputs and gradients are the original's."""
     model, inputs = build(cls, training=training)
     learned = eulernet.patch(copy.deepcopy(model), 1.0, example_inputs=inputs, trainable=True)
@@ -113,7 +113,7 @@ def test_a_frozen_factor_has_no_gradient_and_the_rest_has() -> None:
     assert all(p.grad is None for p in step_parameters(model))
 
 
-def test_second_derivatives() -> None:
+def test_second_derivatives_are_those_of_the_reference() -> None:
     _, model, inputs = learning(Plus, 0.3)
     parameter = model.log_h_bias
 

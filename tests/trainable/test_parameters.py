@@ -37,7 +37,7 @@ pytestmark = pytest.mark.filterwarnings(
         ("model", [NAMES]),
     ],
 )
-def test_names_and_ties(trainable: Any, groups: list[list[str]]) -> None:
+def test_parameters_have_the_names_and_ties_that_were_asked_for(trainable: Any, groups: list[list[str]]) -> None:
     model = net()
     before = list(model.state_dict())
     eulernet.patch(model, 0.25, example_inputs=X, trainable=trainable)
@@ -69,18 +69,18 @@ def test_names_and_ties(trainable: Any, groups: list[list[str]]) -> None:
         ("<root>:1", "<root>"),
     ],
 )
-def test_stages(name: str, expected: str) -> None:
+def test_the_stage_of_a_step_is_read_off_its_name(name: str, expected: str) -> None:
     assert stage(Step(0, name, "Block", "identity", (), 1, 0, 4)) == expected
 
 
-def test_stages_of_a_resnet() -> None:
+def test_a_stage_of_a_resnet_shares_one_parameter() -> None:
     timm = pytest.importorskip("timm")
     model = eulernet.patch(timm.create_model("resnet10t"), 0.5, trainable="stage", include=["layer1", "layer3"])
     assert logs(model) == ["layer1.0.log_h_bias", "layer3.0.log_h_bias"]
     assert len(list(step_parameters(model))) == 2
 
 
-def test_only_one_of_two_steps_of_a_module() -> None:
+def test_one_of_two_steps_of_a_module_is_learned_alone() -> None:
     model = eulernet.patch(net(), 0.5, example_inputs=X, include="layer2.0:1", trainable=True)
     assert logs(model) == ["layer2.0.log_h_1"]
     torch.testing.assert_close(model.layer2[0](X), (x := X + model.layer2[0].a(X)) + 0.5 * model.layer2[0].b(x))
@@ -198,7 +198,7 @@ def test_functional_call_and_vmap_see_the_factors() -> None:
         torch.testing.assert_close(output, eulernet.set_h(copy.deepcopy(model), h)(X))
 
 
-def test_replicas_of_data_parallel() -> None:
+def test_replicas_of_data_parallel_use_the_parameters_that_they_are_given() -> None:
     """They hold what `torch.nn.parallel.replicate` gives them as plain attributes, not the original's parameters."""
     model = eulernet.patch(net(), 0.25, example_inputs=X, trainable=True)
     block = model.layer1[0]
