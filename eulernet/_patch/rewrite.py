@@ -63,6 +63,8 @@ def rewrite(function: FunctionType, edits: dict[Span, tuple[str, int]], free: bo
     first = function.__code__.co_firstlineno
     if free:
         receiver = _RECEIVER
+        if "__class__" in function.__code__.co_freevars:
+            _name_super(mine)
         mine.args.posonlyargs.insert(0, ast.arg(receiver)) if mine.args.posonlyargs else mine.args.args.insert(
             0, ast.arg(receiver)
         )
@@ -87,6 +89,19 @@ def rewrite(function: FunctionType, edits: dict[Span, tuple[str, int]], free: bo
     code = compiled(tree, statement, ast.fix_missing_locations(copied), function)
     assert code is not None
     return bind(function, code)
+
+
+def _name_super(definition: ast.FunctionDef) -> None:
+    """`super()` means the first parameter, which is to be another one: it becomes `super(__class__, self)`."""
+    parameters = [*definition.args.posonlyargs, *definition.args.args]
+    scopes = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda
+    nested = [n for n in ast.walk(definition) if isinstance(n, scopes) and n is not definition]
+    elsewhere = {id(n) for scope in nested for n in ast.walk(scope)}
+    for node in ast.walk(definition) if parameters else ():
+        match node:
+            case ast.Call(ast.Name("super"), [], []) if id(node) not in elsewhere:
+                names = (ast.Name(name, ast.Load()) for name in ("__class__", parameters[0].arg))
+                node.args = [ast.copy_location(name, node.func) for name in names]
 
 
 def _keep_keys(definition: ast.FunctionDef, edits: dict[Span, tuple[str, int]], first: int) -> dict[int, list[int]]:
