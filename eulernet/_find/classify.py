@@ -120,7 +120,7 @@ def _step_call(graph: Graph, trace: Trace, addition: Addition, results: dict[int
                 if kind == "identity" and "sub" in addition.op and _is_centred(graph, addition.result, within):
                     kind = "decomposition"
                 call = StepCall(addition, kind, skip, branch, skip == addition.left, state, within, first=first)
-                call.sums = graph.gives_sum(addition, skip)
+                call.sums, call.mixture = graph.gives_sum(addition, skip), addition.op == "lerp"
                 return call
     return None
 

@@ -45,7 +45,10 @@ def gated(graph: Graph, trace: Trace) -> tuple[dict[int, StepCall | None], set[i
             )
             continue
         for update in _updates(graph, addition):
-            found[addition.result] = _step_call(graph, addition, update)
+            step_call = _step_call(graph, addition, update)
+            if step_call is None and update.gate is None:
+                continue  # the other rules see more
+            found[addition.result] = step_call
             inner |= {update.inner} if update.inner is not None else set()
             break
     return found, inner
@@ -56,25 +59,26 @@ def _step_call(graph: Graph, addition: Addition, update: _Update) -> StepCall | 
     shape = graph.nodes[addition.result].shape
     both = (update.one, update.other), (update.other, update.one)
     pairs = [(state, candidate) for state, candidate in both if graph.nodes[state].shape == shape]
-    ways = [(state, candidate) for state, candidate in pairs if _leads(graph, state, candidate)]
+    ways = [(skip, candidate, state) for skip, candidate in pairs for state in _leading(graph, skip, candidate)]
     if not ways and update.gate is not None:  # the gate alone knows of the state
-        ways = [(state, update.gate) for state, _ in pairs if _leads(graph, state, update.gate)]
+        ways = [(skip, update.gate, state) for skip, _ in pairs for state in _leading(graph, skip, update.gate)]
     if len(ways) != 1:
         return None
-    ((state, branch),) = ways
-    direct = state == update.plain and addition.op in _PLAIN  # s + z (n - s): the branch is at hand
+    ((skip, branch, state),) = ways
+    direct = skip == update.plain and addition.op in _PLAIN  # s + z (n - s): the branch is at hand
     if direct:
-        branch = addition.right[0] if state == addition.left else addition.left
+        branch = addition.right[0] if skip == addition.left else addition.left
     within = set(graph.path(state, branch, graph.ancestors(branch, 0, state))) - {state}
     kind: MatchKind = "identity" if update.gate is None else "gated"
-    return StepCall(addition, kind, state, branch, state == addition.left, state, within, mixture=not direct)
+    return StepCall(addition, kind, skip, branch, skip == addition.left, state, within, mixture=not direct)
 
 
-def _leads(graph: Graph, state: int, node: int) -> bool:
-    """Whether a node was computed from a state by a map."""
-    if state >= node:
-        return False
-    return graph.mixes(graph.path(state, node, graph.ancestors(node, 0, state)), state)
+def _leading(graph: Graph, skip: int, node: int) -> list[int]:
+    """What a skip is a mere view, cast or copy of, and a node was computed from by a map: the first such state."""
+    for state in graph.same(skip, 0):
+        if state < node and graph.mixes(graph.path(state, node, graph.ancestors(node, 0, state)), state):
+            return [state]
+    return []
 
 
 def _updates(graph: Graph, addition: Addition) -> Iterator[_Update]:
