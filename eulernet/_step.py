@@ -311,6 +311,8 @@ class Steps(Sequence[Step]):
 
         `eulernet.patch(model, h=Path(FOLDER))` patches a model again from either.
         """
+        if not isinstance(path, str | PathLike):
+            raise EulernetError(f'path is no path, but a {type(path).__name__}; for example steps.save("{FILE}")')
         file = Path(path) / FILE if Path(path).is_dir() else Path(path)
         if not file.parent.is_dir():
             raise EulernetError(f"path={str(path)!r}: there is no folder {file.parent}")

@@ -5,10 +5,12 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from tests.helpers import interpreter
 from tests.helpers.coverage import Covered, page
@@ -23,6 +25,30 @@ if not torch.cuda.is_available():
 def _seed() -> None:
     """Random weights and inputs are the same in every run and in every order of the tests."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def recompiled() -> Iterator[None]:
+    """Nothing that was compiled before is found again, nor what this test compiles."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the kernels that ran, but for the ends of sums."""
+    from eulernet.kernels._launch import Launch
+
+    names: list[str] = []
+    start = Launch.__call__
+
+    def counted(self: Launch, tensors: tuple[Tensor | None, ...], h: float) -> None:
+        names.extend({self.kernel.fn.__name__} - {"sum_parts"})
+        start(self, tensors, h)
+
+    monkeypatch.setattr(Launch, "__call__", counted)
+    return names
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

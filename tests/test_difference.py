@@ -121,6 +121,17 @@ def test_a_learned_h_that_would_get_no_gradient_is_refused_in_words() -> None:
     torch.testing.assert_close(model(*inputs), expected(WithoutItsParameters, 0.3))
 
 
+def test_a_sum_is_found_whether_or_not_the_model_ran_before() -> None:
+    """Python calls C by another instruction once it has done so for some times."""
+    torch.manual_seed(0)
+    model, inputs = build(SumOfATuple, torch.float64)
+    for _ in range(3):
+        for _ in range(10):
+            model(*inputs)
+        found = eulernet.find_steps(model, example_inputs=inputs)
+        assert (len(found), found.unsupported) == (1, ())
+
+
 # ---- what is refused
 
 REFUSED = {

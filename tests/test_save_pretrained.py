@@ -111,6 +111,24 @@ def test_a_part_of_a_model_writes_the_steps_that_it_has(tmp_path: Path) -> None:
     ]
 
 
+def test_what_is_pushed_at_once_is_said_to_lack_the_steps(tmp_path: Path) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.Sequential(Written(8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.blocks(x)
+
+        def save_pretrained(self, folder: Path, push_to_hub: bool = False) -> str:
+            return "pushed" if push_to_hub else "saved"
+
+    model = eulernet.patch(Net(), 0.5, example_inputs=torch.zeros(2, 8, 4, 4))
+    assert model.save_pretrained(tmp_path) == "saved" and (tmp_path / "eulernet.json").exists()
+    with pytest.warns(eulernet.EulernetWarning, match=r"model\.push_to_hub\(REPO\)$"):
+        assert model.save_pretrained(folder=tmp_path, push_to_hub=True) == "pushed"
+
+
 def test_a_class_of_the_hub_writes_them_as_well(tmp_path: Path) -> None:
     hub = pytest.importorskip("huggingface_hub")
 

@@ -103,7 +103,7 @@ class PackedLinear(nn.Linear):
         super().__init__(inputs, outputs)
         weight = self.weight.detach()
         scale = weight.abs().max() / 127
-        self.weight = Packed((weight / scale).round().to(torch.int8), scale)
+        self.weight: Any = Packed((weight / scale).round().to(torch.int8), scale)
 
     def forward(self, input: Tensor) -> Tensor:
         return F.linear(input, self.weight.data.to(input.dtype) * self.weight.scale, self.bias)

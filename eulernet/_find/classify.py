@@ -215,7 +215,7 @@ def _is_aside(graph: Graph, result: int, branch: int, within: set[int]) -> bool:
 
 
 def _is_series(graph: Graph, skip: int, branch: int) -> bool:
-    """Whether a weight is made of itself, as by a power series (OFT): the branch has no weights that the skip has not."""
+    """Whether a weight is made of itself, as by a power series (OFT): the branch has no weights but the skip's."""
 
     def leaves(node: int) -> set[int]:
         return {n for n in graph.ancestors(node, 0, -1) if not graph.nodes[n].inputs}

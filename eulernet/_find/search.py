@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
+from eulernet._checks import brief
 from eulernet._draws import Draws
 from eulernet._errors import EulernetError
 from eulernet._find.account import Origin, left_out, origin_of, outside, reached_at_zero, unequal_twins
@@ -427,7 +428,7 @@ def described(arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> str:
             return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
         if isinstance(value, (list, tuple)):
             return f"[{', '.join(map(one, value))}]"
-        return repr(value)[:40]
+        return brief(value)[:40]
 
     args, kwargs = arguments
     return "(" + ", ".join([*map(one, args), *(f"{k}={one(v)}" for k, v in kwargs.items())]) + ")"

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from types import CodeType
 from typing import Any
 
 from torch import nn
@@ -59,7 +61,14 @@ def origin(made: Addition | StepCall, originals: Originals) -> Any:
     frames = (made.addition if isinstance(made, StepCall) else made).frames
     last = next((i for i, f in enumerate(frames) if f.module is not None), len(frames))
     modules = (originals.get(f.module, f.module) if f.module is not None else None for f in frames)
-    return tuple((f.code, f.lasti, id(module)) for f, module in zip(frames[: last + 1], modules, strict=False))
+    # By the expression and not by the instruction: a call to C has two, and Python changes from one to the other.
+    places = ((f.code, _positions(f.code)[f.lasti // 2]) for f in frames[: last + 1])
+    return tuple((*place, id(module)) for place, module in zip(places, modules, strict=False))
+
+
+@lru_cache(maxsize=1024)
+def _positions(code: CodeType) -> list[Any]:
+    return list(code.co_positions())
 
 
 def site_of(step_call: StepCall, originals: Originals, sites: dict[Any, TracedSite], again: bool = False) -> TracedSite:

@@ -21,7 +21,7 @@ from eulernet._find.apart import apart
 from eulernet._find.search import FoundStep, Search
 from eulernet._patch.cautions import depth_twice, kept_at_one, not_supported, rounded_away, stored, trained, when_set
 from eulernet._patch.prove import not_as_found, search
-from eulernet._patch.saved import read_steps
+from eulernet._patch.saved import read_steps, saves_itself
 from eulernet._patch.select import HLike, Selector, leave_out, names_given, select, values, which
 from eulernet._patch.subclass import patched_class
 from eulernet._run.factor import LearnedFactor, StepFactor
@@ -402,6 +402,6 @@ def _changes(
             changes.append(_Change(encoder, patched_class(original_class(encoder), ()), [], []))
     patched = {change.module for change in changes}
     for saver in model.modules():  # which writes the steps beside the weights
-        if hasattr(type(saver), "save_pretrained") and saver not in patched and not patched.isdisjoint(saver.modules()):
+        if saves_itself(type(saver)) and saver not in patched and not patched.isdisjoint(saver.modules()):
             changes.append(_Change(saver, patched_class(original_class(saver), ()), [], []))
     return changes

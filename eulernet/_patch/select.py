@@ -69,7 +69,8 @@ def select(
         )
     if not kept:
         raise EulernetError(
-            f"include={include!r} and exclude={exclude!r} leave no step of {len(steps)}. The steps are: {_names(steps)}"
+            f"include={brief(include)} and exclude={brief(exclude)} leave no step of {len(steps)}. The steps are: "
+            f"{_names(steps)}"
         )
     return kept
 
@@ -85,6 +86,13 @@ def names_given(h: Any, steps: Sequence[Step]) -> set[str]:
     return named
 
 
+def _listed(selector: Any) -> list[Any] | None:
+    try:
+        return list(selector)
+    except Exception:  # what iterates over nothing, or fails at it
+        return None
+
+
 def which(steps: Sequence[Step], modules: Sequence[nn.Module], selector: Selector, argument: str) -> list[Step]:
     """The steps that `include` or `exclude` names."""
     if isinstance(selector, nn.Module):
@@ -96,10 +104,10 @@ def which(steps: Sequence[Step], modules: Sequence[nn.Module], selector: Selecto
             f"{argument}={given}"
         )
     if isinstance(selector, (str, type)) or callable(selector):
-        selectors: list[Any] = [selector]
-    elif isinstance(selector, Iterable):
-        selectors = list(selector)
+        selectors: list[Any] | None = [selector]
     else:
+        selectors = _listed(selector)
+    if selectors is None:
         raise EulernetError(
             f"{argument}={brief(selector)} is no pattern, module class, predicate on a step, or list of these; "
             f'for example {argument}="layer1" or {argument}=lambda step: step.calls == 1'
@@ -203,7 +211,7 @@ def _from_mapping(h: Mapping[Any, Any], steps: Sequence[Step]) -> list[float]:
     for pattern in h:
         if not isinstance(pattern, str):
             raise EulernetError(
-                f'h: the keys of the mapping are patterns on step names, like "layer1.*", not {pattern!r}'
+                f'h: the keys of the mapping are patterns on step names, like "layer1.*", not {brief(pattern)}'
             )
         if not any(_names_step(pattern, s) for s in steps):
             raise EulernetError(f"h: the pattern {pattern!r} matches no step. The steps are: {_names(steps)}")

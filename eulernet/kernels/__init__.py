@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from eulernet._checks import brief
 from eulernet._errors import EulernetError, EulernetWarning
 
 __all__ = ["mode"]
@@ -68,8 +69,8 @@ class mode:
     """
 
     def __init__(self, name: Mode) -> None:
-        if name not in get_args(Mode):
-            raise EulernetError(f"mode({name!r}) is not known; use one of {', '.join(map(repr, get_args(Mode)))}")
+        if not (isinstance(name, str) and name in get_args(Mode)):
+            raise EulernetError(f"mode({brief(name)}) is not known; use one of {', '.join(map(repr, get_args(Mode)))}")
         if name == "triton" and not _triton():
             raise EulernetError('Triton is not installed: pip install triton, or leave eulernet.kernels.mode("auto")')
         self._before = current()
