@@ -87,7 +87,7 @@ def test_the_command_writes_records_that_the_claims_and_the_picture_are_made_of(
     assert len(records) == len(study.ARMS) * len(study.LEARNING_RATES) * 2
     assert (tmp_path / "memory.png").stat().st_size > 10_000
     rows = study.claims(Results(records), "smoke")
-    assert len(rows) == 8 and {row.verdict for row in rows} <= {"supported", "refuted", "undecided"}
+    assert len(rows) == 8 and {row.verdict for row in rows} <= {"supported", "refuted", "undecided", "at chance"}
     assert {row.verdict for row in study.claims(Results([]), "cpu")} == {"not run"}
 
 
@@ -107,5 +107,14 @@ def test_an_arm_is_judged_at_the_rate_that_validation_chose() -> None:
     assert study.at_its_best(records, study.ARMS[0])[0] == 1e-2
     rows = study.claims(Results(records), "cpu")
     assert [row.verdict for row in rows[:3]] == ["supported"] * 3
+    assert all("the largest that was run" in row.outcome for row in rows[:3])
+    for record in records:
+        if record["config"]["cell"] == "tanh" and record["config"]["seed"] < 2:
+            record["result"]["failed"] = True
+    assert [row.verdict for row in study.claims(Results(records), "cpu")[:5]] == [
+        *["at chance"] * 3,
+        "undecided",
+        "supported",
+    ]
     records[0]["result"]["validation_error"] = None  # not finite, in a record
     assert math.isinf(study.errors(records, study.ARMS[0], "validation_error")[1e-3][0])
