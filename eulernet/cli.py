@@ -247,7 +247,8 @@ def _own(module_name: str, path: str) -> Callable[[], nn.Module]:
         return lambda: found
     if not callable(found):
         raise EulernetError(
-            f"{module_name}:{path} is of type {type(found).__name__}, not a function that builds a model"
+            f"{module_name}:{path} is of type {type(found).__name__}, not a function that builds a model, without "
+            "arguments: def build(): return Model(), then eulernet inspect package.module:build"
         )
     return found  # type: ignore[no-any-return]
 

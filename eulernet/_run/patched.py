@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copyreg
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
@@ -13,7 +14,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from eulernet._checks import check_module, unwrapped
+from eulernet._checks import brief, check_module, unwrapped
 from eulernet._commit import put_back
 from eulernet._errors import EulernetError, EulernetWarning
 from eulernet._run import fuse
@@ -154,7 +155,12 @@ class Patched:
     def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)  # type: ignore[misc]
         factors = self.__dict__.get(FACTORS, ())  # which one that is being copied has not got yet
-        before, now = [h for _, h in local_metadata.get(KEY, ())], [factor.saved for factor in factors]
+        try:
+            before = [h for _, h in saved_steps(local_metadata.get(KEY, ()))]
+        except EulernetError as error:  # torch raises it once all modules have their weights
+            args[-1].append(str(error))
+            return
+        now = [factor.saved for factor in factors]
         scheduled = any(getattr(factor, "scheduled", False) for factor in factors)  # its state is loaded as well
         if any(isinstance(h, float) for h in before) and now and before != now and not scheduled:
             shown = [", ".join(f"{h:g}" if isinstance(h, float) else str(h) for h in hs) for hs in (before, now)]
@@ -165,7 +171,7 @@ class Patched:
                     EulernetWarning,
                     stacklevel=2,
                 )
-            except EulernetWarning as error:  # torch raises it once all modules have their weights
+            except EulernetWarning as error:  # likewise
                 args[-1].append(str(error))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -278,6 +284,23 @@ class Become:
             key.__dict__.pop(SLOTS, None)
         for name in (FACTORS, STEPS, KEYS) if self.factors is None else () if self.keys else (KEYS,):
             held.pop(name, None)
+
+
+def saved_steps(entry: Any) -> Sequence[tuple[int | None, float | str]]:
+    """What the metadata of a state dict holds of a module: of each step its number there, and its h or parameter."""
+
+    def fits(one: Any) -> bool:
+        if not (isinstance(one, list | tuple) and len(one) == 2):
+            return False
+        number, h = one
+        return type(number) in (int, type(None)) and (isinstance(h, str) or (type(h) is float and 0 < h < math.inf))
+
+    if not (isinstance(entry, list | tuple) and all(map(fits, entry))):
+        raise EulernetError(
+            f"the metadata of the state dict holds no steps of eulernet, but {brief(entry)}. Load weights without it, "
+            "model.load_state_dict(dict(state_dict)), and where h is known, give it: eulernet.set_h(model, 0.1)"
+        )
+    return entry
 
 
 def learned_names(module: nn.Module) -> list[str]:
