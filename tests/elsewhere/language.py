@@ -137,7 +137,7 @@ PACKAGES = {
         tuned("LNTuningConfig", 4, TEXT, LLAMA, target_modules=["input_layernorm"]),
     ],
     "litgpt": [
-        Case(Call("litgpt.GPT", Call("litgpt.Config", **LITGPT)), TOKENS, 4),
+        Case(Call("litgpt.GPT", Call("litgpt.Config", **LITGPT)), TOKENS, 2),
         Case(Call("litgpt.GPT", Call("litgpt.Config", **LITGPT, parallel_residual=False, norm_class_name="RMSNorm",
             mlp_class_name="LLaMAMLP", intermediate_size=48)), TOKENS, 4, name="GPT like LLaMA"),
     ],

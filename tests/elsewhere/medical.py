@@ -15,15 +15,15 @@ LEVELS: dict[str, Any] = {
 }
 
 
-def net(name: str, steps: int, inputs: Any, /, long: int = 0, **options: Any) -> Case:
-    return Case(Call(f"monai.networks.nets.{name}", **options), inputs, steps, long)
+def net(name: str, steps: int, inputs: Any, /, long: int = 0, cannot: str = "", **options: Any) -> Case:
+    return Case(Call(f"monai.networks.nets.{name}", **options), inputs, steps, long, cannot=cannot)
 
 
 # fmt: off
 PACKAGES = {
     "monai": [
         net("AttentionUnet", 0, FLAT, spatial_dims=2, **IO, **STAGES),
-        net("AutoEncoder", -1, FLAT, spatial_dims=2, num_res_units=2, **IO, channels=(8, 16), strides=(2, 2)),
+        net("AutoEncoder", 4, FLAT, spatial_dims=2, num_res_units=2, **IO, channels=(8, 16), strides=(2, 2)),
         net("AutoencoderKL", 12, FLAT, spatial_dims=2, **LEVELS),
         net("BasicUNet", 0, FLAT, spatial_dims=2, features=(8, 8, 16, 16, 16, 8)),
         net("Classifier", 2, FLAT, in_shape=(1, 32, 32), classes=3, **STAGES),
@@ -39,11 +39,11 @@ PACKAGES = {
         net("HighResNet", 9, floats(2, 1, 16, 16), spatial_dims=2),
         net("MaskedAutoEncoderViT", 6, FLAT, in_channels=1, img_size=32, patch_size=8, hidden_size=32, mlp_dim=48,
             num_layers=2, num_heads=2, decoder_hidden_size=32, decoder_mlp_dim=48, decoder_num_layers=1,
-            decoder_num_heads=2, spatial_dims=2),
+            decoder_num_heads=2, spatial_dims=2, cannot="autocast"),
         net("MedNeXt", 17, FLAT, spatial_dims=2, init_filters=8, kernel_size=3, blocks_down=(1, 1, 1, 1),
             blocks_bottleneck=1, blocks_up=(1, 1, 1, 1), use_residual_connection=True, long=1),
         net("Regressor", 2, FLAT, in_shape=(1, 32, 32), out_shape=(1,), **STAGES),
-        net("GlobalNet", 3, FLAT, image_size=(32, 32), spatial_dims=2, in_channels=1, num_channel_initial=8, depth=2),
+        net("GlobalNet", 3, FLAT, image_size=(32, 32), spatial_dims=2, in_channels=1, num_channel_initial=8, depth=2, cannot="float64"),
         net("LocalNet", 4, FLAT, spatial_dims=2, in_channels=1, num_channel_initial=8, extract_levels=(0, 1, 2),
             out_channels=2, long=1),
         net("RegUNet", 3, FLAT, spatial_dims=2, in_channels=1, num_channel_initial=8, depth=2, out_channels=2),
@@ -60,14 +60,14 @@ PACKAGES = {
             spade_intermediate_channels=8, **LEVELS),
         net("SPADEDiffusionModelUNet", 12, (FLAT, ids(10, 2), floats(2, 3, 32, 32)), spatial_dims=2, in_channels=1,
             out_channels=1, label_nc=3, num_head_channels=8, spade_intermediate_channels=8, **LEVELS),
-        net("SwinUNETR", -1, floats(2, 1, 64, 64), spatial_dims=2, feature_size=12, depths=(1, 1, 1, 1), num_heads=(2,
+        net("SwinUNETR", 4 * 2 + 10, floats(2, 1, 64, 64), spatial_dims=2, feature_size=12, depths=(1, 1, 1, 1), num_heads=(2,
             2, 2, 2), **IO),
         net("DecoderOnlyTransformer", 6, (ids(20, 2, 8), floats(2, 4, 32)), num_tokens=20, max_seq_len=8,
             attn_layers_dim=32, attn_layers_depth=2, attn_layers_heads=2, with_cross_attention=True),
         net("UNet", 5, FLAT, spatial_dims=2, num_res_units=2, **IO, **STAGES),
         net("UNETR", 32, FLAT, img_size=32, feature_size=8, hidden_size=32, mlp_dim=48, num_heads=2, spatial_dims=2,
             **IO),
-        net("VarAutoEncoder", -1, FLAT, spatial_dims=2, in_shape=(1, 32, 32), out_channels=1, latent_size=4,
+        net("VarAutoEncoder", 4, FLAT, spatial_dims=2, in_shape=(1, 32, 32), out_channels=1, latent_size=4,
             num_res_units=2, channels=(8, 16), strides=(2, 2)),
         net("ViT", 4, FLAT, in_channels=1, img_size=32, patch_size=8, hidden_size=32, mlp_dim=48, num_layers=2,
             num_heads=2, spatial_dims=2, classification=True),
@@ -75,7 +75,7 @@ PACKAGES = {
             num_layers=2, num_heads=2, spatial_dims=2),
         net("VQVAE", 8, FLAT, spatial_dims=2, in_channels=1, out_channels=1, channels=(8, 16), num_res_layers=2,
             num_res_channels=(8, 16), downsample_parameters=((2, 4, 1, 1),) * 2, upsample_parameters=((2, 4, 1, 1,
-            0),) * 2, num_embeddings=8, embedding_dim=8),
+            0),) * 2, num_embeddings=8, embedding_dim=8, cannot="float64"),
     ],
 }
 # fmt: on
