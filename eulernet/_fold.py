@@ -23,6 +23,7 @@ from eulernet._patch.select import HLike, values
 from eulernet._patch.subclass import remove_steps
 from eulernet._run.learned import step_parameters
 from eulernet._run.patched import slots
+from eulernet._step import LEFT_ALONE
 from eulernet._tune.groups import Parameters, transfer_groups
 
 
@@ -188,7 +189,7 @@ def param_groups(
             factors_now(model, result)  # refuses what was patched at other additions
             chosen = list(steps(model))
         else:
-            chosen = [s for s in found.values() if s.kind != "long"]
+            chosen = [s for s in found.values() if s.kind not in LEFT_ALONE]
         factors = {found[s.name].index: value for s, value in zip(chosen, values(h, chosen), strict=True)}
         scales, refused = absorbing(model, result, factors)
         if refused:

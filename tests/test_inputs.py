@@ -59,7 +59,7 @@ def test_timm_size_is_the_models_own(name: str, arguments: dict[str, int], size:
     assert args[0].shape[1:] == size
 
 
-def test_timm_in_channels_and_size() -> None:
+def test_channels_and_size_are_those_of_the_timm_model() -> None:
     timm = pytest.importorskip("timm")
     args, _ = guess_inputs(timm.create_model("test_vit", img_size=96, in_chans=1))
     assert args[0].shape == (2, 1, 96, 96)
@@ -67,7 +67,7 @@ def test_timm_in_channels_and_size() -> None:
     assert args[0].shape[:2] == (2, 4)
 
 
-def test_torchvision_families() -> None:
+def test_each_family_of_torchvision_has_its_size() -> None:
     torchvision = pytest.importorskip("torchvision")
     shapes = {
         "resnet18": (2, 3, 224, 224),
@@ -80,7 +80,7 @@ def test_torchvision_families() -> None:
         assert args[0].shape == shape, name
 
 
-def test_hugging_face_main_input() -> None:
+def test_the_main_input_of_hugging_face_is_guessed() -> None:
     transformers = pytest.importorskip("transformers")
     small = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, "num_hidden_layers": 1}
     bert = transformers.BertModel(transformers.BertConfig(**small, vocab_size=50))
@@ -99,3 +99,76 @@ def test_guesses_follow_the_models_device_and_dtype() -> None:
         model = timm.create_model("test_resnet")
     args, _ = guess_inputs(model)
     assert args[0].device.type == "meta"
+
+
+class Described(nn.Module):
+    """As a model of diffusers describes itself."""
+
+    def __init__(self, **config: Any) -> None:
+        super().__init__()
+        self.config = config
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(
+        self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, return_dict: bool = True
+    ) -> Tensor:
+        return sample + self.conv(sample) * encoder_hidden_states.mean() * timestep.sum()
+
+
+Described.__module__ = "diffusers.models.described"
+
+
+def test_diffusers_say_it_in_their_configuration() -> None:
+    model = Described(in_channels=4, sample_size=8, cross_attention_dim=6)
+    _, kwargs = guess_inputs(model)
+    shapes = {name: tuple(value.shape) for name, value in kwargs.items()}
+    assert shapes == {"sample": (2, 4, 8, 8), "timestep": (2,), "encoder_hidden_states": (2, 16, 6)}
+    assert guess_inputs(Described(in_channels=4)) is None  # nothing says how wide the text is
+    _, kwargs = guess_inputs(Described(in_channels=4, sample_size=(8, 6), caption_channels=5, num_frames=3))
+    assert kwargs["sample"].shape == (2, 4, 3, 8, 6) and kwargs["encoder_hidden_states"].shape == (2, 16, 5)
+
+
+class Text(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.a = nn.Embedding(10, 4), nn.Linear(4, 4)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        return x + self.a(x)
+
+
+class Features(nn.Module):
+    def forward(self, features: dict[str, Tensor]) -> Tensor:
+        return features["x"]
+
+
+class Batch(nn.Module):
+    def forward(self, batch, mask=None):  # type: ignore[no-untyped-def]
+        return batch["x"]
+
+
+class Two(Residual):
+    def forward(self, query: Tensor, memory: Tensor) -> Tensor:
+        return query + self.a(memory)
+
+
+@pytest.mark.parametrize(
+    ("model", "hint"),
+    [
+        (Text(), "example_inputs=torch.zeros(2, 16, dtype=torch.int64))"),
+        (nn.Sequential(nn.Conv1d(5, 8, 3)), "example_inputs=torch.zeros(2, 5, 1024))"),
+        (nn.Sequential(nn.Conv2d(1, 8, 3)), "example_inputs=torch.zeros(2, 1, 224, 224))"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(7, 8)), "example_inputs=torch.zeros(2, 7))"),
+        (nn.LSTM(5, 8), "example_inputs=torch.zeros(2, 16, 5))"),
+        (nn.ReLU(), "example_inputs=torch.zeros(2, 3, 224, 224))"),
+        (Features(), "example_inputs=({'name': tensor, ...},))"),
+        (Batch(), "example_inputs=({'name': tensor, ...},))"),
+        (Two(), "example_inputs=(query, memory))"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_the_hint_fits_the_model(model: nn.Module, hint: str) -> None:
+    with pytest.raises(eulernet.EulernetError) as error:
+        eulernet.find_steps(model)
+    assert str(error.value).endswith(hint)

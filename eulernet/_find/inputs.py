@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from eulernet._errors import EulernetError
+from eulernet._find.diffusion_inputs import diffusion_inputs
 
 Arguments: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -71,9 +72,10 @@ def _check_value(value: Any, around: tuple[int, ...]) -> None:
 def guess_inputs(model: nn.Module, training: bool = False) -> Arguments | None:
     """Example arguments for `model`, from what it says of itself, or None where it says nothing.
 
-    Understood are Lightning's `example_input_array`, the configurations of Hugging Face and timm models, also within
-    a model of PEFT, and the families of torchvision. The tensors are random, on the device and in the dtype of the
-    model's first floating-point parameter (the meta device too); a batch holds two examples.
+    Understood are Lightning's `example_input_array`, the configurations of the models of Hugging Face (transformers,
+    diffusers, and what Sentence Transformers wrap), of LitGPT and of timm, also within a model of PEFT, and the
+    families of torchvision. The tensors are random, on the device and in the dtype of the model's first floating-point
+    parameter (the meta device too); a batch holds two examples.
 
     Args:
         model: Any module.
@@ -85,7 +87,7 @@ def guess_inputs(model: nn.Module, training: bool = False) -> Arguments | None:
     inner: Any = model
     if _defined_in(model, "peft") and hasattr(inner, "get_base_model"):  # which hands on what it is given
         inner = inner.get_base_model()
-    for guess in (_lightning, _hugging_face, _timm, _torchvision):
+    for guess in (_lightning, _hugging_face, _sentence_transformers, _diffusers, _litgpt, _timm, _torchvision):
         call = guess(inner, training)
         if call is not None:
             first = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
@@ -130,6 +132,36 @@ def _in_channels(model: nn.Module, name: str | None = None) -> int:
 def _lightning(model: nn.Module, training: bool) -> Arguments | None:
     example = getattr(model, "example_input_array", None)
     return None if example is None else as_arguments(example)
+
+
+# ---- what wraps a model of Hugging Face
+
+
+def _sentence_transformers(model: nn.Module, training: bool) -> Arguments | None:
+    """One dict, of what the transformer inside takes."""
+    if _defined_in(model, "sentence_transformers") is None:
+        return None
+    calls = (_hugging_face(module, training) for module in model.modules())
+    _, features = next((call for call in calls if call is not None), ((), {}))
+    if "input_ids" in features:
+        features["attention_mask"] = torch.ones_like(features["input_ids"])
+    return (({**features},), {}) if features else None
+
+
+# ---- diffusers and LitGPT
+
+
+def _diffusers(model: nn.Module, training: bool) -> Arguments | None:
+    known = _defined_in(model, "diffusers") is not None and hasattr(model, "config")
+    arguments = diffusion_inputs(model) if known else None
+    return None if arguments is None else ((), arguments)
+
+
+def _litgpt(model: Any, training: bool) -> Arguments | None:
+    if _defined_in(model, "litgpt") is None or not hasattr(model, "config"):
+        return None
+    length = min(_TEXT_LENGTH, getattr(model, "max_seq_length", _TEXT_LENGTH))
+    return (torch.randint(model.config.vocab_size, (_BATCH, length)),), {}
 
 
 # ---- timm

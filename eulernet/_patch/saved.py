@@ -147,6 +147,11 @@ def _named_as_in(model: nn.Module, steps: Steps) -> Steps:
 # ---- writing
 
 
+def saves_itself(cls: type) -> bool:
+    """Whether the class has a method `save_pretrained`."""
+    return inspect.isfunction(getattr(cls, "save_pretrained", None))
+
+
 def with_steps(save: Callable[..., Any]) -> Callable[..., Any]:
     """The `save_pretrained` of a class (of Hugging Face, PEFT, diffusers, the Hub) that writes the steps as well."""
     signature = inspect.signature(save)
@@ -159,7 +164,7 @@ def with_steps(save: Callable[..., Any]) -> Callable[..., Any]:
             given.arguments["state_dict"] = _unshared(self, given.arguments.get("state_dict"))
         result = save(*given.args, **given.kwargs)
         if given.arguments.get("is_main_process", True) and Path(folder).is_dir():
-            _write_steps(self, Path(folder))
+            _write_steps(self, Path(folder), bool(given.arguments.get("push_to_hub")))
         return result
 
     return save_pretrained
@@ -176,7 +181,7 @@ def _unshared(model: nn.Module, weights: Any) -> Any:
     return weights
 
 
-def _write_steps(model: nn.Module, folder: Path) -> None:
+def _write_steps(model: nn.Module, folder: Path, pushed: bool) -> None:
     held = [(module, factor) for module in model.modules() for factor in module.__dict__.get(FACTORS, ())]
     if not all(f.bound_to(m).readable for m, f in held if isinstance(f, LearnedFactor)):
         warnings.warn(
@@ -187,6 +192,12 @@ def _write_steps(model: nn.Module, folder: Path) -> None:
         )
     elif held:
         Steps([step for _, step, _ in bound(model, "steps")]).save(folder)
+    if held and pushed:
+        warnings.warn(
+            f"save_pretrained(push_to_hub=True) does not push {folder / FILE}, the steps; call model.push_to_hub(REPO)",
+            EulernetWarning,
+            stacklevel=3,
+        )
 
 
 def saved_in(model: nn.Module) -> tuple[str, Steps] | None:

@@ -41,6 +41,7 @@ LEAST = 1 << 20  # bytes: nothing pays below
 Mode = Literal["auto", "torch", "triton"]
 _KEY = "eulernet.kernels.mode"
 _STRIDED = torch.strided
+_has_storage = torch._C._has_storage
 _TENSORS = (Tensor, nn.Parameter)
 
 
@@ -206,4 +207,4 @@ def plain(tensor: Any) -> bool:
     One that `torch.func` or `is_grads_batched` made looks like any other, but has no memory.
     """
     known = type(tensor) in _TENSORS and tensor.layout is _STRIDED and not (tensor.is_nested or tensor.is_neg())
-    return known and torch._C._has_storage(tensor)
+    return known and _has_storage(tensor)

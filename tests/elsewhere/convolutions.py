@@ -29,6 +29,7 @@ def smp(name: str, steps: int, encoder: str = "resnet18", /, long: int = 0, **op
     return Case(model, MIDDLE, steps, long, name=f"{name} on {encoder}")
 
 
+# fmt: off
 PACKAGES = {
     "pytorchcv": [
         cv("airnext50_32x4d_r2", 16),
@@ -109,3 +110,4 @@ PACKAGES = {
         )
     ],
 }
+# fmt: on

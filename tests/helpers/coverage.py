@@ -52,10 +52,8 @@ def page(rows: list[Covered], before: str = "") -> str:
         lines |= {name: _line(name, group, library) for name, group in libraries[library].items()}
         models = sum(line.split(" | ")[1].count(", ") + 1 for line in lines.values())
         of = f"{len(lines)} packages" if library == ELSEWHERE else f"{PACKAGES[library]} {version(PACKAGES[library])}"
-        text += [
-            "\n".join((f"## {library}: {models} models ({of})\n", *_HEADS, *(lines[name] for name in sorted(lines))))
-            + "\n"
-        ]
+        head = f"## {library}: {models} models ({of})\n"
+        text.append("\n".join((head, *_HEADS, *(lines[name] for name in sorted(lines)), "")))
     return "\n".join(text)
 
 
@@ -68,5 +66,5 @@ def _line(name: str, group: list[Covered], library: str) -> str:
     models = ", ".join(f"{row.model} {row.steps}" if row.model != name else str(row.steps) for row in group)
     columns = zip(*((r.long, r.unsupported, r.folded, r.steps) for r in group), strict=True)
     long, unsupported, folded, steps = map(sum, columns)
-    title = f"{name} {version(name)}" if library == ELSEWHERE else name
+    title = f"{name} {version(name)}" if library == ELSEWHERE and name != "VDCNN" else name  # which is no package
     return f"| {title} | {models} | {long} | {unsupported} | {folded / steps:.0%} |"

@@ -378,3 +378,28 @@ class WeightedVariance(WithABlock):
 
     def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
         return self.block.reference(self.variance(x), h[0])
+
+
+@trap
+class PowerSeriesOfAWeight(WithABlock):
+    """As PEFT's OFT turns a parameter into a rotation: sums of powers of a weight have nothing to do with the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(DIM, DIM))
+
+    def rotation(self) -> Tensor:
+        skew = 0.1 * (self.weight - self.weight.t())
+        result = torch.eye(DIM, dtype=skew.dtype).add(skew, alpha=2.0)
+        power = skew @ skew
+        result.add_(power, alpha=2.0)
+        for _ in range(2):
+            power = power @ skew
+            result.add_(power, alpha=2.0)
+        return result
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x @ self.rotation())
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        return self.block.reference(x @ self.rotation(), h[0])
