@@ -16,7 +16,8 @@ UNET: dict[str, Any] = {
 IMAGES = {"block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 8}
 
 
-def net(name: str, steps: int, inputs: Any, /, long: int = 0, cannot: str = "", rounded: bool = False, **options: Any
+def net(
+    name: str, steps: int, inputs: Any, /, long: int = 0, cannot: str = "", rounded: bool = False, **options: Any
 ) -> Case:
     return Case(Call(f"diffusers.{name}", **options), inputs, steps, long, cannot=cannot, rounded=rounded)
 
@@ -150,6 +151,7 @@ PACKAGES = {
             num_blocks_per_stage=1, attn_res=(8,), attn_dim_head=8), (floats(2, 4, 16), floats(2)), 16),
     ],
 }
+# fmt: on
 # fmt: on
 
 

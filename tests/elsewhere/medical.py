@@ -43,7 +43,8 @@ PACKAGES = {
         net("MedNeXt", 17, FLAT, spatial_dims=2, init_filters=8, kernel_size=3, blocks_down=(1, 1, 1, 1),
             blocks_bottleneck=1, blocks_up=(1, 1, 1, 1), use_residual_connection=True, long=1),
         net("Regressor", 2, FLAT, in_shape=(1, 32, 32), out_shape=(1,), **STAGES),
-        net("GlobalNet", 3, FLAT, image_size=(32, 32), spatial_dims=2, in_channels=1, num_channel_initial=8, depth=2, cannot="float64"),
+        net("GlobalNet", 3, FLAT, image_size=(32, 32), spatial_dims=2, in_channels=1, num_channel_initial=8, depth=2,
+            cannot="float64"),
         net("LocalNet", 4, FLAT, spatial_dims=2, in_channels=1, num_channel_initial=8, extract_levels=(0, 1, 2),
             out_channels=2, long=1),
         net("RegUNet", 3, FLAT, spatial_dims=2, in_channels=1, num_channel_initial=8, depth=2, out_channels=2),
@@ -60,7 +61,8 @@ PACKAGES = {
             spade_intermediate_channels=8, **LEVELS),
         net("SPADEDiffusionModelUNet", 12, (FLAT, ids(10, 2), floats(2, 3, 32, 32)), spatial_dims=2, in_channels=1,
             out_channels=1, label_nc=3, num_head_channels=8, spade_intermediate_channels=8, **LEVELS),
-        net("SwinUNETR", 4 * 2 + 10, floats(2, 1, 64, 64), spatial_dims=2, feature_size=12, depths=(1, 1, 1, 1), num_heads=(2,
+        net("SwinUNETR", 4 * 2 + 10, floats(2, 1, 64, 64), spatial_dims=2, feature_size=12, depths=(1, 1, 1, 1),
+            num_heads=(2,
             2, 2, 2), **IO),
         net("DecoderOnlyTransformer", 6, (ids(20, 2, 8), floats(2, 4, 32)), num_tokens=20, max_seq_len=8,
             attn_layers_dim=32, attn_layers_depth=2, attn_layers_heads=2, with_cross_attention=True),
@@ -78,4 +80,5 @@ PACKAGES = {
             0),) * 2, num_embeddings=8, embedding_dim=8, cannot="float64"),
     ],
 }
+# fmt: on
 # fmt: on

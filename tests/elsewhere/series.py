@@ -62,7 +62,8 @@ PACKAGES = {
             decoder_layers=1),
         forecast("Informer", 7, hidden_size=16, n_head=2, conv_hidden_size=16, encoder_layers=2, decoder_layers=1),
         forecast("Autoformer", 7, hidden_size=16, n_head=2, conv_hidden_size=16, encoder_layers=2, decoder_layers=1),
-        forecast("FEDformer", 7, cannot="float64", hidden_size=16, n_head=8, conv_hidden_size=16, encoder_layers=2,
+        forecast("FEDformer", 7, cannot="float64 autocast", hidden_size=16, n_head=8, conv_hidden_size=16,
+            encoder_layers=2,
             decoder_layers=1, modes=4),
         forecast("iTransformer", 4, True, hidden_size=16, n_heads=2, d_ff=24, e_layers=2),
         forecast("TSMixer", 4, True, n_block=2, ff_dim=8),
@@ -102,4 +103,5 @@ PACKAGES = {
         Case(Call("torch_geometric.nn.GraphSAGE", 8, 8, 2), (NODES, EDGES), 0),
     ],
 }
+# fmt: on
 # fmt: on
