@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.fused import RESULTS as FUSED
+from benchmarks.fused import table as fused_table
 from benchmarks.gpu import tables as gpu
 from benchmarks.gpu.results import RESULTS, Row
 from benchmarks.tables import RESULTS as CPU
@@ -17,13 +19,19 @@ PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
 PLOT = "performance.png"
 HEAD = """# Performance
 
-Made by `python -m benchmarks.performance` of what `python -m benchmarks` measured on a CPU and
-`python -m benchmarks.gpu` on a GPU; no number stands here that was not measured.
+Made by `python -m benchmarks.performance` of what `python -m benchmarks` measured on a CPU, `python -m benchmarks.gpu`
+measured on a GPU, and `python -m benchmarks.fused` counted; no number stands here that was not measured.
 """
 ON_CPU = """
 ## On a CPU
 
 What is compared runs in turn, in one process; the ratios are of CPU time.
+"""
+COUNTED = """
+## What is fused
+
+Counted, not timed: each model runs once as a GPU would run it in eager mode with large states. A step that is not fused
+is one kernel of ATen's. In a pre-norm transformer that is each second one: its norm is called by the next block.
 """
 ON_GPU = """
 ## On a GPU
@@ -45,12 +53,15 @@ for convolutional ones, variants in turn.
 """
 
 
-def page(data: dict[str, Any], cpu: dict[str, Any] | None = None) -> str:
-    """The page for these measurements, on a GPU and on a CPU."""
+def page(data: dict[str, Any], cpu: dict[str, Any] | None = None, fused: dict[str, Any] | None = None) -> str:
+    """The page for these measurements, on a GPU and on a CPU, and these counts of what is fused."""
     text = HEAD
     if cpu is not None:
         text += f"{ON_CPU}\n{machine(cpu)}; `{' '.join(cpu['command'])}`\n"
         text += "".join(f"\n**{table.title}**\n\n{_markdown(table)}" for table in tables(cpu))
+    if fused is not None:
+        found = fused_table(fused["rows"])
+        text += f"{COUNTED}\n{fused['versions']}; `{fused['command']}`\n\n**{found.title}**\n\n{_markdown(found)}"
     text += ON_GPU
     if not data.get("rows"):
         return text + NOTHING
@@ -122,10 +133,11 @@ def _plot_ratios(rows: Sequence[Row], axes: Any) -> None:
         axes.legend(fontsize=7)
 
 
-def main(results: Path = RESULTS, target: Path = PAGE, cpu: Path = CPU) -> int:
+def main(results: Path = RESULTS, target: Path = PAGE, cpu: Path = CPU, fused: Path = FUSED) -> int:
     data: dict[str, Any] = json.loads(results.read_text()) if results.exists() else {}
     target.parent.mkdir(exist_ok=True)
-    target.write_text(page(data, json.loads(cpu.read_text()) if cpu.exists() else None))
+    others = [json.loads(path.read_text()) if path.exists() else None for path in (cpu, fused)]
+    target.write_text(page(data, *others))
     if data.get("rows"):
         plot(data["rows"], data["machines"][-1]["device"], target.parent / PLOT)
     return 0

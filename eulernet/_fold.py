@@ -6,6 +6,7 @@ found in `_find/absorb.py`. The inverse, `patch(..., preserve=True)`, is in `_pa
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ from eulernet._patch.select import HLike, values
 from eulernet._patch.subclass import remove_steps
 from eulernet._run.learned import step_parameters
 from eulernet._run.patched import slots
+from eulernet._step import LEFT_ALONE
 from eulernet._tune.groups import Parameters, transfer_groups
 
 
@@ -85,6 +87,17 @@ _RATES = {
     "adam": lambda h: (h, h**-2),
     "adamw": lambda h: (h, h**-1),
 }
+
+
+def _rates(rule: str, h: float) -> tuple[float, float]:
+    """What the learning rate and the weight decay are multiplied by."""
+    try:
+        rate, decay = _RATES[rule](h)
+    except OverflowError:
+        rate = decay = math.inf
+    if not (0 < rate < math.inf and 0 < decay < math.inf):
+        raise EulernetError(f"h = {h:g} is too far from 1: it makes learning rates of 0 or infinity; for example h=0.1")
+    return rate, decay
 
 
 def param_groups(
@@ -155,6 +168,7 @@ def param_groups(
         )
     if not (isinstance(weight_decay, int | float) and weight_decay == 0):
         weight_decay = positive(weight_decay, "weight_decay", "weight_decay=1e-4")
+    eps = positive(eps, "eps", "eps=1e-8")
     if (h is None) == (transfer is None):
         raise EulernetError(
             f"param_groups takes either h or transfer, not {'both' if h is not None else 'neither'}: "
@@ -164,10 +178,9 @@ def param_groups(
     if transfer is not None:
         if not isinstance(transfer, schedules.transfer):
             raise EulernetError(
-                f"transfer={transfer!r} is no rule of transfer; for example "
+                f"transfer={brief(transfer)} is no rule of transfer; for example "
                 "transfer=eulernet.schedules.transfer(base_depth=8)"
             )
-        eps = positive(eps, "eps", "eps=1e-8")
         return transfer_groups(model, lr, transfer, rule, weight_decay, eps, example_inputs)
     assert h is not None
     with search(model, example_inputs) as result:
@@ -176,7 +189,7 @@ def param_groups(
             factors_now(model, result)  # refuses what was patched at other additions
             chosen = list(steps(model))
         else:
-            chosen = [s for s in found.values() if s.kind != "long"]
+            chosen = [s for s in found.values() if s.kind not in LEFT_ALONE]
         factors = {found[s.name].index: value for s, value in zip(chosen, values(h, chosen), strict=True)}
         scales, refused = absorbing(model, result, factors)
         if refused:
@@ -186,7 +199,7 @@ def param_groups(
     for parameter in model.parameters():
         if parameter not in own:
             groups[scales.get(parameter, 1.0)].append(parameter)
-    rates = {scale: _RATES[rule](scale) for scale in groups}
+    rates = {scale: _rates(rule, scale) for scale in groups}
     return [
         {"params": Parameters(model, groups[scale]), "lr": lr * rate, "weight_decay": weight_decay * decay}
         for scale, (rate, decay) in rates.items()

@@ -24,6 +24,7 @@ _LOOKS = {  # marker, its size in points, its colour, what it means
     "projection": ("s", 7.5, "#d9822b", "projection: the skip is mapped to fit"),
     "parallel": ("^", 9.0, "#8a4fa8", "parallel: several branches of one state"),
     "long": ("D", 7.0, "#c03030", "long: its branch runs through other steps"),
+    "gated": ("v", 8.5, "#2f8f5b", "gated: it says itself how far it goes"),
     "no step": ("x", 5.5, "#767676", "a sum that is no step, and why"),
     "not supported": ("X", 8.0, "#1a1a1a", "a step that cannot be scaled"),
 }
@@ -146,7 +147,7 @@ class Picture:
 
 def picture(steps: Steps) -> Picture:
     """What there is to be drawn."""
-    unit = _whole([*steps, *steps.long])
+    unit = _whole([*steps, *steps.long, *steps.gated])
     rows = [Row(row[0].kind, together(step.name for step in row), row) for row in unit.rows]
     boxes = unit.boxes
     for row in reversed(_without_step(steps.left_out)):

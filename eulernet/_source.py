@@ -46,10 +46,14 @@ class Span:
     epilogue: bool = field(default=False, compare=False)
     # The call, in the same function, of the module that makes the branch, where each such module has an h of its own.
     key: Span | None = None
+    # Where the expression gives the sum and is not taken apart: the variable that holds the skip, or the operand.
+    skip: str | Span | None = None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Pickles from before 0.1.0 have other words for the surroundings."""
-        self.__dict__.update({"key": None, **{_FORMER.get(name, name): value for name, value in state.items()}})
+        self.__dict__.update(
+            {"key": None, "skip": None, **{_FORMER.get(name, name): value for name, value in state.items()}}
+        )
         self.__dict__["edits"] = tuple((_FORMER.get(kind, kind), at) for kind, at in self.edits)
 
 
@@ -70,6 +74,7 @@ class Target:
 
 
 VIA = "via "
+TO_BE_SEEN = "?"  # as `Span.skip`: to see what an expression and its operands give
 
 # The method first; in each the call of the next, in the last the addition.
 Targets = tuple[tuple[Target, Span], ...]
@@ -256,7 +261,10 @@ def expression_at(function: FunctionType, span: Span, kinds: tuple[type[ast.AST]
     for node in ast.walk(definition_of(function)[2]):
         if isinstance(node, kinds) and stands_at(node, span, first):
             return node
-    raise Unsupported(f"line {span.line + first} of {function.__code__.co_filename} holds no addition at that column")
+    raise Unsupported(
+        f"line {span.line + first} of {function.__code__.co_filename} holds no addition at that column; where it was "
+        "changed since it was imported (also by %autoreload), import it anew, in a new process or kernel"
+    )
 
 
 def without_variables(definition: ast.FunctionDef) -> list[ast.AST]:

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from os import PathLike
 from pathlib import Path, PurePath
 from types import UnionType
@@ -19,7 +20,8 @@ from eulernet._errors import EulernetError
 T = TypeVar("T")
 ROOT = "<root>"
 FILE = "eulernet.json"  # beside the weights of a model
-StepKind = Literal["identity", "projection", "parallel", "long"]
+StepKind = Literal["identity", "projection", "parallel", "long", "gated"]
+LEFT_ALONE: tuple[StepKind, ...] = ("long", "gated")  # unless `include` names them
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,9 @@ class Step:
         name: the module's qualified name, with `:0`, `:1` where the module has several steps; `<root>` for the model.
         module_class: the name of the module's class.
         kind: "identity", "projection" (the skip goes through a shape-matching map), "parallel" (several branches of
-            one state) or "long" (the branch runs through other steps; left alone unless `include` names it).
+            one state), "long" (the branch runs through other steps) or "gated" (`(1 - z) * n + z * s`, however it is
+            written, which becomes `s + h * (what it was - s)`). Those last two are left alone unless `include` names
+            them.
         places: the additions in the source.
         calls: how often it runs in one forward pass.
         stream: the number of its residual stream, the chain from skip to result.
@@ -166,6 +170,7 @@ class Steps(Sequence[Step]):
 
     Attributes:
         long: long steps that are left alone.
+        gated: gated updates that are left alone.
         unsupported: what was seen and cannot be scaled, one sentence each.
         unreached: modules with parameters that the example input never reached.
         notes: what else is worth knowing, one sentence each.
@@ -183,9 +188,11 @@ class Steps(Sequence[Step]):
         notes: Sequence[str] = (),
         left_out: Sequence[LeftOut] = (),
         outside: Outside = Outside(),  # frozen
+        gated: Sequence[Step] = (),
     ) -> None:
         self._steps = tuple(steps)
         self.long = tuple(long)
+        self.gated = tuple(gated)
         self.unsupported = tuple(unsupported)
         self.unreached = tuple(unreached)
         self.notes = tuple(notes)
@@ -209,7 +216,8 @@ class Steps(Sequence[Step]):
         return hash(self._steps)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__ = {"left_out": (), "outside": Outside(), **state}  # which a pickle of old does not hold
+        since = {"left_out": (), "outside": Outside(), "gated": ()}  # what a pickle of old does not hold
+        self.__dict__ = {**since, **state}
 
     def __repr__(self) -> str:
         return f"<Steps: {len(self)} steps>"
@@ -235,6 +243,7 @@ class Steps(Sequence[Step]):
         parts: list[Any] = [table] if len(self) else [Text("no steps")]
         listed = (
             ("long steps, left alone (name them in include= to scale them too)", [_line(s) for s in self.long]),
+            ("gated updates, left alone (name them in include= to scale them too)", [_line(s) for s in self.gated]),
             ("seen and not supported", self.unsupported),
             ("modules that the example input never reached", self.unreached),
             ("notes", self.notes),
@@ -292,16 +301,18 @@ class Steps(Sequence[Step]):
     def to_json(self) -> str:
         """All of it as JSON, to keep beside the weights: see `save`."""
         rest = {"unsupported": self.unsupported, "unreached": self.unreached, "notes": self.notes}
-        sums = {"left_out": [asdict(s) for s in self.left_out], "outside": asdict(self.outside)}
-        return json.dumps(
-            {"steps": [asdict(s) for s in self], "long": [asdict(s) for s in self.long], **rest, **sums}, indent=1
-        )
+        steps: dict[str, Sequence[Step]] = {"steps": self, "long": self.long, "gated": self.gated}
+        entries = {key: [asdict(step) for step in held] for key, held in steps.items()}
+        entries["left_out"] = [asdict(sum_) for sum_ in self.left_out]
+        return json.dumps({**entries, **rest, "outside": asdict(self.outside)}, indent=1)
 
     def save(self, path: str | PathLike[str]) -> Path:
         """Write `to_json()` to a file, or beside the weights in a folder, as `eulernet.json`; returns where.
 
         `eulernet.patch(model, h=Path(FOLDER))` patches a model again from either.
         """
+        if not isinstance(path, str | PathLike):
+            raise EulernetError(f'path is no path, but a {type(path).__name__}; for example steps.save("{FILE}")')
         file = Path(path) / FILE if Path(path).is_dir() else Path(path)
         if not file.parent.is_dir():
             raise EulernetError(f"path={str(path)!r}: there is no folder {file.parent}")
@@ -321,14 +332,16 @@ class Steps(Sequence[Step]):
             if not isinstance(data, dict):
                 raise ValueError(f"it holds a {type(data).__name__}, not an object")
             read = {key: _entries(Step, data[key], key) for key in ("steps", "long")}
-            _check_distinct([*read["steps"], *read["long"]])
+            read["gated"] = _entries(Step, data.get("gated", []), "gated")
+            _check_distinct([*read["steps"], *read["long"], *read["gated"]])
             sums = _entries(LeftOut, data.get("left_out", []), "left_out")
             outside = _entry(Outside, data.get("outside", {}), "outside")
             lines = {key: data[key] for key in ("unsupported", "unreached", "notes")}
             for key, value in lines.items():
                 if not _fits(value, tuple[str, ...]):
                     raise ValueError(f"{key} is {value!r:.60}, not a list of sentences")
-            return cls(read["steps"], long=read["long"], left_out=sums, outside=outside, **lines)
+            steps = partial(cls, read["steps"], long=read["long"], gated=read["gated"])
+            return steps(left_out=sums, outside=outside, **lines)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise EulernetError(
                 f"this is not what Steps.to_json() writes: {type(error).__name__}: {str(error)[:300]}. Write it with "

@@ -38,7 +38,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-_KIND_STYLES = {"identity": "green", "projection": "yellow", "parallel": "magenta", "long": "red"}
+_KIND_STYLES = {"identity": "green", "projection": "yellow", "parallel": "magenta", "long": "red", "gated": "cyan"}
 _SHOWN = 6  # lines of a list below the table, before "and 12 more"
 _LARGE = 2_000_000_000  # parameters above which a model is built on the meta device only
 
@@ -247,7 +247,8 @@ def _own(module_name: str, path: str) -> Callable[[], nn.Module]:
         return lambda: found
     if not callable(found):
         raise EulernetError(
-            f"{module_name}:{path} is of type {type(found).__name__}, not a function that builds a model"
+            f"{module_name}:{path} is of type {type(found).__name__}, not a function that builds a model, without "
+            "arguments: def build(): return Model(), then eulernet inspect package.module:build"
         )
     return found  # type: ignore[no-any-return]
 
@@ -334,6 +335,7 @@ def _print(console: Console, spec: str, model: nn.Module, steps: Steps, show_all
     else:
         console.print(_table(console, _groups(steps)))
     _section(console, "Long steps, left alone unless include= names them", map(_line, steps.long))
+    _section(console, "Gated updates, left alone unless include= names them", map(_line, steps.gated))
     _section(console, "Seen, and not supported", steps.unsupported)
     _section(console, "Modules with parameters that the example input never reached", steps.unreached)
     _section(console, "Notes", steps.notes)

@@ -6,6 +6,8 @@ GPU a kernel of `eulernet.kernels` does the same in one pass over memory.
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Callable
 from functools import cache, reduce
 from importlib import import_module
@@ -17,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eulernet import kernels
+from eulernet._checks import brief
 from eulernet._errors import EulernetError
 from eulernet.kernels._layout import apart, span
 
@@ -57,8 +60,8 @@ def euler_step(
         dimension and more takes part in the promotion of dtypes, a 0-d one does not. 16-bit types are computed in fp32.
 
     Raises:
-        EulernetError: an h that is no number, an unknown activation, a probability outside [0, 1), `out` together with
-            gradients, or one that overlaps itself or a part of `skip` or `branch`.
+        EulernetError: an h that is no finite number, operands that are no tensors, an unknown activation, a probability
+            outside [0, 1), `out` together with gradients, or one that overlaps itself or a part of `skip` or `branch`.
 
     Example:
         >>> import torch
@@ -67,9 +70,11 @@ def euler_step(
         >>> euler_step(torch.tensor([1.0, 2.0]), torch.tensor([10.0, -30.0]), h=0.5, activation="relu")
         tensor([6., 0.])
     """
-    _check_h(h, "euler_step")
-    if activation is not None and activation not in _ACTIVATIONS:
-        raise EulernetError(f"activation={activation!r} is not known; use None, {', '.join(map(repr, _ACTIVATIONS))}")
+    h = _checked(skip, branch, h, "euler_step")
+    if activation is not None and not (isinstance(activation, str) and activation in _ACTIVATIONS):
+        raise EulernetError(
+            f"activation={brief(activation)} is not known; use None, {', '.join(map(repr, _ACTIVATIONS))}"
+        )
     mask = _mask(branch, layer_scale, drop_path)
     if out is not None:
         _check_out(out, skip, branch, h, layer_scale)
@@ -127,9 +132,9 @@ def euler_step_norm(
         >>> euler_step_norm(torch.tensor([1.0, 1.0]), torch.tensor([-4.0, 0.0]), h=0.5)
         (tensor([-1.,  1.]), tensor([-1.0000,  1.0000]))
     """
-    _check_h(h, "euler_step_norm")
+    h = _checked(skip, branch, h, "euler_step_norm")
     if kind not in ("layer_norm", "rms_norm"):
-        raise EulernetError(f"kind={kind!r} is not known; use 'layer_norm' or 'rms_norm'")
+        raise EulernetError(f"kind={brief(kind)} is not known; use 'layer_norm' or 'rms_norm'")
     if kind == "rms_norm" and bias is not None:
         raise EulernetError("rms_norm has no bias; call euler_step_norm(..., bias=None, kind='rms_norm')")
     mask = _mask(branch, layer_scale, drop_path)
@@ -182,9 +187,11 @@ def euler_step_bn(
         tensor([[2.5000],
                 [5.5000]])
     """
-    _check_h(h, "euler_step_bn")
-    if activation is not None and activation not in _ACTIVATIONS:
-        raise EulernetError(f"activation={activation!r} is not known; use None, {', '.join(map(repr, _ACTIVATIONS))}")
+    h = _checked(skip, branch, h, "euler_step_bn")
+    if activation is not None and not (isinstance(activation, str) and activation in _ACTIVATIONS):
+        raise EulernetError(
+            f"activation={brief(activation)} is not known; use None, {', '.join(map(repr, _ACTIVATIONS))}"
+        )
     if not training and kernels.chosen(skip, branch, kernels.BATCH_NORM):
         given = (skip, branch, h, running_mean, running_var, weight, bias, eps, activation)
         result: Tensor | None = _kernels("_bn").step_bn(*given)
@@ -248,23 +255,33 @@ def _factors(
     return 1.0, h.to(least) * layer_scale.to(least)
 
 
-def _check_h(h: Any, caller: str) -> None:
-    """A number, also one that a compiler has made symbolic, or a tensor."""
-    if type(h) is float or isinstance(h, Tensor):
-        return
-    if isinstance(h, bool) or not isinstance(h, Real | torch.SymFloat | torch.SymInt):
-        shown = repr(h) if len(repr(h)) <= 80 else f"a {type(h).__name__}"
+def _checked(skip: Any, branch: Any, h: Any, caller: str) -> Any:
+    """h, a finite number, also one that a compiler has made symbolic, or a tensor; the others are tensors."""
+    for name, operand in (("skip", skip), ("branch", branch)):
+        if not isinstance(operand, Tensor):
+            raise EulernetError(
+                f"{name} must be a tensor, not {brief(operand)}; for example "
+                f"eulernet.functional.{caller}(x, f(x), h=0.1)"
+            )
+    if isinstance(h, Tensor | torch.SymFloat | torch.SymInt):
+        return h
+    number = math.nan
+    if isinstance(h, Real) and not isinstance(h, bool):
+        with contextlib.suppress(OverflowError):
+            number = float(h)
+    if not math.isfinite(number):
         raise EulernetError(
-            f"h must be a number or a tensor, not {shown}; for example "
+            f"h must be a number or a tensor, not {brief(h)}; for example "
             f"eulernet.functional.{caller}(skip, branch, h=0.1)"
         )
+    return number
 
 
 def _mask(branch: Tensor, layer_scale: Tensor | None, drop_path: float | Tensor | None) -> Tensor | None:
     if drop_path is None or isinstance(drop_path, Tensor):
         return drop_path
-    if not 0 <= drop_path < 1:
-        raise EulernetError(f"drop_path={drop_path!r} is not a probability in [0, 1); for example drop_path=0.1")
+    if not (isinstance(drop_path, Real) and 0 <= drop_path < 1):
+        raise EulernetError(f"drop_path={brief(drop_path)} is not a probability in [0, 1); for example drop_path=0.1")
     if drop_path == 0:
         return None
     shape = (branch.shape[0],) + (1,) * (branch.dim() - 1)

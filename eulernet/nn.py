@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from eulernet._checks import positive
+from eulernet._checks import brief, positive
 from eulernet._errors import EulernetError
 from eulernet._find.locate import sole_addition
 from eulernet._patch.subclass import patched_class
@@ -103,12 +103,13 @@ class Residual(nn.Module):
                 f"Residual: branch must be a module, not {type(branch).__name__}; for example "
                 "Residual(nn.Linear(8, 8)). Around a function: x = EulerStep(h)(x, function(x))"
             )
-        if not (shortcut is None or isinstance(shortcut, nn.Module) or shortcut == "auto"):
-            raise EulernetError(f'Residual: shortcut={shortcut!r} must be a module, None or "auto"')
+        auto = isinstance(shortcut, str) and shortcut == "auto"
+        if not (shortcut is None or isinstance(shortcut, nn.Module) or auto):
+            raise EulernetError(f'Residual: shortcut={brief(shortcut)} must be a module, None or "auto"')
         if not (activation is None or isinstance(activation, nn.Module)):
-            raise EulernetError(f"Residual: activation={activation!r} must be a module; for example nn.ReLU()")
+            raise EulernetError(f"Residual: activation={brief(activation)} must be a module; for example nn.ReLU()")
         if isinstance(drop_path, bool) or not (isinstance(drop_path, int | float) and 0 <= drop_path < 1):
-            raise EulernetError(f"Residual: drop_path={drop_path!r} must be a number from 0 up to, and without, 1")
+            raise EulernetError(f"Residual: drop_path={brief(drop_path)} must be a number from 0 up to, and without, 1")
         self.branch = branch
         self.shortcut = _projection(branch) if isinstance(shortcut, str) else shortcut
         self.layer_scale = nn.Identity() if layer_scale is None else LayerScale(_gamma(branch, layer_scale))
@@ -250,7 +251,8 @@ _TEMPLATE = SimpleNamespace(layer_scale=None, drop_path=None, activation=nn.ReLU
 
 def _begin(layer: nn.Module, method: Any, h: H) -> None:
     """Make the addition of a method a step, as `patch` would."""
-    factor = UnsettledFactor() if h == "auto" else StepFactor(positive(h, f"{type(layer).__name__}: h", "h=0.1"))
+    auto = isinstance(h, str) and h == "auto"
+    factor = UnsettledFactor() if auto else StepFactor(positive(h, f"{type(layer).__name__}: h", "h=0.1"))
     targets, place = _located(method)
     step = Step(0, ROOT, type(layer).__name__, "identity", (place,), calls=1, stream=0, depth=0, position=0)
     plan = ((targets, 0, True, False),)
@@ -342,7 +344,10 @@ def _gamma(branch: nn.Module, layer_scale: float | Tensor) -> Tensor:
     value = positive(layer_scale, "Residual: layer_scale", "layer_scale=1e-5")
     tried = _tried(branch, f"layer_scale={value:g}", "a tensor: layer_scale=torch.full((8,), 1e-5)")
     shape = (tried.channels, *(1 for _ in tried.made[2:])) if tried.spatial else (tried.channels,)
-    return torch.full(shape, value, device=_first(branch).device, dtype=_first(branch).dtype)
+    like = _first(branch)
+    if value > torch.finfo(like.dtype).max:
+        raise EulernetError(f"Residual: layer_scale={value:g} is too large for {like.dtype}; for example 1e-5")
+    return torch.full(shape, value, device=like.device, dtype=like.dtype)
 
 
 def _first(branch: nn.Module) -> Tensor:

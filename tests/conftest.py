@@ -5,10 +5,12 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from tests.helpers import interpreter
 from tests.helpers.coverage import Covered, page
@@ -25,17 +27,51 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def recompiled() -> Iterator[None]:
+    """Nothing that was compiled before is found again, nor what this test compiles."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the kernels that ran, but for the ends of sums."""
+    from eulernet.kernels._launch import Launch
+
+    names: list[str] = []
+    start = Launch.__call__
+
+    def counted(self: Launch, tensors: tuple[Tensor | None, ...], h: float) -> None:
+        names.extend({self.kernel.fn.__name__} - {"sum_parts"})
+        start(self, tensors, h)
+
+    monkeypatch.setattr(Launch, "__call__", counted)
+    return names
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--write-coverage", type=Path, metavar="FILE", help="write the table of what the sweeps that run verified"
     )
+    parser.addoption("--write-support", type=Path, metavar="FILE", help="write the page of what works with other tools")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    path: Path | None = config.getoption("--write-coverage")
+    passed = [report for report in terminalreporter.stats.get("passed", []) if report.when == "call"]
+    path: Path | None = config.getoption("--write-support")
+    if path is not None:
+        from tests.support import ROWS
+        from tests.support.base import foot
+        from tests.support.base import page as support
+
+        numbers = {value for report in passed for name, value in report.user_properties if name == "support"}
+        path.write_text(support(row for number, row in enumerate(ROWS) if number in numbers) + "\n" + foot())
+        terminalreporter.write_line(f"{path}: {len(numbers)} of {len(ROWS)} lines")
+    path = config.getoption("--write-coverage")
     if path is None:
         return
-    passed = [report for report in terminalreporter.stats.get("passed", []) if report.when == "call"]
     rows = {Covered(*value) for report in passed for name, value in report.user_properties if name == "coverage"}
     path.write_text(page(sorted(rows), path.read_text() if path.exists() else ""))
     terminalreporter.write_line(f"{path}: {len(rows)} models")

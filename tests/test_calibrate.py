@@ -60,7 +60,7 @@ def test_noise_and_gradients_that_overflow_count_as_too_large() -> None:
         assert (1 + 1e3 * h) ** 50 == pytest.approx(2, rel=0.011)
 
 
-def test_a_rule() -> None:
+def test_a_rule_is_scaled_to_the_target() -> None:
     """c of h = c / (1 + step): the growth is the product of 1 + c w / (1 + n)."""
     model = linear(5, 0.8)
     c = eulernet.calibrate(model, X, target=2, rule=lambda step: 1 / (1 + step.index), tolerance=1e-6)
@@ -103,7 +103,7 @@ def test_the_growth_is_that_of_gradients_measured_by_hand() -> None:
     assert (start.grad.norm() / end.grad.norm()).item() == pytest.approx(4, rel=0.01)
 
 
-def test_the_paper_s_optimum() -> None:
+def test_the_optimum_of_the_paper_is_found() -> None:
     """Fig. 6: best near 0.1 for depth 110. Gradients grow 2-fold there, 100-fold and more at h = 1."""
     model, x, y = ResNet(110), images(8, 8), torch.arange(8)
     assert 0.08 < eulernet.calibrate(model, (x, y), nn.functional.cross_entropy) < 0.15
@@ -155,13 +155,13 @@ def test_the_model_stays_as_it_is(patched: bool) -> None:
 
 
 # ---- where the target cannot be met
-def test_a_growth_below_the_target() -> None:
+def test_a_growth_below_the_target_leaves_h_at_its_bound() -> None:
     words = r"is 1 at h = 0.001 and 1.22 at h = 1, below the target 2: a smaller h has nothing to give"
     with pytest.warns(EulernetWarning, match=words):
         assert eulernet.calibrate(linear(2, 0.105), X) == 1
 
 
-def test_a_growth_above_the_target() -> None:
+def test_a_growth_above_the_target_is_refused_with_a_target_that_can_be_met() -> None:
     with pytest.raises(EulernetError, match=r"is 1.01 at h = 0.001 and 1.1e\+03 at h = 1, above the target 0.5") as e:
         eulernet.calibrate(linear(10, 1.015), X, target=0.5)
     offered = re.search(r"eulernet\.calibrate\(model, batch, target=(.+)\)", str(e.value))
@@ -185,14 +185,14 @@ def test_a_growth_that_does_not_depend_on_h() -> None:
         eulernet.calibrate(model, images(2, 32))
 
 
-def test_a_growth_that_falls_and_rises() -> None:
+def test_a_growth_that_falls_and_rises_has_its_target_found() -> None:
     """|1 - 3 h|^4 is 1 at h = 0, 0 at 1/3, and 16 at 1."""
     with pytest.warns(EulernetWarning, match="does not rise or fall steadily with h.*may meet the target as well"):
         h = eulernet.calibrate(linear(4, -3.0), X, target=4, tolerance=1e-4)
     assert h == pytest.approx((1 + 4**0.25) / 3, rel=1e-4)
 
 
-def test_a_growth_that_falls() -> None:
+def test_a_growth_that_falls_has_its_target_found() -> None:
     """(1 - h w)^D, for bounds where it falls only."""
     h = eulernet.calibrate(linear(4, -1.0), X, target=0.5, bounds=(0.01, 0.9), tolerance=1e-6)
     assert h == pytest.approx(1 - 0.5**0.25, rel=1e-5)
@@ -206,7 +206,7 @@ class Jump(LinearStep):
         return x + scale * self.map(x)
 
 
-def test_a_growth_that_jumps_over_the_target() -> None:
+def test_a_growth_that_jumps_over_the_target_is_named() -> None:
     """The last of four steps jumps where (1 + h)^3 = 1.3: the growth from (1 + h)^4 to (1 + h)^3 (1 + 10 h)."""
     model = nn.Sequential(*(Jump(torch.eye(4, dtype=torch.float64)) for _ in range(4)))
     with pytest.warns(EulernetWarning, match="it jumps there, from 1.42 to 2.49"):
@@ -232,7 +232,7 @@ def test_a_growth_that_jumps_over_the_target() -> None:
         ({"loss_fn": nn.functional.mse_loss}, r"eulernet.calibrate\(model, \(inputs, targets\), loss_fn\)"),
     ],
 )
-def test_errors(arguments: dict[str, Any], words: str) -> None:
+def test_what_calibrate_cannot_do_is_refused(arguments: dict[str, Any], words: str) -> None:
     with pytest.raises(EulernetError, match=words):
         eulernet.calibrate(linear(2, 0.3), X, **arguments)
 

@@ -153,6 +153,33 @@ def test_what_is_called_in_between_is_scaled_or_named(cls: type[Block]) -> None:
     assert not any("_euler" in name for module in model.modules() for name in vars(module))
 
 
+class Summing:
+    def __call__(self, x: Tensor, branch: Tensor) -> Tensor:
+        return x + branch
+
+
+class SummingBySuper(Summing):
+    def __call__(self, x: Tensor, branch: Tensor) -> Tensor:
+        return super().__call__(x, branch)
+
+
+class BySuper(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.sums = [SummingBySuper()]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.sums[0](x, self.a(x))
+
+
+def test_a_callee_that_calls_super_finds_it() -> None:
+    """Its rewritten function has a first parameter of its own, which `super()` is not to take for the object."""
+    model, x = nn.Sequential(BySuper(), BySuper()), torch.randn(2, DIM)
+    eulernet.patch(model, 0.3, example_inputs=x)
+    y = x + 0.3 * model[0].a(x)
+    torch.testing.assert_close(model(x), y + 0.3 * model[1].a(y))
+
+
 def test_the_owners_function_is_left_as_it_was() -> None:
     before = dict(vars(add)), add.__code__
     model = InAttribute()

@@ -77,7 +77,7 @@ def broken():
 
 
 # ---- what it builds
-def test_timm(run: Run) -> None:
+def test_a_timm_model_is_inspected_by_its_name(run: Run) -> None:
     out = run("inspect", "timm:resnet50")
     assert "timm:resnet50: ResNet, 25.6 M parameters, 16 residual steps" in out
     assert [line.split()[:4] for line in out.splitlines() if line.startswith("layer1")] == [
@@ -91,18 +91,18 @@ def test_a_tag_of_weights_is_no_part_of_the_name(run: Run) -> None:
 
 
 @pytest.mark.parametrize("name", ["swin_t", "regnet_x_400mf", "fcn_resnet50"])
-def test_torchvision(run: Run, name: str) -> None:
+def test_a_torchvision_model_is_inspected_by_its_name(run: Run, name: str) -> None:
     """RegNets read numbers while they are built, which the meta device does not have."""
     assert f"torchvision:{name}" in run("inspect", f"torchvision:{name}")
 
 
-def test_hugging_face_type(run: Run) -> None:
+def test_a_type_of_hugging_face_is_inspected_by_its_name(run: Run) -> None:
     out = run("inspect", "hf:bert")
     assert "24 residual steps" in out
     assert "encoder.layer.{0-11}.attention.output" in out
 
 
-def test_hugging_face_folder(run: Run, tmp_path: Path) -> None:
+def test_a_folder_of_hugging_face_is_inspected_without_its_weights(run: Run, tmp_path: Path) -> None:
     from transformers import BertConfig
 
     config = BertConfig(num_hidden_layers=2, hidden_size=64, num_attention_heads=4, intermediate_size=128)
@@ -115,7 +115,7 @@ def test_hugging_face_folder(run: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["build", "built"])
-def test_own_model(run: Run, module: Callable[[str], str], name: str) -> None:
+def test_a_model_of_ones_own_is_inspected(run: Run, module: Callable[[str], str], name: str) -> None:
     out = run("inspect", f"{module(MY_MODEL)}:{name}", "--input", "2,4")
     assert "3 residual steps" in out
     assert "{1-3}" in out
@@ -126,7 +126,7 @@ def test_own_model_with_named_inputs(run: Run, module: Callable[[str], str]) -> 
     assert "1 residual steps" in out
 
 
-def test_a_model_without_steps(run: Run, module: Callable[[str], str]) -> None:
+def test_a_model_without_steps_is_no_error(run: Run, module: Callable[[str], str]) -> None:
     out = run("inspect", f"{module(MY_MODEL)}:nn.Sequential", "--input", "2,4")
     assert "No addition of the form s + F(s) was found." in out
 
@@ -166,7 +166,7 @@ def test_h_is_shown(run: Run) -> None:
     assert [row[titles.index("h")] for row in rows] == ["0.25"] * len(rows)
 
 
-def test_h_from_depth(run: Run) -> None:
+def test_h_may_follow_from_depth(run: Run) -> None:
     steps = Steps.from_json(run("inspect", "timm:resnet18", "--json", "--h", "auto"))
     assert [step.h for step in steps] == pytest.approx([8**-0.5] * 8)
 
@@ -227,7 +227,7 @@ def test_the_table_has_colours_and_json_has_none(module: Callable[[str], str], m
     assert "\x1b" not in data and len(Steps.from_json(data)) == 3
 
 
-def test_version(run: Run) -> None:
+def test_the_version_is_printed(run: Run) -> None:
     assert run("--version").startswith("eulernet 0.")
 
 
@@ -274,7 +274,9 @@ def test_the_number_of_a_step(name: str, parts: tuple[str, str, str]) -> None:
         ("no_such_package.models:build", ["no module 'no_such_package'", "timm:NAME"]),
     ],
 )
-def test_unknown_model(run: Run, model: str, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_model_is_named(
+    run: Run, model: str, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     out = run("inspect", model, fails=1)
     assert out.startswith("error: ")
@@ -291,7 +293,9 @@ def test_unknown_model(run: Run, model: str, words: list[str], tmp_path: Path, m
         ("len", ["no name in user_module"]),
     ],
 )
-def test_own_model_errors(run: Run, module: Callable[[str], str], name: str, words: list[str]) -> None:
+def test_what_is_wrong_with_ones_own_model_is_said(
+    run: Run, module: Callable[[str], str], name: str, words: list[str]
+) -> None:
     out = run("inspect", f"{module(MY_MODEL)}:{name}", "--input", "2,4", fails=1)
     for word in words:
         assert word in out
@@ -311,7 +315,9 @@ def test_own_module_that_cannot_be_imported(run: Run, module: Callable[[str], st
         ("hf:bert", "transformers", "hf"),
     ],
 )
-def test_missing_package(run: Run, monkeypatch: pytest.MonkeyPatch, model: str, package: str, extra: str) -> None:
+def test_a_missing_package_is_named_with_its_extra(
+    run: Run, monkeypatch: pytest.MonkeyPatch, model: str, package: str, extra: str
+) -> None:
     for name in [n for n in sys.modules if n == package or n.startswith(package + ".")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
@@ -328,7 +334,9 @@ def test_missing_package(run: Run, monkeypatch: pytest.MonkeyPatch, model: str, 
         (["a=1", "a=2"], ["each name once"]),
     ],
 )
-def test_bad_input(run: Run, module: Callable[[str], str], inputs: list[str], words: list[str]) -> None:
+def test_an_input_that_is_no_shape_is_refused(
+    run: Run, module: Callable[[str], str], inputs: list[str], words: list[str]
+) -> None:
     options = [word for text in inputs for word in ("--input", text)]
     out = run("inspect", f"{module(MY_MODEL)}:build", *options, fails=1)
     for word in words:
@@ -342,7 +350,7 @@ def test_no_input_can_be_guessed(run: Run, module: Callable[[str], str]) -> None
     assert "eulernet.patch" not in out
 
 
-def test_a_model_that_fails_on_the_input(run: Run, module: Callable[[str], str]) -> None:
+def test_a_model_that_fails_on_the_input_says_why(run: Run, module: Callable[[str], str]) -> None:
     out = run("inspect", f"{module(MY_MODEL)}:build", "--input", "2,5", fails=1)
     assert "error: " in out
     assert "Traceback" not in out
@@ -362,7 +370,7 @@ def test_json_of_an_error_is_no_json(run: Run) -> None:
 
 
 # ---- the picture
-def test_picture(run: Run, module: Callable[[str], str], tmp_path: Path) -> None:
+def test_a_picture_is_written(run: Run, module: Callable[[str], str], tmp_path: Path) -> None:
     name = module(MY_MODEL)
     out = run("inspect", f"{name}:build", "--input", "2,4", "--h", "0.1", "--picture", "steps.svg")
     assert "3 residual steps" in out and out.endswith("Drawn: steps.svg\n")

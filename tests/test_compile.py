@@ -292,7 +292,7 @@ def test_types_promote_as_in_an_addition(stream: torch.dtype, branch: torch.dtyp
     assert torch.equal(forward(x), expected)
 
 
-def test_autocast_and_compile_together() -> None:
+def test_autocast_and_compile_go_together() -> None:
     model, x = vector_net()
     eulernet.patch(model, 0.3, example_inputs=x)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
@@ -338,7 +338,7 @@ def test_checkpointing_gives_the_same_gradients(use_reentrant: bool) -> None:
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_checkpointing_from_outside(use_reentrant: bool) -> None:
+def test_checkpointing_from_outside_gives_the_same_gradients(use_reentrant: bool) -> None:
     model, x = vector_net()
     eulernet.patch(model, 0.3, example_inputs=x)
     expected = gradients(model, x)
@@ -360,7 +360,7 @@ def test_set_h_between_forward_and_backward_is_of_the_next_forward() -> None:
     assert all(torch.equal(y, z) for y, z in zip(actual, expected[2:], strict=True))
 
 
-def test_compiled_checkpointing() -> None:
+def test_compiled_checkpointing_gives_the_same_gradients() -> None:
     model, x = Checkpointed(False).train(), torch.randn(2, 5, 8)
     for block in model.blocks:
         block[1].p = 0.0  # compiled and eager draw other random numbers

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -104,12 +105,13 @@ def test_groups_made_before_sharding_move_the_shards() -> None:
     optimizers = [torch.optim.SGD(eulernet.param_groups(twin, lr=0.1, h=0.5, example_inputs=x))]
     shards = sharded(model)
     optimizers.append(torch.optim.SGD(groups))
-    before = [p.full_tensor().clone() for p in shards.parameters()]
+    ours: list[Any] = list(shards.parameters())
+    before = [p.full_tensor().clone() for p in ours]
     for net, optimizer in zip((twin, shards), optimizers, strict=True):
         net(x).square().sum().backward()
         optimizer.step()
-    for ours, theirs, start in zip(shards.parameters(), twin.parameters(), before, strict=True):
-        assert torch.equal(ours.full_tensor(), theirs) and not torch.equal(theirs, start)
+    for shard, whole, start in zip(ours, twin.parameters(), before, strict=True):
+        assert torch.equal(shard.full_tensor(), whole) and not torch.equal(whole, start)
     with pytest.raises(eulernet.EulernetError, match=r"eulernet\.param_groups\(model\), then fully_shard\(model\)"):
         eulernet.param_groups(shards, lr=0.1, h=0.5, example_inputs=x)
 

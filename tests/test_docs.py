@@ -56,7 +56,7 @@ def test_the_readme_is_short_and_its_links_work_everywhere() -> None:
 
 
 @pytest.mark.parametrize("command", re.findall(r"^eulernet (inspect [^#\n]*)", "\n".join(blocks("bash")), re.MULTILINE))
-def test_readme_command_line(command: str) -> None:
+def test_the_command_lines_of_the_readme_run(command: str) -> None:
     result = CliRunner().invoke(app, command.split())
     assert result.exit_code == 0, result.output
 
@@ -120,7 +120,7 @@ def test_the_versions_agree() -> None:
 
 
 @pytest.mark.parametrize("name", [*MODULES, benchmarks.timing.__name__])
-def test_docstrings(name: str) -> None:
+def test_each_example_of_a_docstring_runs(name: str) -> None:
     if name.startswith("eulernet.integrations."):
         pytest.importorskip(
             {"huggingface": "transformers", "lightning": "lightning"}.get(name.rpartition(".")[2], "torch")

@@ -40,7 +40,9 @@ def _skipped(package: str) -> pytest.MarkDecorator:
         for case in cases
     ],
 )
-def test_elsewhere(package: str, case: Case, record_property: Callable[[str, object], None]) -> None:
+def test_each_model_from_elsewhere_is_patched(
+    package: str, case: Case, record_property: Callable[[str, object], None]
+) -> None:
     model = specimen(case)
     with quiet():
         found = eulernet.find_steps(model.model, example_inputs=model.example)

@@ -183,7 +183,8 @@ def test_a_later_run_goes_on_with_what_was_not_measured_of_this_source(tmp_path:
 
 
 def test_the_page_says_that_nothing_was_measured(tmp_path: Path) -> None:
-    performance.main(tmp_path / "no.json", tmp_path / "performance.md", cpu=tmp_path / "no.json")
+    none = tmp_path / "no.json"
+    performance.main(none, tmp_path / "performance.md", cpu=none, fused=none)
     text = (tmp_path / "performance.md").read_text()
     assert "Nothing has been measured on a GPU yet" in text and "|" not in text
     assert not (tmp_path / performance.PLOT).exists()
@@ -214,7 +215,8 @@ def test_the_page_holds_what_was_measured(tmp_path: Path) -> None:
 
 def test_the_committed_page_is_that_of_the_committed_results() -> None:
     data = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    assert performance.PAGE.read_text() == performance.page(data, json.loads(performance.CPU.read_text()))
+    others = [json.loads(path.read_text()) for path in (performance.CPU, performance.FUSED)]
+    assert performance.PAGE.read_text() == performance.page(data, *others)
 
 
 def test_every_part_has_a_name_of_its_own() -> None:

@@ -81,7 +81,7 @@ def _reason(kind: str) -> str | None:
 @pytest.mark.parametrize(
     "kind", [k if k in QUICK else pytest.param(k, marks=pytest.mark.sweep) for k in hugging_face_types()]
 )
-def test_hugging_face(kind: str, record_property: Callable[[str, object], None]) -> None:
+def test_each_model_of_hugging_face_is_patched(kind: str, record_property: Callable[[str, object], None]) -> None:
     reason = _reason(kind)
     if reason is not None:
         with pytest.raises(RuntimeError, match=reason):

@@ -59,7 +59,7 @@ def test_timm_size_is_the_models_own(name: str, arguments: dict[str, int], size:
     assert args[0].shape[1:] == size
 
 
-def test_timm_in_channels_and_size() -> None:
+def test_channels_and_size_are_those_of_the_timm_model() -> None:
     timm = pytest.importorskip("timm")
     args, _ = guess_inputs(timm.create_model("test_vit", img_size=96, in_chans=1))
     assert args[0].shape == (2, 1, 96, 96)
@@ -67,7 +67,7 @@ def test_timm_in_channels_and_size() -> None:
     assert args[0].shape[:2] == (2, 4)
 
 
-def test_torchvision_families() -> None:
+def test_each_family_of_torchvision_has_its_size() -> None:
     torchvision = pytest.importorskip("torchvision")
     shapes = {
         "resnet18": (2, 3, 224, 224),
@@ -80,7 +80,7 @@ def test_torchvision_families() -> None:
         assert args[0].shape == shape, name
 
 
-def test_hugging_face_main_input() -> None:
+def test_the_main_input_of_hugging_face_is_guessed() -> None:
     transformers = pytest.importorskip("transformers")
     small = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, "num_hidden_layers": 1}
     bert = transformers.BertModel(transformers.BertConfig(**small, vocab_size=50))

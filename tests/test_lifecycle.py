@@ -7,6 +7,7 @@ as many others.
 import copy
 import gc
 import io
+import math
 import os
 import pickle
 from typing import Any
@@ -117,6 +118,8 @@ class Lifecycle(RuleBasedStateMachine):
         steps = eulernet.Steps.from_json(eulernet.steps(self.model).to_json())
         eulernet.unpatch(self.model)
         eulernet.patch(self.model, steps, example_inputs=X)
+        if self.learned:  # what it was learned as: the exponential of a number of float32
+            self.hs = [None if h is None else torch.tensor(math.log(h)).double().exp().item() for h in self.hs]
         self.learned = False
 
     @rule(how=st.sampled_from(["deepcopy", "pickle", "save"]))

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 import eulernet
 from tests.helpers.random_networks import (
     FEATURES,
+    LEFT_ALONE,
     KnownStep,
     RandomNetwork,
     imported,
@@ -45,7 +46,7 @@ SEED = int(os.environ.get("EULERNET_RANDOM_SEED", "0"))
 PARTS = 4  # that several workers can share
 
 NETWORK = random_networks()
-WITH_LONG = NETWORK.filter(lambda network: any(step.kind == "long" for step in network.steps))
+LEFT = NETWORK.filter(lambda it: len(it.steps) > 1 and any(step.kind in LEFT_ALONE for step in it.steps))
 
 POWERS_OF_TWO = (0.5, 0.25, 2.0, 0.125)
 """Factors that scale without rounding in any dtype, so that every order of scaling and adding gives the same bits."""
@@ -131,8 +132,8 @@ def assert_known(steps: Iterable[eulernet.Step], built: Built, known: Iterable[K
     parents = {step.name: step.parent and step.parent.partition(":")[0] for step in steps}  # the generator's: modules
     found = {step.name: (step.kind, step.calls, len(step.places), parents[step.name]) for step in steps}
     assert found == {step.name: (step.kind, step.calls, step.places, step.parent) for step in known}
-    depths = {step.name: step.depth for step in steps if step.kind != "long"}
-    assert depths == {step.name: step.depth for step in known if step.kind != "long"}
+    depths = {step.name: step.depth for step in steps if step.kind not in LEFT_ALONE}
+    assert depths == {step.name: step.depth for step in known if step.kind not in LEFT_ALONE}
     for step in steps:
         for place in step.places:
             if Path(place.file) == built.file:
@@ -140,9 +141,9 @@ def assert_known(steps: Iterable[eulernet.Step], built: Built, known: Iterable[K
 
 
 def known_factors(network: RandomNetwork, h: float | None = None, *, with_long: bool = False) -> dict[KnownStep, float]:
-    """A factor for each step: h, or powers of two in turn; long steps keep 1 unless they are wanted."""
+    """A factor for each step: h, or powers of two in turn; long and gated ones keep 1 unless they are wanted."""
     return {
-        step: 1.0 if step.kind == "long" and not with_long else h or POWERS_OF_TWO[i % len(POWERS_OF_TWO)]
+        step: 1.0 if step.kind in LEFT_ALONE and not with_long else h or POWERS_OF_TWO[i % len(POWERS_OF_TWO)]
         for i, step in enumerate(network.steps)
     }
 
@@ -173,7 +174,7 @@ def test_generator_agrees_with_itself(part: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(NETWORKS < 200, reason="fewer networks need not have everything")
-def test_generator_varies() -> None:
+def test_the_generator_makes_many_kinds() -> None:
     """The networks have, between them, everything that the generator can build."""
     seen: set[str] = set()
     for part in range(PARTS):
@@ -192,13 +193,14 @@ def test_steps_and_patched_output(part: int, tmp_path: Path) -> None:
             before = [(name, type(module), set(vars(module))) for name, module in model.named_modules()]
             parameters = [id(parameter) for parameter in model.parameters()]
 
-            if not network.steps:
-                with pytest.raises(eulernet.EulernetError, match="no residual step was found"):
+            if all(step.kind == "gated" for step in network.steps):
+                said = "is gated" if network.steps else "no residual step was found"
+                with pytest.raises(eulernet.EulernetError, match=said):
                     eulernet.patch(model, h=0.3, example_inputs=it.inputs)
                 return
 
             assert eulernet.patch(model, h=0.3, example_inputs=it.inputs) is model
-            assert_known(eulernet.steps(model), it, [step for step in network.steps if step.kind != "long"])
+            assert_known(eulernet.steps(model), it, [s for s in network.steps if s.kind not in LEFT_ALONE])
             if network.exact:
                 set_factors(twin, known_factors(network, 0.3))
                 for train in (False, True):
@@ -223,15 +225,16 @@ def test_steps_and_patched_output(part: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("part", range(PARTS))
-def test_long_steps_and_selections(part: int, tmp_path: Path) -> None:
+def test_long_steps_and_selections_give_the_reference(part: int, tmp_path: Path) -> None:
     """A dry run reports the long steps; named, they are scaled as well; an excluded step is not."""
 
     def check(network: RandomNetwork) -> None:
         with built(network, tmp_path) as it:
             model, twin = it.model, it.twin
             found = eulernet.find_steps(model, example_inputs=it.inputs)
-            assert_known([*found, *found.long], it, network.steps)
-            assert {step.name for step in found.long} == {step.name for step in network.steps if step.kind == "long"}
+            assert_known([*found, *found.long, *found.gated], it, network.steps)
+            for kind, steps in (("long", found.long), ("gated", found.gated)):
+                assert {step.name for step in steps} == {step.name for step in network.steps if step.kind == kind}
             assert found.unsupported == found.unreached == found.notes == ()
             assert not eulernet.is_patched(model)
 
@@ -248,4 +251,4 @@ def test_long_steps_and_selections(part: int, tmp_path: Path) -> None:
             assert {step.name for step in eulernet.steps(model)} == {step.name for step in kept}
             assert_same_bits(it.run(model), it.run(twin))
 
-    for_random_networks(check, part, WITH_LONG, share=8)
+    for_random_networks(check, part, LEFT, share=8)

@@ -45,6 +45,7 @@ def test_the_class_of_a_patched_model_makes_models_that_are_not(tmp_path: Path) 
     model.save_pretrained(tmp_path)
     for other in (type(model).from_pretrained(tmp_path), type(model)(model.config), unpatched(model)):
         assert not eulernet.is_patched(other)
+        assert set(hs(eulernet.patch(copy.deepcopy(other), 0.3))) == {0.3}
         other.eval()(TEXT)
         other.half().save_pretrained(tmp_path / "other")
         assert not (tmp_path / "other" / "eulernet.json").exists()
@@ -108,6 +109,24 @@ def test_a_part_of_a_model_writes_the_steps_that_it_has(tmp_path: Path) -> None:
         "layers.1:0",
         "layers.1:1",
     ]
+
+
+def test_what_is_pushed_at_once_is_said_to_lack_the_steps(tmp_path: Path) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.Sequential(Written(8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.blocks(x)
+
+        def save_pretrained(self, folder: Path, push_to_hub: bool = False) -> str:
+            return "pushed" if push_to_hub else "saved"
+
+    model = eulernet.patch(Net(), 0.5, example_inputs=torch.zeros(2, 8, 4, 4))
+    assert model.save_pretrained(tmp_path) == "saved" and (tmp_path / "eulernet.json").exists()
+    with pytest.warns(eulernet.EulernetWarning, match=r"model\.push_to_hub\(REPO\)$"):
+        assert model.save_pretrained(folder=tmp_path, push_to_hub=True) == "pushed"
 
 
 def test_a_class_of_the_hub_writes_them_as_well(tmp_path: Path) -> None:

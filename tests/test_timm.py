@@ -25,7 +25,7 @@ CANNOT = {"channels_last": ["lambda_resnet26t"]}
 
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.sweep) for n in TIMM])
-def test_timm(name: str, record_property: Callable[[str, object], None]) -> None:
+def test_each_model_of_timm_is_patched(name: str, record_property: Callable[[str, object], None]) -> None:
     specimen = timm_model(name)
     if name in WITHOUT_STEPS:
         with pytest.raises(eulernet.EulernetError, match="no residual step"):

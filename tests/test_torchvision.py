@@ -30,7 +30,7 @@ HUGE = {
     "name",
     [n if n in QUICK else pytest.param(n, marks=pytest.mark.sweep) for n in torchvision_names() if n not in HUGE],
 )
-def test_torchvision(name: str, record_property: Callable[[str, object], None]) -> None:
+def test_each_model_of_torchvision_is_patched(name: str, record_property: Callable[[str, object], None]) -> None:
     specimen = torchvision_model(name)
     if name.removeprefix("quantized_").startswith(tuple(WITHOUT_STEPS)):
         with pytest.raises(eulernet.EulernetError, match="no residual step"):
@@ -45,6 +45,6 @@ def test_torchvision(name: str, record_property: Callable[[str, object], None]) 
 
 @pytest.mark.sweep
 @pytest.mark.parametrize("name", HUGE)
-def test_huge(name: str) -> None:
+def test_huge_models_are_found_on_meta(name: str) -> None:
     with quiet():
         assert len(eulernet.find_steps(build_torchvision(name))) == HUGE[name]

@@ -1,12 +1,9 @@
-"""A net of small models with one trap each (traps/): what is found in them, and what they compute once patched."""
+"""A net of small models with one trap each (traps/): what is found, and what is computed."""
 
 import copy
-import functools
 import importlib
 import inspect
-import operator
 import traceback
-import types
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,13 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._pytree import tree_leaves
 
 import eulernet
 from tests.helpers.trapped import assert_identical, both_modes, build, every_trap, run
-from tests.traps import TRAPS, UNSUPPORTED, Trap, calls
-from tests.traps.base import DIM, Block, linear
+from tests.traps import TRAPS, Trap, calls
 from tests.traps.calls import BranchBegunByTheCaller, Dense, FreeFunction
 from tests.traps.classes import Registered, RegisteredChild, RegistryGenericAbstract
 from tests.traps.places import TwoOnALine
@@ -239,211 +235,6 @@ def test_encoder_with_padding_keeps_its_nested_path() -> None:
         assert torch.equal(copied(x, src_key_padding_mask=padding), expected)
 
 
-# --------------------------------------------------------------------------- what cannot be patched is named, not lost
-
-
-@pytest.mark.parametrize("cls", UNSUPPORTED, ids=lambda cls: cls.__name__)
-def test_what_cannot_be_rewritten_is_named_and_left_alone(cls: type[Trap]) -> None:
-    model, inputs = build(cls)
-    found = eulernet.find_steps(model, example_inputs=inputs)
-    assert len(found) == 0
-    (line,) = found.unsupported
-    assert "<root>" in line and "unsupported.py" in line
-    with pytest.raises(eulernet.EulernetError, match="<root>"):
-        eulernet.patch(model, 0.3, example_inputs=inputs)
-    assert type(model) is cls and not eulernet.is_patched(model)
-
-
-class Coupled(nn.Module):
-    """A reversible block: two streams, each changed by what is computed from the other."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.f, self.g = linear(), linear()
-
-    def forward(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        a = a + self.f(b)
-        b = b + self.g(a)
-        return a, b
-
-
-class Reversible(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(Coupled() for _ in range(3))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        a, b = x.chunk(2, dim=-1)
-        for block in self.blocks:
-            a, b = block(a, b)
-        return torch.cat((a, b), dim=-1)
-
-
-def test_of_coupled_streams_the_half_that_is_not_scaled_is_named() -> None:
-    model, x = Reversible(), torch.randn(2, 5, 2 * DIM)
-    found = eulernet.find_steps(model, example_inputs=x)
-    assert [step.name for step in found] == ["blocks.0", "blocks.1", "blocks.2"] and not found.long
-    assert [line.split()[0] for line in found.unsupported] == ["blocks.1", "blocks.2", "blocks.0"]
-    with pytest.warns(UserWarning, match=r"not scaled.*blocks\.\{0-2\}.*reversible network"):
-        eulernet.patch(model, 0.3, example_inputs=x)
-
-
-def test_a_graph_of_fx_is_named_and_left_alone() -> None:
-    """Its forward is written anew by `deepcopy`, `recompile` and, in torchvision's feature extractors, `train`."""
-    model, x = torch.fx.symbolic_trace(Block()), torch.randn(2, 5, DIM)
-    with pytest.raises(eulernet.EulernetError, match=r"<root>.*torch\.fx.*patch the model that it was made from"):
-        eulernet.patch(model, 0.3, example_inputs=x)
-    original = Block()
-    again = torch.fx.symbolic_trace(eulernet.patch(original, 0.3, example_inputs=x))
-    torch.testing.assert_close(copy.deepcopy(again)(x), original.reference(x, 0.3))
-
-
-class OwnForward(nn.Module):
-    """A block whose instance may get a forward of its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a = nn.Linear(6, 6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.a(x)
-
-
-def other_forward(self: Any, x: Tensor) -> Tensor:
-    return x + 2 * self.a(x)
-
-
-def own_bound(block: OwnForward) -> None:
-    """A method bound to the instance, as kernel libraries do."""
-    block.forward = types.MethodType(other_forward, block)
-
-
-def own_partial(block: OwnForward) -> None:
-    """A wrapper around the class's forward, as accelerate's hooks are."""
-    old = block.forward
-
-    def new_forward(module: OwnForward, *args: Any, **kwargs: Any) -> Tensor:
-        return 3 * old(*args, **kwargs)
-
-    block.forward = functools.update_wrapper(functools.partial(new_forward, block), old)
-
-
-def own_closure(block: OwnForward) -> None:
-    """A function without a first argument for the module."""
-    a = block.a
-    block.forward = lambda x: x + a(x)
-
-
-@pytest.mark.parametrize("own", [own_bound, own_partial, own_closure])
-def test_an_own_forward_is_handled_or_refused(own: Any) -> None:
-    """The instance's forward hides the class's: a patch of the class alone would do nothing at all."""
-    model = nn.Sequential(OwnForward(), OwnForward())
-    own(model[0])
-    x = torch.randn(2, 6)
-    before, state = model(x), vars(model[0]).copy()
-    expected = {
-        own_bound: lambda x: x + 0.3 * (2 * model[0].a(x)),
-        own_partial: lambda x: 3 * (x + 0.3 * model[0].a(x)),
-        own_closure: lambda x: x + 0.3 * model[0].a(x),
-    }[own](x)
-    names = [step.name for step in eulernet.find_steps(model, example_inputs=x)]
-    if names == ["1"]:
-        assert any("0" in line for line in eulernet.find_steps(model, example_inputs=x).unsupported)
-        with pytest.warns(eulernet.EulernetWarning, match="forward"):
-            eulernet.patch(model, 0.3, example_inputs=x)
-        expected = model[0](x)
-    else:
-        assert names == ["0", "1"]
-        eulernet.patch(model, 0.3, example_inputs=x)
-    torch.testing.assert_close(model(x), expected + 0.3 * model[1].a(expected))
-    eulernet.unpatch(model)
-    assert torch.equal(model(x), before)
-    assert vars(model[0]).keys() == state.keys() and vars(model[0])["forward"] is state["forward"]
-
-
-def scripted_sum(x: Tensor, f: Tensor) -> Tensor:
-    return x + torch.dropout(f, 0.0, False)
-
-
-class Beside(nn.Module):
-    """A plain step, and after it one that is written in a way that cannot be rewritten."""
-
-    def __init__(self, form: Any) -> None:
-        super().__init__()
-        self.block, self.a, self.form = OwnForward(), nn.Linear(6, 6, bias=False), form
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.form(self, self.block(x))
-
-
-def by_sum(model: Beside, x: Tensor) -> Tensor:
-    return sum((x, model.a(x)))  # type: ignore[return-value]
-
-
-def by_map(model: Beside, x: Tensor) -> Tensor:
-    return next(map(operator.add, (x,), (model.a(x),)))
-
-
-def by_addmm(model: Beside, x: Tensor) -> Tensor:
-    return torch.addmm(x, model.a(x), model.a.weight.mT)
-
-
-def by_index_add(model: Beside, x: Tensor) -> Tensor:
-    return torch.index_add(x, 0, torch.arange(len(x)), model.a(x))
-
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    _scripted_sum = torch.jit.script(scripted_sum)
-
-
-def by_script(model: Beside, x: Tensor) -> Tensor:
-    return _scripted_sum(x, model.a(x))
-
-
-@pytest.mark.parametrize("form", [by_sum, by_map, by_addmm, by_index_add, by_script])
-def test_a_step_that_cannot_be_rewritten_is_named(form: Any) -> None:
-    """It is patched right or it is named: it is never skipped silently."""
-    model, x = Beside(form), torch.randn(4, 6)
-    found = eulernet.find_steps(model, example_inputs=x)
-    before = model(x)
-    y = x + 0.3 * model.block.a(x)
-    if [step.name for step in found] == ["block"]:
-        assert any("<root>" in line for line in found.unsupported)
-        with pytest.warns(eulernet.EulernetWarning, match="<root>"):
-            eulernet.patch(model, 0.3, example_inputs=x)
-        torch.testing.assert_close(model(x), form(model, y))
-    else:
-        assert [step.name for step in found] == ["block", "<root>"]
-        eulernet.patch(model, 0.3, example_inputs=x)
-        torch.testing.assert_close(model(x), y + 0.3 * (form(model, y) - y))
-    eulernet.unpatch(model)
-    assert torch.equal(model(x), before)
-
-
-class Skewed(nn.Module):
-    """DINOv2: in training the branch goes to a part of the batch and is added by ``index_add``."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a = nn.Linear(6, 6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training:
-            part = torch.arange(len(x) // 2)
-            return torch.index_add(x, 0, part, self.a(x[part]), alpha=2.0)
-        return x + self.a(x)
-
-
-def test_a_step_that_vanishes_in_training_is_named() -> None:
-    model = nn.Sequential(Skewed(), OwnForward())
-    found = eulernet.find_steps(model, example_inputs=torch.randn(4, 6))
-    assert "0" in [step.name for step in found]
-    assert any("0" in line and "train" in line for line in (*found.unsupported, *found.notes))
-
-
-# ---------------------------------------------------------------------------------------------- files as they come
-
 SOURCE = """
 from torch import nn
 
@@ -456,6 +247,9 @@ class Block(nn.Module):
         größe = x
         return größe + self.a(größe)  # ±
 """
+
+
+# ---------------------------------------------------------------------------------------------- files as they come
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def norm(*tensors: Tensor | None) -> float:
 
 
 # ---- the numbers
-def test_step_sizes_of_a_linear_network() -> None:
+def test_step_sizes_are_those_of_a_linear_network() -> None:
     """||h w x|| / ||x||, each step with its own h."""
     model = eulernet.patch(linear(3, 0.5), h=[0.1, 0.2, 0.4], example_inputs=X)
     with eulernet.watch(model) as log:
@@ -48,7 +48,7 @@ def test_step_sizes_of_a_linear_network() -> None:
     assert log.records[0]["step_size"] == pytest.approx({"0": 0.05, "1": 0.1, "2": 0.2}, rel=1e-12)
 
 
-def test_norms_of_weights_and_gradients() -> None:
+def test_norms_are_those_of_weights_and_gradients() -> None:
     """By default one norm for each module that holds a step; weights are those before the optimiser's step."""
     model, x = ResNet(8, (4, 6, 8)), torch.randn(4, 3, 8, 8)
     eulernet.patch(model, h=0.3, example_inputs=x)
@@ -72,7 +72,7 @@ def test_norms_of_weights_and_gradients() -> None:
         assert list(record["step_size"]) == ["blocks.0", "blocks.1", "blocks.2"]
 
 
-def test_layers_by_pattern() -> None:
+def test_layers_are_chosen_by_pattern() -> None:
     """As in Fig. 2: the weights of one layer; a module's norm is over all that is below it."""
     model, x = ResNet(14, (4, 6, 8)), torch.randn(4, 3, 8, 8)
     eulernet.patch(model, h=0.3, example_inputs=x)
@@ -94,7 +94,7 @@ def test_without_gradients_they_are_left_out() -> None:
     assert len(log.notes) == 1 and "no step was seen to run" in log.notes[0]
 
 
-def test_every_k_th_iteration() -> None:
+def test_every_k_th_iteration_is_recorded() -> None:
     model = eulernet.patch(mlp(3), h=0.1, example_inputs=torch.zeros(2, 8))
     x = torch.randn(4, 8)
     all_of_them: list[Any] = []
@@ -108,7 +108,7 @@ def test_every_k_th_iteration() -> None:
     assert some == all_of_them[::3]
 
 
-def test_repeated_calls_and_micro_batches() -> None:
+def test_repeated_calls_and_micro_batches_are_one_iteration() -> None:
     """The root of the sum of squares over all runs since the last record, by that of the skips."""
     block = linear(1, 0.5)[0]
     model = eulernet.patch(nn.Sequential(block, block), h=0.2, example_inputs=X)
@@ -146,7 +146,7 @@ def test_validation_does_not_count() -> None:
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_activation_checkpointing(use_reentrant: bool) -> None:
+def test_activation_checkpointing_changes_no_step_size(use_reentrant: bool) -> None:
     """The branch runs twice, and the ratio is the same."""
     model = eulernet.patch(mlp(2)[:-1].double(), h=0.1, example_inputs=torch.zeros(2, 8, dtype=torch.float64))
     x = torch.randn(4, 8, dtype=torch.float64, requires_grad=True)
@@ -158,7 +158,7 @@ def test_activation_checkpointing(use_reentrant: bool) -> None:
     assert log.records[1]["step_size"] == pytest.approx(log.records[0]["step_size"], rel=1e-12)
 
 
-def test_automatic_mixed_precision() -> None:
+def test_mixed_precision_gives_the_norms_without_a_scaler() -> None:
     """Norms of half-precision tensors are taken in float32; gradients after `unscale_` are those without a scaler."""
     model, x = Tokens(2), torch.randint(11, (4, 6))
     eulernet.patch(model, h=0.5, example_inputs=x)
@@ -179,7 +179,7 @@ def test_automatic_mixed_precision() -> None:
         assert mixed[kind] == pytest.approx(full[kind], rel=0.05)  # bfloat16 has 8 bits
 
 
-def test_norms_that_overflow_half_precision() -> None:
+def test_norms_that_overflow_half_precision_are_computed_in_float32() -> None:
     model = eulernet.patch(
         linear(1, 100.0, width=64, dtype=torch.float16), h=1, example_inputs=torch.zeros(2, 64).half()
     )
@@ -192,7 +192,7 @@ def test_norms_that_overflow_half_precision() -> None:
 
 
 # ---- where records go
-def test_json_lines(tmp_path: Path) -> None:
+def test_rows_are_written_as_json_lines(tmp_path: Path) -> None:
     model = eulernet.patch(mlp(3), h=0.1, example_inputs=torch.zeros(2, 8))
     path = tmp_path / "log.jsonl"
     for _ in range(2):  # a training that is resumed goes on in the same file
@@ -214,7 +214,7 @@ def test_what_was_recorded_is_written_when_training_fails(tmp_path: Path) -> Non
     assert "_euler_step" not in vars(model[0])
 
 
-def test_a_writer() -> None:
+def test_a_writer_is_told_each_number() -> None:
     class Writer:
         def __init__(self) -> None:
             self.scalars: dict[tuple[str, int], float] = {}
@@ -282,7 +282,7 @@ def test_it_can_be_unpatched_meanwhile() -> None:
 # As in test_compile.py: where Dynamo looks at the attributes of a tensor, torch 2.11 warns of .grad.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 @pytest.mark.parametrize("how", ["wrapper", "inner", "in place"])
-def test_a_compiled_model(how: str) -> None:
+def test_a_compiled_model_is_watched_but_for_its_steps(how: str) -> None:
     """Weights and gradients are recorded, and that steps cannot be seen is said."""
     torch.compiler.reset()
     model = eulernet.patch(mlp(2), h=0.1, example_inputs=torch.zeros(2, 8))
@@ -380,13 +380,13 @@ def test_without_step_sizes_any_model_can_be_watched() -> None:
         (None, {"path": "missing/log.jsonl"}, "there is no folder"),
     ],
 )
-def test_errors(model: Any, arguments: dict[str, Any], words: str) -> None:
+def test_what_watch_cannot_do_is_refused(model: Any, arguments: dict[str, Any], words: str) -> None:
     model = eulernet.patch(linear(2, 0.5), example_inputs=X) if model is None else model
     with pytest.raises(EulernetError, match=words):
         eulernet.watch(model, **arguments)
 
 
-def test_a_step_outside_of_the_block() -> None:
+def test_a_step_outside_of_the_block_is_refused() -> None:
     model = eulernet.patch(linear(2, 0.5), example_inputs=X)
     log = eulernet.watch(model)
     with pytest.raises(EulernetError, match="is for within the block"):
@@ -398,7 +398,7 @@ def test_a_step_outside_of_the_block() -> None:
     assert len(log.records) == 1
 
 
-def test_only_one_at_a_time() -> None:
+def test_two_watches_at_a_time_are_refused() -> None:
     model = eulernet.patch(linear(2, 0.5), example_inputs=X)
     with eulernet.watch(model) as log:
         with pytest.raises(EulernetError, match="is watched already"), eulernet.watch(model):

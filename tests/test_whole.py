@@ -6,6 +6,7 @@ A sample of the lines is tried; EULERNET_POINTS=1000000 tries all, each at its f
 import ast
 import contextlib
 import copy
+import inspect
 import logging
 import os
 import random
@@ -191,6 +192,14 @@ def withs(filename: str) -> frozenset[int]:
     return frozenset(n.lineno for n in ast.walk(tree) if isinstance(n, ast.With))
 
 
+def lines_of(function: Any) -> set[tuple[str, int]]:
+    source, first = inspect.getsourcelines(function)
+    return {(function.__code__.co_filename, first + i) for i in range(len(source))}
+
+
+COMMIT = lines_of(_commit.commit)
+
+
 def below_torch(frame: Any) -> bool:
     """Whether torch has called back from C++, which an error may end. The trace runs in a thread that none reaches."""
     while frame is not None:
@@ -238,7 +247,7 @@ def points(lines: list[Any]) -> list[int]:
     chosen = {line: i for i, line in enumerate(lines, 1)}.values()
     first = {line: i for i, line in reversed(list(enumerate(lines, 1)))}.values()
     every = sorted({*chosen, *first})
-    commit = next((i for i, (file, _) in enumerate(lines) if file.endswith("_commit.py")), 0)
+    commit = next((i for i, line in enumerate(lines) if line in COMMIT), 0)
     rng = random.Random(0)
     late, early = [p for p in every if p > commit], [p for p in every if p <= commit]
     return [*rng.sample(late, min(POINTS, len(late))), *rng.sample(early, min(POINTS // 3, len(early)))]

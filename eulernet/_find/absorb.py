@@ -117,6 +117,10 @@ class _TracedRun:
 
     def path(self, step_call: StepCall) -> Path:
         """From the branch of a step back to the parameters that scale it."""
+        if step_call.mixture:
+            raise NotAbsorbable("it goes a part of the way from one tensor to another, and is no sum of the two")
+        if step_call.addition.op == "addcdiv" and step_call.branch != step_call.addition.right[0]:
+            raise NotAbsorbable("its branch is what addcdiv divides by")
         path: Path = Counter()
         self.trace_back(step_call.addition.result, step_call.branch, path)
         return path

@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from eulernet._find.gated import gated
 from eulernet._find.graph import REARRANGES, SQUARES, SQUASHES, UPSAMPLES, Graph, MatchKind, StepCall
-from eulernet._find.streams import number_streams, steps_of
+from eulernet._find.streams import number_streams, of_their_skip, steps_of
 from eulernet._find.trace import FUSED_ADDITIONS, SLICES, Addition, Trace
 from eulernet._step import Reason
 
@@ -29,18 +30,26 @@ def classify(trace: Trace) -> Sums:
     graph = Graph(trace)
     step_calls: list[StepCall] = []
     results: dict[int, StepCall] = {}
+    updates, inner = gated(graph, trace)
     for addition in trace.additions:
-        step_call = _step_call(graph, trace, addition, results)
+        if addition.result in inner:
+            continue
+        if addition.result in updates:
+            step_call = updates[addition.result]
+        else:
+            step_call = _step_call(graph, trace, addition, results)
         if step_call is not None:
             step_calls.append(step_call)
-            if step_call.supported and step_call.kind != "decomposition":
+            if step_call.supported and step_call.kind not in ("decomposition", "gated"):
                 results[addition.result] = step_call
-    kept = steps_of(graph, step_calls)
+    kept = steps_of(graph, [e for e in step_calls if e.kind != "gated"])
+    kept += of_their_skip(graph, [e for e in step_calls if e.kind == "gated"], kept)
+    kept.sort(key=lambda e: e.addition.result)
     number_streams(graph, kept)
     kept = [*kept, *_other_halves(graph, trace, kept)]
     known: dict[int, Reason | None] = {id(e.addition): e.reason for e in step_calls if e.reason}
     known.update((id(e.addition), None) for e in kept)
-    branches = [e.within for e in kept if e.supported and not e.long]
+    branches = [e.within for e in kept if e.supported and not e.left_alone] + [inner]
     left_out = []
     for addition in trace.additions:
         reason = known[id(addition)] if id(addition) in known else _reason(graph, trace, addition, branches)
@@ -53,7 +62,7 @@ def _other_halves(graph: Graph, trace: Trace, steps: list[StepCall]) -> Iterator
     """The sums of a second stream, where two are changed in turn: `y = y + f(x)` before the step `x + g(y)`."""
     known = {e.addition.result for e in steps}
     for step in steps:
-        for addition in trace.additions if step.supported else ():
+        for addition in trace.additions if step.supported and step.kind != "gated" else ():
             if addition.result not in step.within or addition.result in known or len(addition.right) != 1:
                 continue
             for skip, branch in _pairs(addition):
@@ -110,7 +119,9 @@ def _step_call(graph: Graph, trace: Trace, addition: Addition, results: dict[int
                 kind, state, within, first = found
                 if kind == "identity" and "sub" in addition.op and _is_centred(graph, addition.result, within):
                     kind = "decomposition"
-                return StepCall(addition, kind, skip, branch, skip == addition.left, state, within, first=first)
+                call = StepCall(addition, kind, skip, branch, skip == addition.left, state, within, first=first)
+                call.sums, call.mixture = graph.gives_sum(addition, skip), addition.op == "lerp"
+                return call
     return None
 
 
@@ -130,6 +141,7 @@ def _pairs(addition: Addition) -> Iterator[tuple[int, int]]:
     """The operands that may be skip and branch, with the left one as the skip first."""
     operands = (addition.left, *addition.right)
     only_left = "sub" in addition.op or addition.op in FUSED_ADDITIONS
+    operands = operands[:2] if addition.op == "lerp" else operands
     for i, skip in enumerate(operands[:1] if only_left else operands):
         yield from ((skip, branch) for j, branch in enumerate(operands) if i != j)
 

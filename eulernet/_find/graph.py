@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from eulernet._find.trace import ADDITIONS, CONTRACTIONS, SLICES, Addition, Trace
+from eulernet._find.trace import ADDITIONS, CONTRACTIONS, FUSED_ADDITIONS, SLICES, Addition, Trace
 from eulernet._step import Reason
 
 VIEWS = frozenset(
@@ -50,7 +50,7 @@ _MATCHING = _SAME | NORMS | _PADS | _SCALES | _REDUCTIONS | REARRANGES
 
 
 # A decomposition, x - pool(x), is seen here and is no step.
-MatchKind = Literal["identity", "projection", "parallel", "decomposition"]
+MatchKind = Literal["identity", "projection", "parallel", "gated", "decomposition"]
 
 
 @dataclass(eq=False)
@@ -65,6 +65,8 @@ class StepCall:
     state: int  # the node that skip and branch come from
     within: set[int] = field(default_factory=set)  # the nodes on the way from the state to the branch
     long: bool = False
+    mixture: bool = False  # of skip and branch, no sum of them: scaled by the difference of the whole to the skip
+    sums: bool = True  # whether the operation does nothing else
     coupled: bool = False  # with the step whose branch it is in, and which is in its branch
     reason: Reason | None = None  # why it is no step after all
     first: StepCall | None = None  # parallel: the call of the first place
@@ -75,7 +77,12 @@ class StepCall:
 
     @property
     def supported(self) -> bool:
-        return self.addition.op in ADDITIONS and not self.coupled
+        return self.sums and not self.coupled
+
+    @property
+    def left_alone(self) -> bool:
+        """Whether it is scaled only where it is asked for."""
+        return self.long or self.kind == "gated"
 
 
 class Graph:
@@ -136,6 +143,18 @@ class Graph:
                 return
             node = inputs[0]
             yield node
+
+    def gives_sum(self, addition: Addition, skip: int) -> bool:
+        """Whether the value of an operation is the sum of its skip and its branch, and no other mixture."""
+        node = self.nodes[addition.result]
+        if addition.op in FUSED_ADDITIONS:
+            return node.kwargs.get("beta", 1) == 1 and len(node.args) <= 4 and skip == addition.left
+        if addition.op != "sum" or len(node.inputs) != 1:
+            return addition.op in ADDITIONS
+        made = self.nodes[node.inputs[0]]
+        return (
+            made.op == "stack" and len(made.inputs) == 2 and all(self.nodes[n].shape == node.shape for n in made.inputs)
+        )
 
     def is_state(self, node: int) -> bool:
         """Whether a node is handed on, no result of a map: given, a part or a join of what was, or a sum."""

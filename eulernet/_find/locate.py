@@ -42,15 +42,19 @@ class Location:
     file: str
     position: tuple[int, int, int, int]  # line, last line, column, end column
     function: str
+    keeps: bool = True  # whether a variable of the function can be set in the expression
 
     @property
     def line(self) -> int:
         return self.position[0]
 
 
-def locate(addition: Addition, skip_is_left: bool) -> tuple[nn.Module, Location]:
-    """The place of an addition in the source, and the module whose method (or whose callee) holds it."""
-    frames = addition.frames
+def locate(addition: Addition, skip_is_left: bool, outwards: int | None = None) -> tuple[nn.Module, Location]:
+    """The place of an addition in the source, and the module whose method (or whose callee) holds it.
+
+    With `outwards`, that of the expression so many frames out, which may give the sum as its value.
+    """
+    frames = addition.frames[outwards or 0 :]
     for i, frame in enumerate(frames):
         if isinstance(frame.module, torch.fx.GraphModule):
             raise Unsupported(
@@ -89,11 +93,15 @@ def locate(addition: Addition, skip_is_left: bool) -> tuple[nn.Module, Location]
                     function = _callee_at_run_time(frames[j + 1], function, frames[j])
                     name = VIA + function.__qualname__
                 targets.append((Target(None, name, (), digest(function)), _span(frames[j], function)))
-        _check(addition, function, targets[-1][1])
-        if len(targets) == 1 and not inner:
+        expression = expression_at(function, targets[-1][1], (ast.BinOp, ast.AugAssign, ast.Call))
+        if outwards is None:  # it must be an addition, written in a form that can be rewritten
+            operands_of(expression, function.__qualname__)
+        if outwards is None and len(targets) == 1 and not inner:
             targets = [(targets[0][0], _with_surroundings(span, function, frame.module, skip_is_left))]
         code = frames[0].code
-        return frame.module, Location(tuple(targets), code.co_filename, _position(frames[0]), code.co_qualname)
+        within = definition_of(function)[2]
+        keeps = not any(expression in ast.walk(scope) for scope in without_variables(within))
+        return frame.module, Location(tuple(targets), code.co_filename, _position(frames[0]), code.co_qualname, keeps)
     if frames and frames[-1].module is not None:
         raise Unsupported(
             f"it is made by {frames[-1].code.co_qualname}, which is no method of the class "
@@ -250,12 +258,6 @@ def _span(frame: Frame, function: FunctionType) -> Span:
     line, end_line, column, end_column = _position(frame)
     first = function.__code__.co_firstlineno
     return Span(line - first, end_line - first, column, end_column)
-
-
-def _check(addition: Addition, function: FunctionType, span: Span) -> None:
-    """The expression must be an addition, written in a form that can be rewritten."""
-    node = expression_at(function, span, (ast.BinOp, ast.AugAssign, ast.Call))
-    operands_of(node, function.__qualname__)
 
 
 def _check_receiver(node: ast.FunctionDef, args: ast.arguments, function: FunctionType) -> None:

@@ -39,6 +39,7 @@ class Sandbox:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else None
         if self.mode and any(isinstance(v, torch.ScriptObject) for m in all_modules(model) for v in vars(m).values()):
             self.mode.cache_enabled = False  # it compares arguments, which packed weights refuse
+        self.tracer: Tracer | None = None  # while it runs
         memo: dict[int, Any] = {}
         fakes, draws = FakeCopyMode(self.mode) if self.mode else contextlib.nullcontext(), Draws()
         with fakes, own_numbers(draws), draws, _generators_cloned():
@@ -56,9 +57,9 @@ class Sandbox:
                 for key in [key for key, hook in owners.items() if not _computes_weights(hook)]:
                     del owners[key]
 
-    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool) -> Trace:
-        """Run the copy in eval or train mode, and return the trace."""
-        tracer = Tracer(self.copy)
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool, backward: bool = False) -> Trace:
+        """Run the copy in eval or train mode, and return the trace; with that of its backward if asked."""
+        self.tracer = tracer = Tracer(self.copy)
         tracer.kept.update(id(t) for fake in self.fakes if (t := fake()) is not None)  # in a cache since an earlier run
         handles = []
         for module in self.original:
@@ -83,11 +84,26 @@ class Sandbox:
                 output = self.copy(*args, **kwargs)
                 tracer.inside = True
                 tracer.trace.outputs = [tracer.node(t) for t in tensors_in(output)]
+                if backward:
+                    ends = tuple(t for t in tensors_in(output) if t.requires_grad)
+                    gradients = tuple(torch.ones_like(t) for t in ends)
+                    tracer.inside, tracer.trace.forward = False, len(tracer.trace.additions)
+                    # Not by torch.autograd.backward, itself a torch function, which would hide what is in it.
+                    with torch.autograd.set_multithreading_enabled(False):
+                        rest = False, False, ()  # no graph is kept or made; all leaves get their gradients
+                        engine = torch.autograd.graph._engine_run_backward
+                        engine(ends, gradients, *rest, allow_unreachable=True, accumulate_grad=True)
         finally:
             for handle in handles:
                 handle.remove()
+            self.tracer = None
             self.fakes.extend(weakref.ref(t) for t in tracer.alive if isinstance(t, FakeTensor))
         return tracer.trace
+
+    def parameter(self, of_model: nn.Parameter) -> nn.Parameter:
+        """A copy of a parameter that is put into the copy."""
+        value = of_model.detach()
+        return nn.Parameter(self.mode.from_tensor(value, static_shapes=True) if self.mode else value.clone())
 
     def _inputs(self, value: Any) -> Any:
         if isinstance(value, Tensor):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
+from eulernet._checks import brief
 from eulernet._draws import Draws
 from eulernet._errors import EulernetError
 from eulernet._find.account import Origin, left_out, origin_of, outside, reached_at_zero, unequal_twins
@@ -21,13 +22,23 @@ from eulernet._find.classify import Sums, classify
 from eulernet._find.graph import StepCall
 from eulernet._find.hints import example_for
 from eulernet._find.inputs import as_arguments, guess_inputs
-from eulernet._find.locate import Location, locate, nowhere
+from eulernet._find.locate import Location
 from eulernet._find.sandbox import Sandbox, no_fakes_left
-from eulernet._find.sites import Group, TracedSite, grouped, pair_modes, step_calls_of
-from eulernet._find.trace import Addition, Trace, all_modules
+from eulernet._find.sites import (
+    Group,
+    TracedSite,
+    Unplaced,
+    grouped,
+    origin,
+    pair_modes,
+    site_of,
+    step_calls_of,
+    without_place,
+)
+from eulernet._find.trace import Trace, all_modules
 from eulernet._run.patched import restore_class
 from eulernet._source import Unsupported
-from eulernet._step import ROOT, Outside, Place, Reason, Step, StepKind, Steps, step_name
+from eulernet._step import LEFT_ALONE, ROOT, Outside, Place, Reason, Step, StepKind, Steps, step_name
 
 
 @dataclass(frozen=True)
@@ -59,6 +70,7 @@ class FoundStep:
     sites: tuple[Site, ...]
     host: nn.Module  # that makes the additions; where it is not `module`, that is the one that made the branch
     error: EulernetError | None = None  # why its source cannot be rewritten
+    again: bool = False  # whether it is made again in the backward of a function that it runs in
 
 
 @dataclass
@@ -69,20 +81,25 @@ class Search:
     steps: Steps
     runs: list[Run]
     traces: list[Trace]  # one a run
-    main: set[int]  # the indices of the long steps on the main stream, from the model's input to its output
+    main: set[int]  # the indices of what is left alone on the main stream, from the model's input to its output
     step_calls: dict[int, list[tuple[int, StepCall]]]  # the index of a step -> the runs it was seen in, and as what
 
 
-# Which of these sites lead through a call that calls, in these runs, something else than was seen: `_patch.prove`.
-Unproven = Callable[[Sequence[TracedSite], Sequence[Run]], list[TracedSite]]
+class Proofs(NamedTuple):
+    """What is proven by running the copies once more, with something put in their way."""
+
+    # Which of these sites lead through a call that calls, in these runs, something else than was seen: `_patch.prove`.
+    other_callees: Callable[[Sequence[TracedSite], Sequence[Run]], list[TracedSite]]
+    # The places at which each of these sums is scaled by difference, or why there is none: `_patch.difference`.
+    by_difference: Callable[[Sequence[Unplaced], Sequence[Run], Sequence[Trace]], list[TracedSite | str]]
 
 
 @contextlib.contextmanager
-def search_by(model: nn.Module, example_inputs: Any, unproven: Unproven) -> Iterator[Search]:
+def search_by(model: nn.Module, example_inputs: Any, proofs: Proofs) -> Iterator[Search]:
     """Find the steps of a model that is not patched, or of the original of one that is."""
     sandboxes: list[Sandbox] = []
     with alone(), no_fakes_left(model, sandboxes), _disable_current_modes():
-        result = apart(lambda: _search(model, example_inputs, sandboxes, unproven))
+        result = apart(lambda: _search(model, example_inputs, sandboxes, proofs))
         try:
             yield result
         finally:
@@ -90,9 +107,9 @@ def search_by(model: nn.Module, example_inputs: Any, unproven: Unproven) -> Iter
                 kept.clear()
 
 
-def _search(model: nn.Module, example_inputs: Any, sandboxes: list[Sandbox], unproven: Unproven) -> Search:
+def _search(model: nn.Module, example_inputs: Any, sandboxes: list[Sandbox], proofs: Proofs) -> Search:
     runs, traces, notes = _run(model, example_inputs, sandboxes)
-    return _collect(model, runs, traces, notes, unproven)
+    return _collect(model, runs, traces, notes, proofs)
 
 
 def _run(model: nn.Module, example_inputs: Any, sandboxes: list[Sandbox]) -> tuple[list[Run], list[Trace], list[str]]:
@@ -190,48 +207,21 @@ def _guessed(model: nn.Module, training: bool) -> tuple[tuple[Any, ...], dict[st
     return guess
 
 
-def _collect(model: nn.Module, runs: list[Run], traces: list[Trace], notes: list[str], unproven: Unproven) -> Search:
+def _collect(model: nn.Module, runs: list[Run], traces: list[Trace], notes: list[str], proofs: Proofs) -> Search:
     names = _names(model)
-    sites: dict[Any, TracedSite] = {}
-    unsupported: dict[str, None] = {}
-    refused: set[int] = set()  # ids of the additions that are not supported
     sums = [classify(trace) for trace in traces]
-    for run, trace, (_, step_calls, _) in zip(runs, traces, sums, strict=True):
-        # An addition of the source is rewritten whole. Where it is a step in some of its runs only (a function that
-        # adds a residual here and a position there), h would scale what is none, so none of its runs is a step.
-        runs_at = Counter(_origin(a) for a in trace.additions)
-        steps_at = Counter(_origin(e.addition) for e in step_calls)
-        for step_call in step_calls:
-            origin = _origin(step_call.addition)
-            try:
-                site = _site(step_call, run.sandbox, sites)
-                if steps_at[origin] != runs_at[origin]:
-                    raise Unsupported(
-                        f"the same addition is a step in {steps_at[origin]} of its {runs_at[origin]} runs"
-                    )
-                site.step_calls[run.training].append(step_call)
-            except Unsupported as reason:
-                at = origin_of(step_call.addition, trace, run.sandbox.original, model)
-                unsupported[f"{names[at.module]} ({at.file}:{at.line}): {reason}"] = None
-                refused.add(id(step_call.addition))
-    for site in unproven([s for s in sites.values() if any(s.step_calls.values())], runs):
-        for step_call in (*site.step_calls[False], *site.step_calls[True]):
-            refused.add(id(step_call.addition))
-        site.step_calls = {False: [], True: []}
-        location = site.location
-        unsupported[
-            f"{names[site.host]} ({location.file}:{location.line}): it is made by {location.function}, which something "
-            "in between calls that is not written in Python"
-        ] = None
-    account = _account(model, runs[0], traces[0], sums[0], refused, names)
+    sites, refused = _places(model, runs, traces, sums, names, proofs)
+    unsupported = list(dict.fromkeys(refused.values()))
+    account = _account(model, runs[0], traces[0], sums[0], refused.keys(), names)
     notes.extend(account.twins)
     breaks = dict.fromkeys(at for trace in traces for at in trace.breaks)
     notes.extend(f"{at}: what is made of it is not traced back to the model's input" for at in breaks)
     traced = {run.training: (trace, run.sandbox.original) for run, trace in zip(runs, traces, strict=True)}
-    groups = grouped([s for s in sites.values() if any(s.step_calls.values())], traced, model)
+    groups = grouped(sites, traced, model)
     notes.extend(pair_modes(groups, [{of.get(c.module) for c in trace.calls} for trace, of in traced.values()], names))
-    # Long steps last, so that those which `patch` scales by default are numbered without gaps.
-    numbers = {id(g): i for i, g in enumerate(sorted(groups, key=lambda g: any(e.long for e in step_calls_of(g))))}
+    # What is left alone last, so that those which `patch` scales by default are numbered without gaps.
+    last = sorted(groups, key=lambda g: any(e.left_alone for e in step_calls_of(g)))
+    numbers = {id(g): i for i, g in enumerate(last)}
     found = [
         FoundStep(
             _step(numbers[id(group)], group, groups, names),
@@ -239,15 +229,17 @@ def _collect(model: nn.Module, runs: list[Run], traces: list[Trace], notes: list
             tuple(Site(s.location, s.skip_is_left, s.subtracts, s.calls) for s in group),
             group[0].host,
             next((s.error for s in group if s.error is not None), None),
+            any(s.again for s in group),
         )
         for group in groups
     ]
     found.sort(key=lambda f: f.step.index)
     ends = {e.addition.result: numbers[id(group)] for group in groups for site in group for e in site.step_calls[False]}
     steps = Steps(
-        [f.step for f in found if f.step.kind != "long"],
+        [f.step for f in found if f.step.kind not in LEFT_ALONE],
         long=[f.step for f in found if f.step.kind == "long"],
-        unsupported=list(unsupported),
+        gated=[f.step for f in found if f.step.kind == "gated"],
+        unsupported=unsupported,
         unreached=_unreached(runs, traces, names),
         notes=notes,
         left_out=left_out(account.left_out, names, ends),
@@ -263,9 +255,76 @@ def _collect(model: nn.Module, runs: list[Run], traces: list[Trace], notes: list
     main = {
         f.step.index
         for f in found
-        if any(e.long and e.addition.result in account.main for run, e in seen[f.step.index] if run == 0)
+        if any(e.left_alone and e.addition.result in account.main for run, e in seen[f.step.index] if run == 0)
     }
     return Search(found, steps, runs, traces, main, seen)
+
+
+def _places(
+    model: nn.Module,
+    runs: list[Run],
+    traces: list[Trace],
+    sums: list[Sums],
+    names: dict[nn.Module, str],
+    proofs: Proofs,
+) -> tuple[list[TracedSite], dict[int, str]]:
+    """Where the steps are made; for each addition that cannot be scaled, by its id, a line that says why."""
+    sites: dict[Any, TracedSite] = {}
+    unplaced: dict[Any, Unplaced] = {}
+    refused: dict[int, str] = {}
+
+    def rest(step_call: StepCall, number: int, reason: str) -> None:
+        at = origin_of(step_call.addition, traces[number], runs[number].sandbox.original, model)
+        place = unplaced.setdefault(origin(step_call, runs[number].sandbox.original), Unplaced(at, reason))
+        place.step_calls[runs[number].training].append(step_call)
+
+    again = _made_again(runs, sums)
+    for number, (run, trace, (_, step_calls, _)) in enumerate(zip(runs, traces, sums, strict=True)):
+        # An addition of the source is rewritten whole. Where it is a step in some of its runs only (a function that
+        # adds a residual here and a position there), h would scale what is none, so none of its runs is a step.
+        runs_at = Counter(origin(a, run.sandbox.original) for a in trace.additions)
+        steps_at = Counter(origin(e, run.sandbox.original) for e in step_calls)
+        for step_call in step_calls:
+            at = origin(step_call, run.sandbox.original)
+            try:
+                site = site_of(step_call, run.sandbox.original, sites, at in again)
+                if steps_at[at] != runs_at[at]:
+                    raise Unsupported(f"the same addition is a step in {steps_at[at]} of its {runs_at[at]} runs")
+                site.step_calls[run.training].append(step_call)
+            except Unsupported as reason:
+                rest(step_call, number, str(reason))
+    number_of = {run.training: number for number, run in enumerate(runs)}
+    found = [site for site in sites.values() if any(site.step_calls.values())]
+    for site in proofs.other_callees(found, runs):
+        found.remove(site)
+        for mode, step_call in ((mode, e) for mode, calls in site.step_calls.items() for e in calls):
+            what = f"it is made by {site.location.function}, which something in between calls that is not"
+            rest(step_call, number_of[mode], f"{what} written in Python")
+    for place, proven in zip(unplaced.values(), proofs.by_difference([*unplaced.values()], runs, traces), strict=True):
+        if isinstance(proven, TracedSite):
+            found.append(proven)
+            continue
+        calls = [*place.step_calls[False], *place.step_calls[True]]
+        unscaled = without_place(place, calls, proven)
+        if unscaled is not None:
+            found.append(unscaled)
+        else:
+            at = place.at
+            refused.update((id(e.addition), f"{names[at.module]} ({at.file}:{at.line}): {proven}") for e in calls)
+    return found, refused
+
+
+def _made_again(runs: list[Run], sums: list[Sums]) -> set[Any]:
+    """The additions in functions with a backward of their own that this backward makes again, as checkpoints do."""
+    if not any(e.addition.function for _, step_calls, _ in sums for e in step_calls):
+        return set()
+    again: set[Any] = set()
+    for run in runs:
+        if run.training:
+            with contextlib.suppress(Exception):  # no gradient leads there
+                trace = run.sandbox.run(run.args, run.kwargs, training=True, backward=True)
+                again |= {origin(a, run.sandbox.original) for a in trace.additions[trace.forward :]}
+    return again
 
 
 class _Account(NamedTuple):
@@ -276,11 +335,11 @@ class _Account(NamedTuple):
 
 
 def _account(
-    model: nn.Module, run: Run, trace: Trace, sums: Sums, refused: set[int], names: dict[nn.Module, str]
+    model: nn.Module, run: Run, trace: Trace, sums: Sums, refused: Collection[int], names: dict[nn.Module, str]
 ) -> _Account:
     """What is to be said of the sums of a run, besides the steps."""
     originals = run.sandbox.original
-    scaled = [e for e in sums.steps if not e.long and id(e.addition) not in refused]
+    scaled = [e for e in sums.steps if not e.left_alone and id(e.addition) not in refused]
     reached = reached_at_zero(trace, scaled)
     reasons = [(origin_of(addition, trace, originals, model), reason) for addition, reason in sums.left_out]
     twins = [(at, False) for at, reason in reasons if reason != "inside a branch"]
@@ -293,48 +352,13 @@ def _account(
     )
 
 
-def _origin(addition: Addition) -> Any:
-    """Tells the runs of one addition of one module."""
-    frames = addition.frames
-    last = next((i for i, f in enumerate(frames) if f.module is not None), len(frames))
-    return tuple((f.code, f.lasti, id(f.module)) for f in frames[: last + 1])
-
-
-def _site(step_call: StepCall, sandbox: Sandbox, sites: dict[Any, TracedSite]) -> TracedSite:
-    if not step_call.supported:
-        if step_call.coupled:
-            raise Unsupported(
-                "it and another step run through each other's branches, as in a reversible network, of which eulernet "
-                "scales but one half"
-            )
-        raise Unsupported(f"{step_call.addition.op} adds and does something else in one operation")
-    if step_call.addition.function is not None:
-        raise Unsupported(
-            f"it runs in {step_call.addition.function}, a torch.autograd.Function, whose own backward knows nothing of "
-            "h"
-        )
-    error = None
-    try:
-        twin, location = locate(step_call.addition, step_call.skip_is_left)
-    except EulernetError as reason:
-        error, (twin, location) = reason, nowhere(step_call.addition)
-    module = sandbox.original.get(twin)
-    if module is None:
-        raise Unsupported(f"the {type(twin).__name__} that makes it is no part of the model")
-    new = TracedSite(
-        location, module, module, step_call.skip_is_left, "sub" in step_call.addition.op, {False: [], True: []}, error
-    )
-    site = sites.setdefault((id(module), location.targets or location.position), new)
-    if site.skip_is_left != step_call.skip_is_left:
-        raise Unsupported("its skip is the left operand in one call and the right one in another")
-    return site
-
-
 def _step(index: int, group: Group, groups: list[Group], names: dict[nn.Module, str]) -> Step:
     step_calls = step_calls_of(group)
     module = group[0].module
     if any(e.long for e in step_calls):
         kind: StepKind = "long"
+    elif any(e.kind == "gated" for e in step_calls):
+        kind = "gated"
     elif any(e.kind == "parallel" for e in step_calls):
         kind = "parallel"
     else:
@@ -404,7 +428,7 @@ def described(arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> str:
             return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
         if isinstance(value, (list, tuple)):
             return f"[{', '.join(map(one, value))}]"
-        return repr(value)[:40]
+        return brief(value)[:40]
 
     args, kwargs = arguments
     return "(" + ", ".join([*map(one, args), *(f"{k}={one(v)}" for k, v in kwargs.items())]) + ")"

@@ -8,16 +8,25 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from types import CodeType
+from typing import Any
 
 from torch import nn
 
 from eulernet._errors import EulernetError
+from eulernet._find.account import Origin
 from eulernet._find.graph import StepCall
-from eulernet._find.locate import Location, keyed
-from eulernet._find.trace import Trace
+from eulernet._find.locate import Location, keyed, locate, nowhere
+from eulernet._find.trace import ADDITIONS, Addition, Trace
+from eulernet._source import Unsupported
 
 Originals = dict[nn.Module, nn.Module]  # a copy's modules -> the model's
+COUPLED = (
+    "it and another step run through each other's branches, as in a reversible network, of which eulernet scales but "
+    "one half"
+)
 
 
 @dataclass(eq=False)
@@ -31,10 +40,82 @@ class TracedSite:
     subtracts: bool
     step_calls: dict[bool, list[StepCall]]  # training -> its runs
     error: EulernetError | None = None
+    again: bool = False  # whether it is made again in the backward of a function that it runs in
 
     @property
     def calls(self) -> tuple[int, int]:
         return len(self.step_calls[False]), len(self.step_calls[True])
+
+
+@dataclass(eq=False)
+class Unplaced:
+    """An addition that is a step, where none of its source can be rewritten as such, and why."""
+
+    at: Origin
+    reason: str
+    step_calls: dict[bool, list[StepCall]] = field(default_factory=lambda: {False: [], True: []})
+
+
+def origin(made: Addition | StepCall, originals: Originals) -> Any:
+    """Tells the runs of one addition of one module."""
+    frames = (made.addition if isinstance(made, StepCall) else made).frames
+    last = next((i for i, f in enumerate(frames) if f.module is not None), len(frames))
+    modules = (originals.get(f.module, f.module) if f.module is not None else None for f in frames)
+    # By the expression and not by the instruction: a call to C has two, and Python changes from one to the other.
+    places = ((f.code, _positions(f.code)[f.lasti // 2]) for f in frames[: last + 1])
+    return tuple((*place, id(module)) for place, module in zip(places, modules, strict=False))
+
+
+@lru_cache(maxsize=1024)
+def _positions(code: CodeType) -> list[Any]:
+    return list(code.co_positions())
+
+
+def site_of(step_call: StepCall, originals: Originals, sites: dict[Any, TracedSite], again: bool = False) -> TracedSite:
+    """Where an addition stands in the source, among the sites that are known already.
+
+    `again`: the backward of the function that it runs in, if it runs in one, makes it again.
+    """
+    addition = step_call.addition
+    if step_call.coupled:
+        raise Unsupported(COUPLED)
+    if step_call.mixture:
+        raise Unsupported("it mixes what it is added to with what is added")
+    if addition.op not in ADDITIONS:
+        raise Unsupported(f"{addition.op} adds and does something else in one operation")
+    if addition.function is not None and not again:
+        raise Unsupported(
+            f"it runs in {addition.function}, a torch.autograd.Function, whose own backward knows nothing of h"
+        )
+    error = None
+    try:
+        twin, location = locate(addition, step_call.skip_is_left)
+    except EulernetError as reason:
+        error, (twin, location) = reason, nowhere(addition)
+    module = originals.get(twin)
+    if module is None:
+        raise Unsupported(f"the {type(twin).__name__} that makes it is no part of the model")
+    new = TracedSite(
+        location, module, module, step_call.skip_is_left, "sub" in addition.op, {False: [], True: []}, error, again
+    )
+    site = sites.setdefault((id(module), location.targets or location.position), new)
+    if site.skip_is_left != step_call.skip_is_left:
+        raise Unsupported("its skip is the left operand in one call and the right one in another")
+    return site
+
+
+def without_place(place: Unplaced, calls: list[StepCall], reason: str) -> TracedSite | None:
+    """A gated update that cannot be scaled is reported like others that are left alone: an error where it is asked."""
+    if any(e.kind != "gated" for e in calls):
+        return None
+    try:
+        _, location = nowhere(calls[0].addition)
+    except Unsupported:
+        return None
+    module = place.at.module
+    at = f"{place.at.file}:{place.at.line}"
+    error = EulernetError(f"the update at {at} cannot be scaled: {reason}.")
+    return TracedSite(location, module, module, calls[0].skip_is_left, False, place.step_calls, error)
 
 
 Group = list[TracedSite]  # the sites of one step

@@ -72,6 +72,15 @@ def _of_the_skip(graph: Graph, calls: list[StepCall]) -> list[StepCall]:
     return sums
 
 
+def of_their_skip(graph: Graph, calls: list[StepCall], steps: list[StepCall]) -> list[StepCall]:
+    """The gated updates whose candidate comes from the state not only through the branches of steps."""
+    for call in calls:
+        inner = [e for e in steps if e.supported and not e.long and e.addition.result in call.within]
+        if inner and not _way(graph, call, {e.addition.result: e.skip for e in inner}):
+            call.reason = "position or injected input"
+    return [call for call in calls if call.reason is None]
+
+
 def _is_other_half(graph: Graph, call: StepCall, inner: list[StepCall]) -> bool:
     """Whether two streams are changed in turn: the skip is a sum too, of the shape of the step's whose branch it is."""
     holder = next((e for e in inner if call.state in e.within), None)
@@ -193,6 +202,11 @@ def _is_long(graph: Graph, call: StepCall, ends: _Sums, links: Mapping[StepCall,
 # ---- the depth
 
 
+def _role(call: StepCall) -> tuple[bool, bool]:
+    """Steps, long ones and gated ones have streams of their own."""
+    return call.long, call.kind == "gated"
+
+
 def number_streams(graph: Graph, calls: list[StepCall]) -> None:
     """Number the streams, the chains from skip to result, and count the calls in each.
 
@@ -201,20 +215,20 @@ def number_streams(graph: Graph, calls: list[StepCall]) -> None:
     inside = {id(e): frozenset(id(o) for o in calls if e.addition.result in o.within) for e in calls}
     ends = {e.addition.result: e for e in calls if e.supported}
     streams = 0
-    for long in (False, True):
+    for role in (False, False), (True, False), (False, True):
         before: list[frozenset[StepCall]] = []  # for each node, the nearest steps of this kind that it comes from
         for index, node in enumerate(graph.nodes):
             call = ends.get(index)
             if call is None:
                 before.append(frozenset().union(*(before[i] for i in node.inputs)))
-            elif call.long != long:
+            elif _role(call) != role:
                 before.append(before[call.skip])
             else:
                 nearest = call.first.before if call.first is not None else before[call.skip]
                 call.before = tuple(e for e in nearest if inside[id(e)] == inside[id(call)])
                 call.position = 1 + max((e.position for e in call.before), default=0)
                 before.append(frozenset((call,)))
-        members = [e for e in calls if e.long == long]
+        members = [e for e in calls if _role(e) == role]
         for call in members:
             start = max(call.before, key=lambda e: e.position, default=call.first)
             call.stream = streams if start is None else start.stream

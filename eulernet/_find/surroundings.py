@@ -16,11 +16,12 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from eulernet._run import fuse
+from eulernet._run import known
 
 # What an expression is: a module's call or a product with gamma, which can be deferred; a name that is read where
-# its branch may be deferred; the call of a norm that takes what was computed together with the sum.
-EditKind = Literal["defer", "gamma first", "gamma last", "materialize", "take norm"]
+# its branch may be deferred; the call of a norm or an activation that takes what was computed together with the sum;
+# the test of an `if` before that call, which forgets it where it is true.
+EditKind = Literal["defer", "gamma first", "gamma last", "materialize", "take norm", "forget norm"]
 Edit = tuple[EditKind, ast.expr]
 
 _SIMPLE = (ast.Assign, ast.AugAssign, ast.AnnAssign, ast.Return, ast.Expr)
@@ -47,7 +48,7 @@ def surroundings(
 ) -> Surroundings:
     """What stands around an addition in a method of a module, whose operand `branch` is scaled."""
     method = _Method(definition, code, receiver, module)
-    found = Surroundings(epilogue=fuse.after(method.called(epilogue(definition, addition)[0])))
+    found = Surroundings(epilogue=known.after(method.called(epilogue(definition, addition)[0])))
     found.edits, operand = method.chain(branch)
     block, i, plainly = _standing(definition, addition)
     calls = [node for node in ast.walk(addition) if isinstance(node, ast.Call)]
@@ -60,10 +61,11 @@ def surroundings(
             found.edits += method.statements(operand, block, i, calm=not others)
     match block[i]:
         case ast.Assign(targets=[ast.Name(id=name)], value=value) if value is addition and not found.epilogue:
-            call = method.norm_of(name, block[i + 1 :])
+            call, tests = method.norm_of(name, block[i + 1 :])
+            call = call or method.activation_after(name, block, i)
             if call is not None and isinstance(call.func, ast.Attribute):
                 found.add_norm = call.func.attr
-                found.edits.append(("take norm", call))
+                found.edits += [("take norm", call), *(("forget norm", test) for test in tests)]
     return found
 
 
@@ -111,7 +113,7 @@ class _Method:
     def can_be_deferred(self, node: ast.AST) -> bool:
         """Whether an expression calls a module that a step knows, or one that only other modules of this class have."""
         module = self.called(node)
-        return module is None or fuse.before(module) is not None
+        return module is None or known.before(module) is not None
 
     def gamma(self, node: ast.AST) -> bool:
         """Whether an expression is a vector of the module, `self.gamma` or `self.gamma.reshape(1, -1, 1, 1)`."""
@@ -153,9 +155,11 @@ class _Method:
         # deferred, and what was assigned before that may be deferred in turn.
         edits: list[Edit] = []
         stay: list[ast.expr] = [operand]  # where a branch is read that may stay deferred
-        begin = i
-        for j in reversed(range(i)):
-            statement = block[j]
+        before = block[:i] if self._is_augmented(name, last) else _before(self.definition, last)
+        outside = len(before) - i  # so many of them stand before an `if` that the addition stands in
+        begin = len(before)
+        for j in reversed(range(len(before))):
+            statement = before[j]
             if not (isinstance(statement, ast.Assign | ast.AugAssign | ast.Expr | ast.If) and _plain(statement, name)):
                 break
             nested = isinstance(statement, ast.If)
@@ -170,7 +174,7 @@ class _Method:
                     case [ast.Assign(targets=[ast.Name()], value=value) as assignment]:
                         found, innermost = self.chain(value)
                         same = isinstance(innermost, ast.Name) and innermost.id == name
-                        at_once = calm and j + 1 == i and inner[-1] is assignment
+                        at_once = calm and outside <= j == len(before) - 1 and inner[-1] is assignment
                         alone = at_once or (same and _alone(name, _before(self.definition, assignment)))
                         if isinstance(innermost, ast.Name) and not alone:
                             continue  # until the addition others may write into what this name holds
@@ -183,9 +187,17 @@ class _Method:
                 break
         # Whoever else reads the name from the first deferred call on gets the tensor.
         if edits:
-            reads = [read for statement in block[begin : i + 1] for read in _names(statement, name, ast.Load)]
+            reads = [read for statement in (*before[begin:], last) for read in _names(statement, name, ast.Load)]
+            if begin < outside:  # the other way too, and what runs after it
+                first = _start(before[begin])
+                reads = [read for read in _names(self.definition, name, ast.Load) if _start(read) >= first]
             edits += [("materialize", read) for read in reads if not any(read is each for each in stay)]
         return edits
+
+    def _is_augmented(self, name: str, last: ast.stmt) -> bool:
+        """Whether another statement than this one augments the name, `x += y`."""
+        nodes = [node for node in ast.walk(self.definition) if isinstance(node, ast.AugAssign) and node is not last]
+        return any(_names(node.target, name, ast.Store) for node in nodes)
 
     def _is_last(self, name: str, statement: ast.stmt) -> bool:
         """Whether nothing that runs after a statement reads what the name held before it."""
@@ -198,18 +210,52 @@ class _Method:
         end = statement.end_lineno or 0, statement.end_col_offset or 0
         return all((read.lineno, read.col_offset) < end for read in _names(self.definition, name, ast.Load))
 
-    def norm_of(self, name: str, following: list[ast.stmt]) -> ast.Call | None:
-        """The call of a norm with what a name holds, `self.norm(x)`, if it is the next thing to be called."""
+    def norm_of(self, name: str, following: list[ast.stmt]) -> tuple[ast.Call | None, list[ast.expr]]:
+        """The call of a norm with what a name holds, `self.norm(x)`, if it is the next thing to be called.
+
+        Before it the name may get another shape, and there may be an `if` with one way, whose test is given too.
+        """
+        tests: list[ast.expr] = []
         for statement in following:
             match statement:
                 case ast.Assign(targets=[ast.Name(id=target)], value=ast.Name()) if target != name:
                     continue  # `residual = x`
+                case ast.Assign(targets=[ast.Name(id=target)], value=value) if target == name and _reshapes(
+                    value, name
+                ):
+                    continue  # `x = x.reshape(batch, -1, channels)`
+                case ast.If(test=ast.Compare() as test, orelse=[]) if _calls_nothing(test) and _plain(test):
+                    tests.append(test)
+                    continue
             if isinstance(statement, _SIMPLE) and _plain(statement):
                 call = _first_call(statement)
                 match call:
-                    case ast.Call(args=[ast.Name(id=given)]) if given == name and fuse.norm(self.called(call)):
-                        return call
-            return None
+                    case ast.Call(args=[ast.Name(id=given)]) if given == name and known.norm(self.called(call)):
+                        return call, tests
+            break
+        return None, []
+
+    def activation_after(self, name: str, block: list[ast.stmt], i: int) -> ast.Call | None:
+        """The activation of a sum that is the last thing in an `if`: the next statement, `x = self.act(x)`."""
+        for outer in (each for node in ast.walk(self.definition) for each in _blocks(node)):
+            for choice, statement in pairwise(outer):
+                if (
+                    isinstance(choice, ast.If)
+                    and any(each is block for each in _blocks(choice))
+                    and i + 1 == len(block)
+                ):
+                    match statement:
+                        case ast.Assign(targets=[ast.Name(id=target)], value=call) if target == name:
+                            pass
+                        case ast.Return(value=call):
+                            pass
+                        case _:
+                            return None
+                    match call:
+                        case ast.Call(args=[ast.Name(id=given)]) if given == name and known.activation(
+                            self.called(call)
+                        ):
+                            return call
         return None
 
 
@@ -252,6 +298,18 @@ def _first_call(node: ast.AST) -> ast.Call | None:
     return node if isinstance(node, ast.Call) else None
 
 
+def _calls_nothing(node: ast.AST) -> bool:
+    return not any(isinstance(each, ast.Call) for each in ast.walk(node))
+
+
+def _reshapes(node: ast.expr, name: str) -> bool:
+    """Whether an expression is what a name holds in another shape."""
+    match node:
+        case ast.Call(func=ast.Attribute(value=ast.Name(id=of), attr="reshape" | "view" | "flatten"), keywords=[]):
+            return of == name and all(_calls_nothing(argument) for argument in node.args) and _plain(node)
+    return False
+
+
 def _blocks(node: ast.AST) -> list[list[ast.stmt]]:
     given: list[Any] = [getattr(node, name, None) for name in ("body", "orelse", "finalbody")]
     return [block for block in given if isinstance(block, list)]
@@ -269,7 +327,7 @@ def _standing(definition: ast.AST, node: ast.AST) -> tuple[list[ast.stmt], int, 
     return [], 0, False
 
 
-def _plain(statement: ast.stmt, name: str | None = None) -> bool:
+def _plain(statement: ast.AST, name: str | None = None) -> bool:
     """Whether it is plain to see what a statement reads and sets, and it does not augment the name."""
     for node in ast.walk(statement):
         match node:

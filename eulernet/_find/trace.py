@@ -38,6 +38,9 @@ SLICES = frozenset("getitem narrow select slice chunk split unbind".split())
 # An addition, and what else can add a branch to a skip in one call.
 ADDITIONS = frozenset("add sub subtract radd iadd isub".split())
 FUSED_ADDITIONS = frozenset("addcmul addcdiv index_add scatter_add lerp addmm baddbmm addbmm addmv".split())
+# These take a state and give what it becomes.
+CELLS = frozenset(("gru_cell",))
+HANDED_ON = "handed on"
 _TO_NUMBERS = frozenset("numpy array tolist".split())
 # These sum over an axis, along which two tensors may have been stacked, or mix what was stacked by a matrix.
 CONTRACTIONS = frozenset("sum mean nansum einsum matmul rmatmul bmm mm tensordot".split())
@@ -88,6 +91,7 @@ class Addition:
     frames: list[Frame]
     in_place: bool
     function: str | None = None  # the torch.autograd.Function that it is made in
+    inside: int = 0  # how many of the frames are inside of that
 
 
 @dataclass(slots=True)
@@ -110,6 +114,7 @@ class Trace:
     calls: list[ModuleCall] = field(default_factory=list)
     used: dict[int, int] = field(default_factory=dict)  # ids of the parameters and buffers that were read -> nodes
     outputs: list[int] = field(default_factory=list)  # what the model returned
+    forward: int = 0  # where the backward was run as well: how many additions came before it
     breaks: dict[str, None] = field(default_factory=dict)  # where what was computed left the trace, in words
 
 
@@ -145,6 +150,22 @@ class Tracer(TorchFunctionMode):
             if id(one) not in self._of:
                 self.alive.append(one)
             self._of[id(one)] = node
+
+    def peek(self, tensor: Tensor) -> int | None:
+        """The node that a tensor has the value of, None where it was written into or is not known."""
+        node = next((self._of[id(t)] for t in layers_of(tensor) if id(t) in self._of), None)
+        return None if node is None or self._writes.get(storage_of(tensor), -1) > node else node
+
+    def handed_on(self, tensor: Tensor) -> Tensor:
+        """The same as another object with a node of its own, so that who has kept the first is seen to read it."""
+        inside, self.inside = self.inside, True
+        try:
+            other = tensor.view_as(tensor)
+            node = self.node(tensor)
+            self.set(other, self.new(HANDED_ON, (node,), tuple(tensor.shape), False, ((Ref(node),), {}, 0)))
+        finally:
+            self.inside = inside
+        return other
 
     def node(self, tensor: Tensor) -> int:
         """The node that made the value that `tensor` has now, writes through views of it included."""
@@ -262,6 +283,8 @@ class Tracer(TorchFunctionMode):
             tensors = [*args[:2], *(kwargs[k] for k in ("input", "other") if k in kwargs)]
         elif op in FUSED_ADDITIONS or "::" in op:
             tensors = [*tensors_in(args), *tensors_in(kwargs)]
+        elif op in CELLS:
+            tensors = [args[1], args[0]]  # the state first
         elif op in CONTRACTIONS:
             tensors = [*tensors_in(args), *tensors_in(kwargs)]
             return next((parts for t in tensors if len(parts := self._stacked(nodes[id(t)])) > 1), ())
@@ -279,6 +302,9 @@ class Tracer(TorchFunctionMode):
         return nodes[node].inputs if nodes[node].op in _STACKS else ()
 
     def _addition(self, op: str, operands: tuple[int, ...], result: Tensor, in_place: bool, frame: Any) -> None:
+        frames = list(_frames(frame))
+        function = next((self.functions[c] for c in _codes(frame) if c in self.functions), None)
+        ends = [i + 1 for i, f in enumerate(frames) if f.code in self.functions]
         self.trace.additions.append(
             Addition(
                 op=op,
@@ -286,9 +312,10 @@ class Tracer(TorchFunctionMode):
                 left=operands[0],
                 right=operands[1:],
                 call=self.stack[-1] if self.stack else 0,
-                frames=list(_frames(frame)),
+                frames=frames,
                 in_place=in_place,
-                function=next((self.functions[c] for c in _codes(frame) if c in self.functions), None),
+                function=function,
+                inside=0 if function is None else max(ends, default=len(frames)),
             )
         )
 

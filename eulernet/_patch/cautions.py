@@ -20,14 +20,22 @@ _HALF = (torch.float16, torch.bfloat16)
 _LEAST = 8  # times the dtype's epsilon: below it a branch as large as the state is rounded to a few bits
 
 
-def kept_at_one(long: Sequence[Step]) -> Iterator[str]:
+_LEFT_ALONE = {
+    "long": "long steps, whose branches run through other steps, so that the factors would multiply",
+    "gated": "gated updates, which say themselves how far they go",
+}
+
+
+def kept_at_one(kept: Sequence[Step]) -> Iterator[str]:
     """That the main stream, from the model's input to its output, keeps sums at h = 1."""
-    if long:
+    for kind, what in _LEFT_ALONE.items():
+        long = [step for step in kept if step.kind == kind]
+        if not long:
+            continue
         names = ", ".join(step.name for step in long[:5]) + (f" and {len(long) - 5} more" if len(long) > 5 else "")
         yield (
-            f"the stream from the model's input to its output keeps h = 1 at {names}: long steps, whose branches run "
-            "through other steps, so that the factors would multiply. To scale them as well: eulernet.patch(model, h, "
-            'include="*")'
+            f"the stream from the model's input to its output keeps h = 1 at {names}: {what}. To scale them as well: "
+            'eulernet.patch(model, h, include="*")'
         )
 
 

@@ -7,10 +7,8 @@ one class with the same steps share it.
 from __future__ import annotations
 
 import warnings
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Literal, TypeVar
 
 from torch import Tensor, nn
@@ -22,12 +20,11 @@ from eulernet._find.absorb import absorbing, check_scalable, refusal, scale_para
 from eulernet._find.apart import apart
 from eulernet._find.search import FoundStep, Search
 from eulernet._patch.cautions import depth_twice, kept_at_one, not_supported, rounded_away, stored, trained, when_set
-from eulernet._patch.prove import search
-from eulernet._patch.saved import read_steps
-from eulernet._patch.select import HLike, Selector, leave_out, names_given, select, values
+from eulernet._patch.prove import not_as_found, search
+from eulernet._patch.saved import read_steps, saves_itself
+from eulernet._patch.select import HLike, Selector, leave_out, names_given, select, values, which
 from eulernet._patch.subclass import patched_class
 from eulernet._run.factor import LearnedFactor, StepFactor
-from eulernet._run.hooks import StepInputs, add_step_hook, remove_step_hooks
 from eulernet._run.learned import Slot, check_shared, checked, plan_learned
 from eulernet._run.patched import (
     Become,
@@ -38,7 +35,6 @@ from eulernet._run.patched import (
     original,
     original_class,
     places_of,
-    restore_class,
     slots,
 )
 from eulernet._source import Targets, Unsupported
@@ -57,7 +53,8 @@ def find_steps(model: nn.Module, *, example_inputs: Any = None) -> Steps:
             Lightning, which say what they take.
 
     Returns:
-        `Steps`, which prints as a table. Its `long`, `unsupported`, `unreached` and `notes` say what was seen besides.
+        `Steps`, which prints as a table. Its `long`, `gated`, `unsupported`, `unreached` and `notes` say what was
+        seen besides.
 
     Raises:
         EulernetError: no example input can be guessed, or the model fails on it.
@@ -98,7 +95,8 @@ def patch(
             Likewise the steps that a checkpoint of a patched model holds: a folder (`Path`), a file, a state dict.
         example_inputs: as for `find_steps`.
         include, exclude: which steps: a pattern on names (`"layer1"`, `"blocks.*.attn"`), a module class, a function
-            `(step) -> bool`, or a list of these. Long steps are scaled only where `include` names them.
+            `(step) -> bool`, or a list of these. Long steps and gated updates are scaled only where `include` names
+            them.
         preserve: for a network that is trained already: divide the last affine maps of each branch by h (batch norm,
             convolution, linear map, LayerScale), in place, so that the model computes what it computed, to rounding,
             until it is trained on. A branch that has no such map, or shares it, is an error; with "where_possible" its
@@ -109,10 +107,11 @@ def patch(
             (FSDP2 takes no scalars) and of the block's dtype: `layer1.0.log_h_bias`, or `blocks.0.log_h_0_bias` and
             `blocks.0.log_h_1_bias` where a block has several steps; where one line of a loop adds for all layers, of
             the module with the loop: `log_h_layers_0_bias`. Blocks that share an h hold the same parameter, as tied
-            weights do (and as with these, FSDP2 refuses to shard them apart, and Hugging Face's `save_pretrained` to
-            write them). log_h must have no weight decay, which would pull h to 1. In float16 and bfloat16 it is rounded
-            like any parameter. The branch is kept for the gradient of h, and copied where it is the left operand of an
-            addition in place. To fix what was learned: `eulernet.patch(model, h=eulernet.steps(model))`.
+            weights do (and as with these, FSDP2 refuses to shard them apart). log_h must have no weight decay, which
+            would pull h to 1; who decays by names or dimensions, as Hugging Face's Trainer and timm, leaves it out. In
+            float16 and bfloat16 it is rounded like any parameter. The branch is kept for the gradient of h, and copied
+            where it is the left operand of an addition in place. To fix what was learned: `eulernet.patch(model,
+            h=eulernet.steps(model))`.
 
     Returns:
         The same model.
@@ -158,7 +157,9 @@ def patch(
                 "eulernet.functional.euler_step(skip, branch, h) writes a step by hand."
             )
         ordered = [by_index[i] for i in sorted(by_index)]
-        chosen = select([f.step for f in ordered], [f.module for f in ordered], include, exclude, h)
+        found, modules = [f.step for f in ordered], [f.module for f in ordered]
+        chosen = select(found, modules, include, exclude, h)
+        decided = {s.index for s in which(found, modules, exclude, "exclude")} if exclude is not None else set()
         hs = dict(zip([s.index for s in chosen], values(h, chosen), strict=True))
         refused = {i: str(error) for i in hs if (error := by_index[i].error) is not None}
         wrong = dict(refused)
@@ -173,14 +174,15 @@ def patch(
                 ) from reason
             blocks = [(change.module, [f.step for f in change.found], change.hs) for change in changes]
             learned = [] if sharing is None else plan_learned(model, blocks, sharing)
-            wrong = apart(lambda: _prove(result, changes))  # noqa: B023 (called at once)
+            wrong = apart(lambda: not_as_found(result, changes, learned))  # noqa: B023 (called at once)
             if not wrong:
                 break
             refused |= wrong
+        main = result.main - decided - hs.keys()
         twice = [] if preserve else list(depth_twice(model, result, h))
     check_scalable(model, scales)
     cautions = [
-        *kept_at_one([f.step for f in ordered if f.step.index in result.main and f.step.index not in hs]),
+        *kept_at_one([step for step in found if step.index in main]),
         *not_supported(result.steps.unsupported),
         *(f"not scaled: {(s := by_index[i].step).name} ({s.module_class}): {why}" for i, why in refused.items()),
         *result.steps.notes,
@@ -400,41 +402,6 @@ def _changes(
             changes.append(_Change(encoder, patched_class(original_class(encoder), ()), [], []))
     patched = {change.module for change in changes}
     for saver in model.modules():  # which writes the steps beside the weights
-        if hasattr(type(saver), "save_pretrained") and saver not in patched and not patched.isdisjoint(saver.modules()):
+        if saves_itself(type(saver)) and saver not in patched and not patched.isdisjoint(saver.modules()):
             changes.append(_Change(saver, patched_class(original_class(saver), ()), [], []))
     return changes
-
-
-def _prove(search: Search, changes: Sequence[_Change]) -> dict[int, str]:
-    """Run the patched copies: each step must go through `_euler_step` as often as it was found. Those that do not."""
-    wrong: dict[int, str] = {}
-    for sandbox in {id(run.sandbox): run.sandbox for run in search.runs}.values():
-        twins = {module: twin for twin, module in sandbox.original.items()}
-        counts: Counter[tuple[int, int, int]] = Counter()
-        for change in changes:
-            twin = twins[change.module]
-            change.of(twins.__getitem__).make()
-            add_step_hook(twin, partial(_count, counts, id(change.module)))
-        for run in search.runs:
-            if run.sandbox is not sandbox:
-                continue
-            counts.clear()
-            sandbox.run(run.args, run.kwargs, training=run.training)
-            for change in changes:
-                for slot, found, site in ((i, f, s) for i, f in enumerate(change.found) for s in f.sites):
-                    place, expected = change.places[site.location.targets], site.calls[run.training]
-                    passed = counts[id(change.module), place, slot]
-                    if passed != expected:
-                        wrong[found.step.index] = (
-                            f"the addition at {site.location.file}:{site.location.line} ran {expected} times, but "
-                            f"{passed} times as a step once it was rewritten."
-                        )
-        for change in changes:
-            remove_step_hooks(twins[change.module])
-            restore_class(twins[change.module])
-    return wrong
-
-
-def _count(counts: Counter[tuple[int, int, int]], module: int, seen: StepInputs, add: Callable[[], Any]) -> Any:
-    counts[module, seen.place, seen.slot] += 1
-    return add()

@@ -6,25 +6,31 @@ Python frames shows nothing. So the copies run once more, with the calls asked f
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 from eulernet._errors import EulernetError
 from eulernet._find.sandbox import Sandbox
-from eulernet._find.search import Run, Search, search_by
+from eulernet._find.search import Proofs, Run, Search, search_by
 from eulernet._find.sites import TracedSite
+from eulernet._patch.difference import by_difference
 from eulernet._patch.subclass import patched_class
 from eulernet._run.factor import StepFactor
+from eulernet._run.hooks import StepInputs, add_step_hook, remove_step_hooks
+from eulernet._run.learned import Slot
 from eulernet._run.patched import CALL_VIA, FACTORS, STEPS, Patched, restore_class
 from eulernet._source import VIA, Target, Unsupported
 
 
 def search(model: nn.Module, example_inputs: Any) -> AbstractContextManager[Search]:
     """Find the steps of a model that is not patched, or of the original of one that is, and prove what they call."""
-    return search_by(model, example_inputs, with_other_callees)
+    return search_by(model, example_inputs, Proofs(with_other_callees, by_difference))
 
 
 def with_other_callees(sites: Sequence[TracedSite], runs: Sequence[Run]) -> list[TracedSite]:
@@ -71,3 +77,62 @@ def _watch(twin: Any, host: nn.Module, sites: Sequence[TracedSite], wrong: set[t
 
 def _run(sandbox: Sandbox, run: Any) -> None:
     sandbox.run(run.args, run.kwargs, training=run.training)
+
+
+def not_as_found(search: Search, changes: Sequence[Any], learned: Sequence[Slot]) -> dict[int, str]:
+    """Run the patched copies: each step must go through `_euler_step` as often as it was found. Those that do not."""
+    wrong: dict[int, str] = {}
+    for sandbox in {id(run.sandbox): run.sandbox for run in search.runs}.values():
+        twins = {module: twin for twin, module in sandbox.original.items()}
+        counts: Counter[tuple[int, int, int]] = Counter()
+        for change in changes:
+            twin = twins[change.module]
+            change.of(twins.__getitem__).make()
+            add_step_hook(twin, partial(_count, counts, id(change.module)))
+        for run in search.runs:
+            if run.sandbox is not sandbox:
+                continue
+            counts.clear()
+            sandbox.run(run.args, run.kwargs, training=run.training)
+            for change in changes:
+                for slot, found, site in ((i, f, s) for i, f in enumerate(change.found) for s in f.sites):
+                    place, expected = change.places[site.location.targets], site.calls[run.training]
+                    passed = counts[id(change.module), place, slot]
+                    if passed != expected:
+                        wrong[found.step.index] = (
+                            f"the addition at {site.location.file}:{site.location.line} ran {expected} times, but "
+                            f"{passed} times as a step once it was rewritten."
+                        )
+        for change in changes:
+            remove_step_hooks(twins[change.module])
+            restore_class(twins[change.module])
+    return wrong or _without_gradient(search, changes, learned)
+
+
+def _without_gradient(search: Search, changes: Sequence[Any], learned: Sequence[Slot]) -> dict[int, str]:
+    """The steps in functions that run again in a backward of their own, which may hand no gradient to a learned h."""
+    wrong: dict[int, str] = {}
+    slots = [s for s in learned if any(f.again for c in changes if c.module is s.module for f in c.found)]
+    for run in search.runs if slots else ():
+        if not run.training:
+            continue
+        twins = {module: twin for twin, module in run.sandbox.original.items()}
+        copies = [replace(s, parameter=run.sandbox.parameter(s.parameter)) for s in slots]
+        for change in changes:
+            change.of(twins.__getitem__, [s for s in copies if s.module is change.module]).make()
+        run.sandbox.run(run.args, run.kwargs, training=True, backward=True)
+        for change in changes:
+            for slot in copies:
+                if slot.module is change.module and slot.parameter.grad is None and change.found[slot.number].again:
+                    step = change.found[slot.number].step
+                    wrong[step.index] = (
+                        "it runs in a function with a backward of its own that runs it again, and hands no gradient to "
+                        f"{slot.name}: give that function the module's parameters(), or patch without trainable=."
+                    )
+            restore_class(twins[change.module])
+    return wrong
+
+
+def _count(counts: Counter[tuple[int, int, int]], module: int, seen: StepInputs, add: Callable[[], Any]) -> Any:
+    counts[module, seen.place, seen.slot] += 1
+    return add()

@@ -19,16 +19,19 @@ from eulernet._run.patched import (
     CALL_VIA,
     DEFER,
     DEFER_MUL,
+    DIFFERENCE,
     EPILOGUE,
     EPILOGUE_IN_PLACE,
     FUNCTION,
     MATERIALIZE,
+    PROBE,
     SCALE,
     STEP,
     STEP_IN_PLACE,
     TAKE_NORM,
 )
 from eulernet._source import (
+    TO_BE_SEEN,
     Span,
     bind,
     compiled,
@@ -60,6 +63,8 @@ def rewrite(function: FunctionType, edits: dict[Span, tuple[str, int]], free: bo
     first = function.__code__.co_firstlineno
     if free:
         receiver = _RECEIVER
+        if "__class__" in function.__code__.co_freevars:
+            _name_super(mine)
         mine.args.posonlyargs.insert(0, ast.arg(receiver)) if mine.args.posonlyargs else mine.args.args.insert(
             0, ast.arg(receiver)
         )
@@ -74,12 +79,29 @@ def rewrite(function: FunctionType, edits: dict[Span, tuple[str, int]], free: bo
             if block and call is not None:  # two statements become the second one, around what the first one adds
                 call.args = [node]  # type: ignore[list-item]
                 del block[i]
+    for span, (_, place) in edits.items():
+        if span.add_norm and not any(stands_at(sum_, span, first) for sum_ in _assigned(mine.body)):
+            _unset(_normed_name(place), mine.body)  # the addition stands in an `if`
     keys = _keep_keys(mine, edits, first)
     editor = _Editor(edits, function, receiver, keys)
-    mine.body = [editor.visit(node) for node in mine.body]
+    visited = [editor.visit(node) for node in mine.body]
+    mine.body = [s for result in visited for s in (result if isinstance(result, list) else [result])]
     code = compiled(tree, statement, ast.fix_missing_locations(copied), function)
     assert code is not None
     return bind(function, code)
+
+
+def _name_super(definition: ast.FunctionDef) -> None:
+    """`super()` means the first parameter, which is to be another one: it becomes `super(__class__, self)`."""
+    parameters = [*definition.args.posonlyargs, *definition.args.args]
+    scopes = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda
+    nested = [n for n in ast.walk(definition) if isinstance(n, scopes) and n is not definition]
+    elsewhere = {id(n) for scope in nested for n in ast.walk(scope)}
+    for node in ast.walk(definition) if parameters else ():
+        match node:
+            case ast.Call(ast.Name("super"), [], []) if id(node) not in elsewhere:
+                names = (ast.Name(name, ast.Load()) for name in ("__class__", parameters[0].arg))
+                node.args = [ast.copy_location(name, node.func) for name in names]
 
 
 def _keep_keys(definition: ast.FunctionDef, edits: dict[Span, tuple[str, int]], first: int) -> dict[int, list[int]]:
@@ -105,11 +127,21 @@ def _keep_keys(definition: ast.FunctionDef, edits: dict[Span, tuple[str, int]], 
         for node in inside[number]:
             if isinstance(node, ast.Call) and id(node) not in elsewhere and ast.dump(node.func) == ast.dump(call.func):
                 keys.setdefault(id(node), []).append(place)
-        unset = ast.Assign([ast.Name(_key_name(place), ast.Store())], ast.Constant(None))
-        line = bodies[number][0].lineno
-        unset.lineno, unset.end_lineno, unset.col_offset, unset.end_col_offset = line, line, 0, 0
-        bodies[number].insert(0, ast.fix_missing_locations(unset))
+        _unset(_key_name(place), bodies[number])
     return keys
+
+
+def _unset(name: str, body: list[ast.stmt]) -> None:
+    """The variable is None at the start of these statements, after a docstring."""
+    at = 1 if isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant) and len(body) > 1 else 0
+    unset = ast.Assign([ast.Name(name, ast.Store())], ast.Constant(None))
+    line = body[at].lineno
+    unset.lineno, unset.end_lineno, unset.col_offset, unset.end_col_offset = line, line, 0, 0
+    body.insert(at, ast.fix_missing_locations(unset))
+
+
+def _assigned(body: list[ast.stmt]) -> list[ast.BinOp]:
+    return [s.value for s in body if isinstance(s, ast.Assign) and isinstance(s.value, ast.BinOp)]
 
 
 class _Editor(ast.NodeTransformer):
@@ -119,12 +151,21 @@ class _Editor(ast.NodeTransformer):
         self.keys = keys
         self.keyed = {place for span, (_, place) in edits.items() if span.key is not None}
         self.edits = edits
+        self.skips = {span.skip: place for span, (_, place) in edits.items() if isinstance(span.skip, Span)}
         self.function = function
         self.receiver = receiver
         self.first = function.__code__.co_firstlineno
         self.around = {at: (kind, place) for span, (_, place) in edits.items() for kind, at in span.edits}
 
     def visit(self, node: ast.AST) -> Any:
+        if self.skips and isinstance(node, ast.expr) and (at := span_of(node, self.first)) in self.skips:
+            name = ast.Name(_skip_name(self.skips.pop(at)), ast.Store())  # evaluated once, where it was
+            return ast.copy_location(ast.NamedExpr(name, self.visit(node)), node)
+        whole = self._edit(node, by_difference=True)
+        new = self._changed(node)
+        return new if whole is None else self._by_difference(new, whole[0].skip, whole[1][1])
+
+    def _changed(self, node: ast.AST) -> Any:
         match node:
             case ast.Call(args=[sum_]) if (edit := self._edit(sum_)) and edit[0].epilogue:
                 return self._with_epilogue(node, sum_, edit[1][1])
@@ -137,7 +178,7 @@ class _Editor(ast.NodeTransformer):
                 kept = ast.NamedExpr(ast.Name(_key_name(place), ast.Store()), node.func)
                 node.func = ast.copy_location(kept, node.func)
         if edit is None:
-            return self._surrounding(node) if isinstance(node, ast.Call | ast.BinOp | ast.Name) else node
+            return self._surrounding(node) if isinstance(node, ast.Call | ast.BinOp | ast.Name | ast.Compare) else node
         _, (kind, index) = edit
         if kind == "via":
             assert isinstance(node, ast.Call)
@@ -159,6 +200,58 @@ class _Editor(ast.NodeTransformer):
             return ast.copy_location(ast.Assign([left], ast.copy_location(call, node)), node)
         return ast.copy_location(self._call(STEP_IN_PLACE if in_place else STEP, [left, right], index, keywords), node)
 
+    def _by_difference(self, node: Any, skip: str | Span | None, index: int) -> Any:
+        """The expression gives the sum as it did, to a method that takes the skip as well."""
+        if isinstance(node, ast.AugAssign):  # written into its target, which gets another value then
+            if not isinstance(node.target, ast.Name):
+                return node
+            sum_ = ast.copy_location(ast.Name(node.target.id, ast.Load()), node.target)
+            if skip == TO_BE_SEEN:
+                node = self._seen(node, index)
+            target = ast.copy_location(ast.Name(node.target.id, ast.Store()), node.target)
+            value = self._with_skip(sum_, skip, index)
+            return [node, ast.copy_location(ast.Assign([target], value), node)]
+        if skip == TO_BE_SEEN:
+            node = self._seen(node, index)
+        return self._with_skip(node, skip, index)
+
+    def _with_skip(self, sum_: Any, skip: str | Span | None, index: int) -> ast.expr:
+        if skip == TO_BE_SEEN:
+            return ast.copy_location(self._call(PROBE, [sum_], index, []), sum_)
+        held = ast.Name(skip if isinstance(skip, str) else _skip_name(index), ast.Load())
+        return ast.copy_location(self._call(DIFFERENCE, [sum_, held], index, []), sum_)
+
+    def _seen(self, node: Any, index: int) -> Any:
+        """An expression whose operands and arguments are shown to the probe as they are evaluated."""
+
+        def seen(part: Any) -> Any:
+            if isinstance(part, ast.Name | ast.Constant | ast.Starred | ast.GeneratorExp):
+                return part
+            span = span_of(part, self.first)
+            if isinstance(part, ast.BinOp | ast.UnaryOp | ast.Call | ast.List | ast.Tuple):
+                part = self._seen(part, index)
+            at = ast.Tuple(
+                [ast.Constant(n) for n in (span.line, span.end_line, span.column, span.end_column)], ast.Load()
+            )
+            return ast.copy_location(ast.Call(self._attribute(PROBE), [part, ast.Constant(index), at], []), part)
+
+        match node:
+            case ast.BinOp():
+                node.left, node.right = seen(node.left), seen(node.right)
+            case ast.AugAssign():
+                node.value = seen(node.value)
+            case ast.UnaryOp():
+                node.operand = seen(node.operand)
+            case ast.List() | ast.Tuple():
+                node.elts = [seen(part) for part in node.elts]
+            case ast.Call():
+                node.args = [seen(part) for part in node.args]
+                for keyword in node.keywords:
+                    keyword.value = seen(keyword.value)
+                if isinstance(node.func, ast.Attribute):
+                    node.func.value = seen(node.func.value)
+        return node
+
     def _with_epilogue(self, call: ast.Call, node: ast.AST, index: int) -> ast.expr:
         """The activation or norm is handed over with the operands of the sum."""
         left, right, _ = operands_of(node, self.function.__qualname__)
@@ -177,7 +270,7 @@ class _Editor(ast.NodeTransformer):
         assigned = ast.Assign([ast.copy_location(targets, target)], ast.copy_location(call, sum_))
         return ast.copy_location(assigned, node)
 
-    def _surrounding(self, node: ast.Call | ast.BinOp | ast.Name) -> ast.expr:
+    def _surrounding(self, node: ast.Call | ast.BinOp | ast.Name | ast.Compare) -> ast.expr:
         kind, index = self.around.get(span_of(node, self.first), (None, 0))
         match kind, node:
             case "materialize", _:
@@ -188,6 +281,10 @@ class _Editor(ast.NodeTransformer):
                 new = ast.Call(
                     self._attribute(TAKE_NORM), [func, argument, ast.Name(_normed_name(index), ast.Load())], []
                 )
+            case "forget norm", ast.Compare():
+                forgotten = ast.NamedExpr(ast.Name(_normed_name(index), ast.Store()), ast.Constant(None))
+                always = ast.Compare(forgotten, [ast.Is()], [ast.Constant(None)])
+                return ast.copy_location(ast.BoolOp(ast.And(), [node, always]), node)
             case _, ast.BinOp(left=left, right=right) | ast.Call(func=ast.Attribute(value=left), args=[right]) if kind:
                 first = ast.Constant(kind == "gamma first")
                 new = self._call(DEFER_MUL, [left, right, first], index, [])
@@ -195,10 +292,12 @@ class _Editor(ast.NodeTransformer):
                 return node
         return ast.copy_location(new, node)
 
-    def _edit(self, node: ast.AST) -> tuple[Span, tuple[str, int]] | None:
+    def _edit(self, node: ast.AST, by_difference: bool = False) -> tuple[Span, tuple[str, int]] | None:
         if isinstance(node, ast.BinOp | ast.AugAssign | ast.Call):
             for span, edit in self.edits.items():
-                if stands_at(node, span, self.first) and (edit[0] == "step" or isinstance(node, ast.Call)):
+                if (span.skip is not None) != by_difference or not stands_at(node, span, self.first):
+                    continue
+                if edit[0] == "step" or isinstance(node, ast.Call):
                     return span, edit
         return None
 
@@ -214,6 +313,10 @@ class _Editor(ast.NodeTransformer):
 
     def _attribute(self, name: str) -> ast.Attribute:
         return ast.Attribute(ast.Name(self.receiver, ast.Load()), name, ast.Load())
+
+
+def _skip_name(place: int) -> str:
+    return f"_euler_skip_{place}"
 
 
 def _key_name(place: int) -> str:

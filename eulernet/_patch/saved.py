@@ -7,7 +7,6 @@ import copy
 import functools
 import inspect
 import json
-import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -18,11 +17,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from eulernet._checks import unwrapped
+from eulernet._checks import brief, unwrapped
 from eulernet._errors import EulernetError, EulernetWarning
 from eulernet._run.factor import LearnedFactor
 from eulernet._run.learned import step_parameters
-from eulernet._run.patched import FACTORS, KEY, bound
+from eulernet._run.patched import FACTORS, KEY, bound, saved_steps
 from eulernet._step import FILE, Step, Steps, step_name
 
 _WEIGHTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".tar")
@@ -64,13 +63,22 @@ def _in_folder(folder: Path) -> Steps | None:
 
 
 def _in_file(file: Path) -> Steps | None:
-    if file.suffix == ".json":
-        return Steps.from_json(file.read_text())
-    if file.suffix == ".safetensors":
-        with file.open("rb") as stream:  # eight bytes tell how long the header is, which is JSON
-            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-        text = header.get("__metadata__", {}).get(KEY)
-        return None if text is None else Steps.from_json(text)
+    try:
+        if file.suffix == ".json":
+            return Steps.from_json(file.read_text())
+        if file.suffix == ".safetensors":
+            with file.open("rb") as stream:  # eight bytes tell how long the header is, which is JSON
+                length = min(int.from_bytes(stream.read(8), "little"), file.stat().st_size)
+                header = json.loads(stream.read(length))
+            text = header.get("__metadata__", {}).get(KEY)
+            return None if text is None else Steps.from_json(text)
+    except EulernetError:
+        raise
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise EulernetError(
+            f"h={str(file)!r} is no {file.suffix.removeprefix('.')} file that can be read ({type(error).__name__}: "
+            f"{str(error)[:200]}). Where h is known, give it: eulernet.patch(model, h=0.1)"
+        ) from error
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # the options of the script, as timm keeps them
             loaded = torch.load(file, map_location="cpu", weights_only=True)
@@ -93,13 +101,23 @@ def _in_mapping(checkpoint: Mapping[Any, Any]) -> Steps | None:
     return next((found for value in inner if (found := _in_mapping(value)) is not None), None)
 
 
+def _learned(weights: Mapping[str, Any], key: str) -> float:
+    log_h = weights.get(key)
+    if not (isinstance(log_h, torch.Tensor) and log_h.numel() == 1):
+        raise EulernetError(
+            f"the state dict says that {key} is a learned h, and holds {brief(log_h)} there. Where h is "
+            "known, give it: eulernet.patch(model, h=0.1)"
+        )
+    return float(log_h.double().exp())
+
+
 def _of_module(name: str, saved: Any, weights: Mapping[str, Any]) -> Iterator[Step]:
     """The steps of one module: each saved as its number there, and its h or the name of its parameter."""
-    for number, h in saved:
+    for number, h in saved_steps(saved):
         if h == "auto":
             continue
         if isinstance(h, str):
-            h = math.exp(float(weights[f"{name}.{h}" if name else h]))
+            h = _learned(weights, f"{name}.{h}" if name else h)
         called = step_name(name, number)
         yield Step(0, called, "", "identity", (), 1, 0, 0, h=h, module_name=name, number=number)
 
@@ -129,6 +147,11 @@ def _named_as_in(model: nn.Module, steps: Steps) -> Steps:
 # ---- writing
 
 
+def saves_itself(cls: type) -> bool:
+    """Whether the class has a method `save_pretrained`."""
+    return inspect.isfunction(getattr(cls, "save_pretrained", None))
+
+
 def with_steps(save: Callable[..., Any]) -> Callable[..., Any]:
     """The `save_pretrained` of a class (of Hugging Face, PEFT, diffusers, the Hub) that writes the steps as well."""
     signature = inspect.signature(save)
@@ -141,7 +164,7 @@ def with_steps(save: Callable[..., Any]) -> Callable[..., Any]:
             given.arguments["state_dict"] = _unshared(self, given.arguments.get("state_dict"))
         result = save(*given.args, **given.kwargs)
         if given.arguments.get("is_main_process", True) and Path(folder).is_dir():
-            _write_steps(self, Path(folder))
+            _write_steps(self, Path(folder), bool(given.arguments.get("push_to_hub")))
         return result
 
     return save_pretrained
@@ -158,7 +181,7 @@ def _unshared(model: nn.Module, weights: Any) -> Any:
     return weights
 
 
-def _write_steps(model: nn.Module, folder: Path) -> None:
+def _write_steps(model: nn.Module, folder: Path, pushed: bool) -> None:
     held = [(module, factor) for module in model.modules() for factor in module.__dict__.get(FACTORS, ())]
     if not all(f.bound_to(m).readable for m, f in held if isinstance(f, LearnedFactor)):
         warnings.warn(
@@ -169,6 +192,12 @@ def _write_steps(model: nn.Module, folder: Path) -> None:
         )
     elif held:
         Steps([step for _, step, _ in bound(model, "steps")]).save(folder)
+    if held and pushed:
+        warnings.warn(
+            f"save_pretrained(push_to_hub=True) does not push {folder / FILE}, the steps; call model.push_to_hub(REPO)",
+            EulernetWarning,
+            stacklevel=3,
+        )
 
 
 def saved_in(model: nn.Module) -> tuple[str, Steps] | None:

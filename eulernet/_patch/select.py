@@ -13,7 +13,7 @@ from torch import nn
 
 from eulernet._checks import brief, positive
 from eulernet._errors import EulernetError, EulernetWarning
-from eulernet._step import ROOT, Step, Steps
+from eulernet._step import LEFT_ALONE, ROOT, Step, Steps
 
 T = TypeVar("T")
 Pattern = str
@@ -51,23 +51,26 @@ def _names_step(pattern: str, step: Step) -> bool:
 def select(
     steps: Sequence[Step], modules: Sequence[nn.Module], include: Selector, exclude: Selector, h: Any
 ) -> list[Step]:
-    """The steps that `include` and `exclude` leave; long ones only where `include` names them.
+    """The steps that `include` and `exclude` leave; long and gated ones only where `include` names them.
 
     Without either, `Steps` as `h` restore the selection that they were made with.
     """
     if include is None and exclude is None and (named := names_given(h, steps)):
         return [s for s in steps if s.name in named]
-    chosen = [s for s in steps if s.kind != "long"] if include is None else _which(steps, modules, include, "include")
-    dropped = {s.index for s in _which(steps, modules, exclude, "exclude")} if exclude is not None else set()
+    by_default = [s for s in steps if s.kind not in LEFT_ALONE]
+    chosen = by_default if include is None else which(steps, modules, include, "include")
+    dropped = {s.index for s in which(steps, modules, exclude, "exclude")} if exclude is not None else set()
     kept = [s for s in chosen if s.index not in dropped]
     if not kept and include is None and exclude is None:
         raise EulernetError(
-            f"all that was found, {_names(steps)}, is long: the branches run through other sums. Such steps are left "
-            'alone unless include= names them: eulernet.patch(model, h, include="*")'
+            f"all that was found, {_names(steps)}, is {' or '.join(dict.fromkeys(s.kind for s in steps))}: long steps, "
+            "whose branches run through other sums, and gated updates are left alone unless include= names them: "
+            'eulernet.patch(model, h, include="*")'
         )
     if not kept:
         raise EulernetError(
-            f"include={include!r} and exclude={exclude!r} leave no step of {len(steps)}. The steps are: {_names(steps)}"
+            f"include={brief(include)} and exclude={brief(exclude)} leave no step of {len(steps)}. The steps are: "
+            f"{_names(steps)}"
         )
     return kept
 
@@ -83,7 +86,15 @@ def names_given(h: Any, steps: Sequence[Step]) -> set[str]:
     return named
 
 
-def _which(steps: Sequence[Step], modules: Sequence[nn.Module], selector: Selector, argument: str) -> list[Step]:
+def _listed(selector: Any) -> list[Any] | None:
+    try:
+        return list(selector)
+    except Exception:  # what iterates over nothing, or fails at it
+        return None
+
+
+def which(steps: Sequence[Step], modules: Sequence[nn.Module], selector: Selector, argument: str) -> list[Step]:
+    """The steps that `include` or `exclude` names."""
     if isinstance(selector, nn.Module):
         names = [s.module_name or ROOT for s, m in zip(steps, modules, strict=True) if m is selector]
         name = names[0] if names else type(selector).__name__
@@ -93,10 +104,10 @@ def _which(steps: Sequence[Step], modules: Sequence[nn.Module], selector: Select
             f"{argument}={given}"
         )
     if isinstance(selector, (str, type)) or callable(selector):
-        selectors: list[Any] = [selector]
-    elif isinstance(selector, Iterable):
-        selectors = list(selector)
+        selectors: list[Any] | None = [selector]
     else:
+        selectors = _listed(selector)
+    if selectors is None:
         raise EulernetError(
             f"{argument}={brief(selector)} is no pattern, module class, predicate on a step, or list of these; "
             f'for example {argument}="layer1" or {argument}=lambda step: step.calls == 1'
@@ -200,7 +211,7 @@ def _from_mapping(h: Mapping[Any, Any], steps: Sequence[Step]) -> list[float]:
     for pattern in h:
         if not isinstance(pattern, str):
             raise EulernetError(
-                f'h: the keys of the mapping are patterns on step names, like "layer1.*", not {pattern!r}'
+                f'h: the keys of the mapping are patterns on step names, like "layer1.*", not {brief(pattern)}'
             )
         if not any(_names_step(pattern, s) for s in steps):
             raise EulernetError(f"h: the pattern {pattern!r} matches no step. The steps are: {_names(steps)}")

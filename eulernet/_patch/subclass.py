@@ -16,7 +16,7 @@ from eulernet._checks import brief
 from eulernet._commit import Change
 from eulernet._errors import EulernetError
 from eulernet._patch.rewrite import rewrite
-from eulernet._patch.saved import with_steps
+from eulernet._patch.saved import saves_itself, with_steps
 from eulernet._run.factor import LearnedFactor
 from eulernet._run.patched import (
     FACTORS,
@@ -85,8 +85,8 @@ def _build(original: type[nn.Module], plan: Plan) -> type[nn.Module]:
         namespace["use_nested_tensor"] = property(lambda self: False, _set_in_dict("use_nested_tensor"))
     if hasattr(original, "__deepcopy__"):
         namespace["__deepcopy__"] = Patched._euler_deepcopy
-    if hasattr(original, "save_pretrained"):
-        namespace["save_pretrained"] = with_steps(original.save_pretrained)
+    if saves_itself(original):
+        namespace["save_pretrained"] = with_steps(original.save_pretrained)  # type: ignore[attr-defined]
     if not plan:  # one that is made by the class, `type(model)(config)`, is not patched
         namespace |= {FACTORS: (), STEPS: ()}
     cls: type[nn.Module] = _subclass(original, tuple(bases), namespace)

@@ -236,6 +236,16 @@ def scaled_add_(left: Any, right: Any, h: float | Tensor, skip_is_left: bool, al
     return left.mul_(h).add_(right, alpha=alpha)
 
 
+def scaled_difference(total: Any, skip: Any, h: float | Tensor) -> Any:
+    """`s + h * (y - s)` of a sum `y = s + f` that is made as it was: y itself, to the bit, where h is 1."""
+    if isinstance(h, float):
+        if h == 1.0:
+            return total
+        if total.dtype == skip.dtype and total.shape == skip.shape and total.stride() == skip.stride():
+            return torch.lerp(skip, total, h)
+    return (total + (total - skip) * (h - 1)).to(total.dtype)
+
+
 def scale(branch: Any, h: float | Tensor) -> Any:
     """The branch alone, scaled, for an augmented assignment to a slice or an attribute."""
     return branch if isinstance(h, float) and h == 1.0 else branch * h

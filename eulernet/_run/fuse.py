@@ -8,154 +8,19 @@ h = 1 the bits are the original's, so nothing is put off: a kernel rounds once w
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from functools import partial
-from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from eulernet import kernels
-from eulernet._draws import Draws
 from eulernet._errors import EulernetError
 from eulernet._run.factor import StepFactor, scaled_add, scaled_add_
+from eulernet._run.known import DIMENSIONS, Norm, activation, bare, before, gamma, held, norm
 from eulernet.functional import _factors, _mask, _promoted
 from eulernet.kernels._layout import SEVERAL, varying
-
-# Known by name, so that nothing is imported for them.
-_BEFORE = {
-    ("torch.nn.modules.linear", "Identity"): "identity",
-    ("timm.layers.drop", "DropPath"): "drop path",
-    ("timm.layers.layer_scale", "LayerScale"): "LayerScale",
-    ("timm.layers.layer_scale", "LayerScale2d"): "LayerScale",
-    ("torchvision.ops.stochastic_depth", "StochasticDepth"): "drop path",
-    ("torch.nn.modules.batchnorm", "BatchNorm1d"): "batch norm",
-    ("torch.nn.modules.batchnorm", "BatchNorm2d"): "batch norm",
-    ("torch.nn.modules.batchnorm", "BatchNorm3d"): "batch norm",
-}
-_NORMS = {
-    ("torch.nn.modules.normalization", "LayerNorm"): "layer_norm",
-    ("torch.nn.modules.normalization", "RMSNorm"): "rms_norm",
-    ("timm.layers.norm", "LayerNorm"): "layer_norm",
-    ("timm.layers.norm", "RmsNorm"): "rms_norm",
-}
-_DIMENSIONS = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-
-
-# ---- what modules do
-
-
-def before(module: Any) -> str | None:
-    """What a module does to a branch that is about to be added, None where it is nothing that a step knows."""
-    cls = type(module)
-    known = _BEFORE.get((cls.__module__, cls.__qualname__))
-    if known is not None:
-        return known
-    if _proven(cls, "LayerScale"):
-        return None if {"lambda1", "gamma"} <= module._parameters.keys() else "LayerScale"  # which of them it would be
-    return "DropPath" if _proven(cls, "DropPath") else None
-
-
-def after(module: Any) -> bool:
-    """Whether a step can do what a module does to a sum."""
-    return activation(module) is not None or norm(module) is not None
-
-
-def activation(module: Any) -> str | None:
-    """The name of an activation."""
-    if type(module) is nn.ReLU:
-        return "relu"
-    if type(module) is nn.SiLU:
-        return "silu"
-    return "gelu" if type(module) is nn.GELU and module.approximate == "none" else None
-
-
-class Norm(NamedTuple):
-    """A norm over the last dimension, as `functional.euler_step_norm` takes it."""
-
-    kind: str
-    columns: int
-    weight: Tensor | None
-    bias: Tensor | None
-    eps: float
-    written_out: bool = False  # in operations that autocast leaves alone, rounded to float32 at most
-
-    @property
-    def pays(self) -> kernels.Pays:
-        if self.written_out:
-            return kernels.WRITTEN_OUT
-        return kernels.LAYER_NORM if self.kind == "layer_norm" else kernels.RMS_NORM
-
-
-def norm(module: Any) -> Norm | None:
-    """What a module normalizes a new state with, None where it is no norm that a step knows."""
-    cls = type(module)
-    kind = _NORMS.get((cls.__module__, cls.__qualname__))
-    if kind is None:
-        if not _proven(cls, "RMSNorm"):
-            return None
-        return Norm("rms_norm", module.weight.numel(), module.weight, None, module.variance_epsilon, written_out=True)
-    # The RmsNorm of timm before 1.0.13 divides by the variance.
-    if not (cls.__module__.startswith("torch.") or _proof(cls, kind)):
-        return None
-    if len(module.normalized_shape) != 1 or getattr(module, "_fast_norm", False) or module.eps is None:
-        return None
-    return Norm(kind, module.normalized_shape[0], module.weight, getattr(module, "bias", None), module.eps)
-
-
-def _proven(cls: type, name: str) -> bool:
-    """Whether a class of this name computes what those of Hugging Face and timm do, of which models have their own."""
-    return cls.__name__.endswith(name) and issubclass(cls, nn.Module) and _proof(cls, name)
-
-
-def _proof(cls: type[nn.Module], what: str) -> bool:
-    """Whether the forward of a class computes this, found once."""
-    if cls not in _proofs:
-        _proofs[cls] = _computes(cls, what)
-    return _proofs[cls]
-
-
-_proofs: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
-
-
-def _computes(cls: type[nn.Module], what: str) -> bool:
-    """The proof: its forward, called once with a stand-in for the module that has no more than what is known."""
-    x = torch.linspace(-2, 2, 64, device="cpu", dtype=torch.float32).view(16, 4)
-    gamma, keep, eps = x[5], 0.75, 1e-3
-    scales = {"lambda1": gamma, "gamma": gamma, "inplace": False}
-    module: Any = SimpleNamespace(**scales, drop_prob=1 - keep, training=True, weight=gamma, variance_epsilon=eps)
-    if what in _NORMS.values():
-        module = SimpleNamespace(normalized_shape=(4,), weight=gamma, bias=gamma, eps=eps, _fast_norm=False)
-    expected: dict[str, Callable[[], Tensor]] = {
-        "LayerScale": lambda: x * gamma,
-        "DropPath": lambda: x.div(keep) * torch.rand(16, 1, device="cpu").add_(keep).floor_(),
-        "RMSNorm": lambda: F.rms_norm(x, (4,), gamma, eps),
-        "rms_norm": lambda: F.rms_norm(x, (4,), gamma, eps),
-        "layer_norm": lambda: F.layer_norm(x, (4,), gamma, gamma, eps),
-    }
-    draws = Draws()
-    with draws, torch.no_grad(), torch.autocast("cpu", enabled=False):
-        try:
-            result = cls.forward(module, x)
-        except Exception:
-            return False
-        draws.seed(0)
-        same = isinstance(result, Tensor) and result.shape == x.shape
-        return same and torch.allclose(result, expected[what](), atol=1e-6)
-
-
-def _bare(module: nn.Module) -> bool:
-    """Whether calling the module runs its class's forward and nothing else."""
-    state = module.__dict__
-    before, after, backward_pre, backward = [state[name] for name in _HOOKS]
-    hooked = before or after or backward_pre or backward or _has_any_global_hook()  # type: ignore[no-untyped-call]
-    return not hooked and "forward" not in state
-
 
 # ---- before the addition
 
@@ -176,18 +41,17 @@ class DeferredBranch:
 
     def take(self, module: Any, role: str | None) -> bool:
         """Put off one more module, which does this to a branch, if it can be part of the step."""
-        if role is None or self.mask is not None or not _bare(module):
+        if role is None or (self.mask is not None and role != "LayerScale") or not bare(module):
             return False
         if role == "batch norm":
             return self._take_norm(module)
         if role == "LayerScale":
-            gamma = module.lambda1 if hasattr(module, "lambda1") else module.gamma
-            return self.multiply(gamma.view(1, -1, 1, 1) if type(module).__name__ == "LayerScale2d" else gamma, module)
+            return self.multiply(gamma(module), module)
         return role == "identity" or self._take_drop_path(module, role)
 
     def multiply(self, gamma: Tensor, call: Callable[[Any], Any]) -> bool:
         """Put off the multiplication with gamma, which `call` does."""
-        if self.scale is not None or self.mask is not None or self.norm is not None or not kernels.plain(gamma):
+        if self.scale is not None or self.norm is not None or not kernels.plain(gamma):
             return False
         if varying(gamma, self.branch.shape) == SEVERAL:
             return False
@@ -196,9 +60,15 @@ class DeferredBranch:
         return True
 
     def _take_norm(self, module: Any) -> bool:
-        if self.calls or module.training or self.branch.dim() not in _DIMENSIONS[type(module)]:
+        dimensions = DIMENSIONS.get(type(module), (4,))
+        if (
+            self.calls
+            or module.training
+            or self.branch.dim() not in dimensions
+            or not all([bare(each) for each in module._modules.values()])
+        ):
             return False
-        small = (module.running_mean, module.running_var, module.weight, module.bias)
+        small = tuple([held(module, name) for name in ("running_mean", "running_var", "weight", "bias")])
         if small[0] is None:
             return False
         if torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in (self.branch, *small)]):
@@ -326,12 +196,22 @@ def step(
 
 
 class PrecomputedNorm:
-    """The norm of a state, computed together with it."""
+    """The norm of a state, or its activation, computed together with it."""
 
     def __init__(self, module: nn.Module, state: Tensor, normed: Tensor) -> None:
         self.module = module
         self.state: Tensor | None = state
         self.normed: Tensor | None = normed
+
+    def of(self, state: Any) -> Tensor | None:
+        """That of a state, if it is that state or holds its rows in another shape."""
+        mine, normed = self.state, self.normed
+        if mine is state or mine is None or normed is None:
+            return normed
+        if type(state) is not type(mine) or not (state.is_contiguous() and mine.is_contiguous()):
+            return None
+        rows = state.shape[-1:] == mine.shape[-1:] and state.numel() == mine.numel() and normed.is_contiguous()
+        return normed.view(state.shape) if rows and state.data_ptr() == mine.data_ptr() else None
 
 
 def add_norm(
@@ -342,16 +222,17 @@ def add_norm(
     if kernels.possible(skip):
         module: Any = getattr(owner, name, None)
         both = _fused(module, skip, branch, h, skip_is_left, alpha, in_place=False)
-        if both is not None:
-            return both[0], PrecomputedNorm(module, *both)
+        if both is not None:  # of an activation only its result, which nobody reads before it is asked for
+            return both[0], PrecomputedNorm(module, both[0], both[-1])
     return step(None, left, right, h, skip_is_left, alpha), None
 
 
 def take_norm(module: Any, state: Any, known: PrecomputedNorm | None) -> Any:
     """`module(state)`, which may be known already: since the addition nothing was called."""
-    if known is not None and known.state is state and known.module is module:
-        result, known.state, known.normed = known.normed, None, None  # it is not kept longer than the original's
-        if _bare(module):
+    if known is not None and known.module is module:
+        result = known.of(state)
+        known.state, known.normed = None, None  # it is not kept longer than the original's
+        if result is not None and (result is state or bare(module)):
             return result
     return module(state)
 
@@ -367,7 +248,7 @@ def _fused(
         scale, mask, number, batch_norm = waiting.scale, waiting.mask, waiting.number, waiting.norm
     name = None if then is None else activation(then)
     after_norm = None if then is None or name is not None else norm(then)
-    if then is not None and ((name is None and after_norm is None) or not _bare(then)):
+    if then is not None and ((name is None and after_norm is None) or not bare(then)):
         return None
     pays = kernels.ACTIVATION if name is not None else None  # without, one kernel of ATen's does the same
     if batch_norm is not None:

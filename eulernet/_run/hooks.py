@@ -10,6 +10,7 @@ from eulernet._run.patched import (
     ADD_NORM,
     DEFER,
     DEFER_MUL,
+    DIFFERENCE,
     EPILOGUE,
     EPILOGUE_IN_PLACE,
     OBSERVED,
@@ -63,10 +64,17 @@ def add_step_hook(module: Any, hook: StepHook) -> None:
     def scale(branch: Any, place: int, key: Any = None) -> Any:
         return see(place, key, None, branch, 1, lambda: getattr(cls, SCALE)(here(), branch, place, key))
 
+    def difference(total: Any, skip: Any, place: int, key: Any = None) -> Any:
+        def add() -> Any:
+            return getattr(cls, DIFFERENCE)(here(), total, skip, place, key)
+
+        return see(place, key, skip, total - skip, 1, add)
+
     def before_epilogue(step: Callable[..., Any]) -> Callable[..., Any]:
         return lambda then, left, right, place, key=None: then(step(left, right, place, key=key))
 
     steps = {name: around(getattr(cls, name)) for name in (STEP, STEP_IN_PLACE)}
+    module.__dict__[DIFFERENCE] = difference
     module.__dict__.update({**steps, SCALE: scale, DEFER: lambda before, branch, place, key=None: before(branch)})
     module.__dict__[DEFER_MUL] = lambda left, right, gamma_first, place, key=None: left * right
     module.__dict__[ADD_NORM] = lambda norm, left, right, place, key=None: (

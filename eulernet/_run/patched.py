@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copyreg
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
@@ -13,11 +14,11 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from eulernet._checks import check_module, unwrapped
+from eulernet._checks import brief, check_module, unwrapped
 from eulernet._commit import put_back
 from eulernet._errors import EulernetError, EulernetWarning
 from eulernet._run import fuse
-from eulernet._run.factor import LearnedFactor, StepFactor, scale, scaled_add, scaled_add_
+from eulernet._run.factor import LearnedFactor, StepFactor, scale, scaled_add, scaled_add_, scaled_difference
 from eulernet._source import Targets, behind
 from eulernet._step import Step, step_name
 
@@ -29,8 +30,10 @@ ADD_NORM, TAKE_NORM = "_euler_add_norm", "_euler_take_norm"
 DEFER, DEFER_MUL, MATERIALIZE = "_euler_defer", "_euler_defer_mul", "_euler_materialize"
 FUNCTION = "_euler_function_"  # with a number: a free function that the addition stands in
 CALL_VIA = "_euler_via"  # with a callee and a number: a function that no name leads to
+DIFFERENCE = "_euler_difference"  # with a sum and its skip
+PROBE = "_euler_probe"  # with a value, and where it stands: not in a class, but for a moment in a copy's __dict__
 # Those that a hook on the steps hides, by entries of the module's __dict__ with their names.
-OBSERVED = (STEP, STEP_IN_PLACE, SCALE, EPILOGUE, EPILOGUE_IN_PLACE, ADD_NORM, DEFER, DEFER_MUL)
+OBSERVED = (STEP, STEP_IN_PLACE, SCALE, EPILOGUE, EPILOGUE_IN_PLACE, ADD_NORM, DEFER, DEFER_MUL, DIFFERENCE)
 # The entries of a patched module's __dict__: the factors of its steps, and the steps. Where one addition in a loop is
 # a step for each module that makes its branch (a key), these modules too; each of them holds which step it is where.
 FACTORS, STEPS, KEYS = "_euler", "_euler_steps", "_euler_keys"
@@ -116,6 +119,9 @@ class Patched:
     def _euler_defer_mul(self, left: Any, right: Any, gamma_first: bool, place: int, key: Any = None) -> Any:
         return fuse.defer_mul(left, right, gamma_first, self._euler_factor(place, key))
 
+    def _euler_difference(self, total: Any, skip: Any, place: int, key: Any = None) -> Any:
+        return scaled_difference(total, skip, self._euler_factor(place, key).current(self))
+
     def _euler_via(self, callee: Any, number: int) -> Any:
         """What is called here, whatever expression led to it, with its addition made a step."""
         function, before, keywords = behind(callee)
@@ -149,7 +155,12 @@ class Patched:
     def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)  # type: ignore[misc]
         factors = self.__dict__.get(FACTORS, ())  # which one that is being copied has not got yet
-        before, now = [h for _, h in local_metadata.get(KEY, ())], [factor.saved for factor in factors]
+        try:
+            before = [h for _, h in saved_steps(local_metadata.get(KEY, ()))]
+        except EulernetError as error:  # torch raises it once all modules have their weights
+            args[-1].append(str(error))
+            return
+        now = [factor.saved for factor in factors]
         scheduled = any(getattr(factor, "scheduled", False) for factor in factors)  # its state is loaded as well
         if any(isinstance(h, float) for h in before) and now and before != now and not scheduled:
             shown = [", ".join(f"{h:g}" if isinstance(h, float) else str(h) for h in hs) for hs in (before, now)]
@@ -160,7 +171,7 @@ class Patched:
                     EulernetWarning,
                     stacklevel=2,
                 )
-            except EulernetWarning as error:  # torch raises it once all modules have their weights
+            except EulernetWarning as error:  # likewise
                 args[-1].append(str(error))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -190,11 +201,11 @@ class Patched:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[misc]
-        held = [self.__dict__.get(name) for name in (FACTORS, STEPS)]
+        held = [getattr(self, name, None) for name in (FACTORS, STEPS)]
         number = len({slot for _, slot, *_ in self._euler_plan})
         if any(slot is None for _, slot, *_ in self._euler_plan) and isinstance(held[1], list):
             number = len(held[1])  # the keys, which say which step is whose, may not be filled yet
-        if not all(isinstance(values, list) and len(values) == number for values in held):
+        if not all(isinstance(values, list | tuple) and len(values) == number for values in held):
             raise EulernetError(
                 f"the pickle of {type(self).__name__} has a plan for {number} steps, and not as many step factors. "
                 "Build the model anew, load its state_dict, and patch it with h=Steps.from_json(...)"
@@ -273,6 +284,23 @@ class Become:
             key.__dict__.pop(SLOTS, None)
         for name in (FACTORS, STEPS, KEYS) if self.factors is None else () if self.keys else (KEYS,):
             held.pop(name, None)
+
+
+def saved_steps(entry: Any) -> Sequence[tuple[int | None, float | str]]:
+    """What the metadata of a state dict holds of a module: of each step its number there, and its h or parameter."""
+
+    def fits(one: Any) -> bool:
+        if not (isinstance(one, list | tuple) and len(one) == 2):
+            return False
+        number, h = one
+        return type(number) in (int, type(None)) and (isinstance(h, str) or (type(h) is float and 0 < h < math.inf))
+
+    if not (isinstance(entry, list | tuple) and all(map(fits, entry))):
+        raise EulernetError(
+            f"the metadata of the state dict holds no steps of eulernet, but {brief(entry)}. Load weights without it, "
+            "model.load_state_dict(dict(state_dict)), and where h is known, give it: eulernet.set_h(model, 0.1)"
+        )
+    return entry
 
 
 def learned_names(module: nn.Module) -> list[str]:

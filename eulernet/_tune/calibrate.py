@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from eulernet._checks import positive
+from eulernet._checks import brief, positive
 from eulernet._errors import EulernetError, EulernetWarning
 from eulernet._step import Step
 from eulernet._tune.meter import LossFn, StepMeter, growth
@@ -84,15 +84,15 @@ def calibrate(
         >>> eulernet.set_h(eulernet.patch(model, example_inputs=batch), h) is model
         True
     """
-    if quantity not in _WORDS:
-        raise EulernetError(f'quantity={quantity!r} is neither "gradient" nor "noise"')
+    if not (isinstance(quantity, str) and quantity in _WORDS):
+        raise EulernetError(f'quantity={brief(quantity)} is neither "gradient" nor "noise"')
     target = positive(target, "target", "target=2.0")
     tolerance = positive(tolerance, "tolerance", "tolerance=0.01")
     noise = positive(noise, "noise", "noise=0.01")
     bounds = _in_order(bounds)
     if rule is not None and not callable(rule):
         raise EulernetError(
-            f"rule={rule!r} is no function of a step; for example rule=eulernet.schedules.inverse_sqrt()"
+            f"rule={brief(rule)} is no function of a step; for example rule=eulernet.schedules.inverse_sqrt()"
         )
     meter = StepMeter(model, batch, loss_fn, seed, "calibrate")
     found = solve_for_h(meter, target, quantity, rule=rule, bounds=bounds, tolerance=tolerance, noise=noise)
@@ -192,5 +192,7 @@ def _in_order(bounds: Any) -> tuple[float, float]:
     except (TypeError, ValueError):
         low = high = math.nan
     if not low < high:
-        raise EulernetError(f"bounds={bounds!r} are no two positive numbers in order; for example bounds=(0.001, 1.0)")
+        raise EulernetError(
+            f"bounds={brief(bounds)} are no two positive numbers in order; for example bounds=(0.001, 1.0)"
+        )
     return low, high

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eulernet._checks import positive, whole_number
+from eulernet._checks import brief, positive, whole_number
 from eulernet._errors import EulernetError
 from eulernet._find.apart import without_global_hooks
 from eulernet._find.inputs import as_arguments
@@ -218,10 +218,10 @@ def _checked(build: Any, depths: Any, batch: Any, loss_fn: Any, optimizer: Any) 
         if given and (not callable(value) or (name == "build" and isinstance(value, nn.Module))):
             raise EulernetError(f"depth_check: {name} is no function, but {type(value).__name__}: {call}")
     if isinstance(depths, str | int) or not isinstance(depths, Iterable):
-        raise EulernetError(f"depths must be two whole numbers or more, not {depths!r}: {call}")
+        raise EulernetError(f"depths must be two whole numbers or more, not {brief(depths)}: {call}")
     found = sorted({whole_number(depth, "a depth", "depths=[4, 8, 16]", least=1) for depth in depths})
     if len(found) < 2:
-        raise EulernetError(f"depths must be two whole numbers or more, not {depths!r}: {call}")
+        raise EulernetError(f"depths must be two whole numbers or more, not {brief(depths)}: {call}")
     if not (isinstance(batch, tuple | list) and len(batch) == 2):
         raise EulernetError(f"depth_check: the batch is a pair, inputs and targets: {call}")
     return found

@@ -140,7 +140,7 @@ def suggest_h(model_or_depth: nn.Module | int, *, example_inputs: Any = None, ga
         notes = [*([twice[0].upper() + twice[1:] + "."] if twice else []), *_notes_of_model(model, steps)]
     else:
         what = "suggest_h takes a model or the number of its residual steps, which"
-        depth = whole_number(model_or_depth, what, "eulernet.suggest_h(54)", least=1)
+        depth = whole_number(model_or_depth, what, "eulernet.suggest_h(54)", least=1, most=10**6)
         stream = [Step(i, str(i), "", "identity", (), 1, 0, depth, position=i + 1) for i in range(depth)]
         streams = {f"D = {depth}": stream}
         notes = ["Whether the branches are zero at initialisation cannot be told from a depth: pass the model."]

@@ -13,7 +13,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from eulernet._checks import check_module, unwrapped, whole_number
+from eulernet._checks import brief, check_module, unwrapped, whole_number
 from eulernet._errors import EulernetError
 from eulernet._patch.patch import is_patched
 from eulernet._patch.select import matches
@@ -209,10 +209,12 @@ def _groups(model: nn.Module, layers: str | Iterable[str] | None) -> dict[str, l
         for steps in by_module(model).values():
             chosen |= {_nearest(step.module_name or ROOT, named): None for step in steps}
     if layers is not None and not isinstance(layers, Iterable):
-        raise EulernetError(f"layers={layers!r} is no pattern on names, nor several; for example layers='layer1.*'")
+        raise EulernetError(
+            f"layers={brief(layers)} is no pattern on names, nor several; for example layers='layer1.*'"
+        )
     for pattern in [layers] if isinstance(layers, str) else layers or ():
         if not isinstance(pattern, str):
-            raise EulernetError(f"layers: {pattern!r} is no pattern on names; for example layers='layer1.*'")
+            raise EulernetError(f"layers: {brief(pattern)} is no pattern on names; for example layers='layer1.*'")
         found = [name for name in named if name.count(".") == pattern.count(".") and matches(pattern, name)]
         if not found:
             raise EulernetError(

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from eulernet._checks import brief
 from eulernet._errors import EulernetError, EulernetWarning
 
 __all__ = ["mode"]
@@ -40,6 +41,7 @@ LEAST = 1 << 20  # bytes: nothing pays below
 Mode = Literal["auto", "torch", "triton"]
 _KEY = "eulernet.kernels.mode"
 _STRIDED = torch.strided
+_has_storage = torch._C._has_storage
 _TENSORS = (Tensor, nn.Parameter)
 
 
@@ -67,8 +69,8 @@ class mode:
     """
 
     def __init__(self, name: Mode) -> None:
-        if name not in get_args(Mode):
-            raise EulernetError(f"mode({name!r}) is not known; use one of {', '.join(map(repr, get_args(Mode)))}")
+        if not (isinstance(name, str) and name in get_args(Mode)):
+            raise EulernetError(f"mode({brief(name)}) is not known; use one of {', '.join(map(repr, get_args(Mode)))}")
         if name == "triton" and not _triton():
             raise EulernetError('Triton is not installed: pip install triton, or leave eulernet.kernels.mode("auto")')
         self._before = current()
@@ -205,4 +207,4 @@ def plain(tensor: Any) -> bool:
     One that `torch.func` or `is_grads_batched` made looks like any other, but has no memory.
     """
     known = type(tensor) in _TENSORS and tensor.layout is _STRIDED and not (tensor.is_nested or tensor.is_neg())
-    return known and torch._C._has_storage(tensor)
+    return known and _has_storage(tensor)

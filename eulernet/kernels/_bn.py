@@ -27,14 +27,14 @@ def step_bn(
     activation: str | None,
 ) -> Tensor | None:
     """The step; None where the kernel does not take these operands."""
-    small = (mean, var, weight, bias)
+    small, device = (mean, var, weight, bias), skip.device
     for t in small:
-        if t is not None and not (plain(t) and t.device == skip.device):
+        if t is not None and not (plain(t) and t.device == device):
             return None
     if torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in (skip, branch, *small)]):
         return None
     key = (
-        skip.shape, skip.stride(), branch.shape, branch.stride(), skip.dtype, branch.dtype, skip.device, branch.device,
+        skip.shape, skip.stride(), branch.shape, branch.stride(), skip.dtype, branch.dtype, device, branch.device,
         eps, activation, *map(described, small),
     )  # fmt: skip
     try:

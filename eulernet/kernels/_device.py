@@ -171,12 +171,12 @@ def step_backward(
 def norm_forward(
     skip, branch, scale, mask, weight, bias, stream, normed, mean, rstd, alpha, M, C, R,
     skip_outer, skip_middle, branch_outer, branch_middle, normed_outer, normed_middle,
-    SCALE: tl.constexpr, MASK: tl.constexpr, EPS: tl.constexpr, SPLIT: tl.constexpr, T: tl.constexpr,
-    BR: tl.constexpr, BC: tl.constexpr,
+    SCALE: tl.constexpr, MASK: tl.constexpr, EPS: tl.constexpr, CENTRED: tl.constexpr, SPLIT: tl.constexpr,
+    T: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """stream = skip + alpha * scale * mask * branch, and its norm over the columns, which fit into one tile.
 
-    Without `mean` the norm is that of the root mean square.
+    What was subtracted (CENTRED) and divided is kept if it is asked for (not None).
     """
     row, outer, middle, rows = _rows(tl.program_id(0), M, R, SPLIT, BR)
     column, columns = _columns(0, C, BC)
@@ -189,12 +189,14 @@ def norm_forward(
     _store(stream + here, z, inside)
     if stream.dtype.element_ty != tl.float64:  # the norm sees the state as it is kept
         z = z.to(stream.dtype.element_ty).to(tl.float32)
-    if mean is not None:
+    if CENTRED:
         average = tl.sum(z, 1) / C
-        tl.store(mean + row, average, mask=rows)
+        if mean is not None:
+            tl.store(mean + row, average, mask=rows)
         z = tl.where(inside, z - average[:, None], 0)
     r = 1 / tl.sqrt(tl.sum(z * z, 1) / C + EPS)
-    tl.store(rstd + row, r, mask=rows)
+    if rstd is not None:
+        tl.store(rstd + row, r, mask=rows)
     y = z * r[:, None]
     if weight is not None:
         y = y * _small(weight, 2, outer, middle, column, rows, columns, T)

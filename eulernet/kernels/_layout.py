@@ -136,6 +136,11 @@ def walk(skip: Tensor, branch: Tensor, *small: Tensor | None) -> Layout | None:
     return layout(shape, (skip.stride(), branch.stride()), tuple([varying(t, shape) for t in small]))
 
 
+def alike(way: Layout, skip: Tensor, dtype: torch.dtype) -> bool:
+    """Whether `torch.empty_like`, which takes less time, makes room for the result: it is laid out as skip is."""
+    return skip.dtype == dtype and skip.stride() == way.strides and skip.numel() == span(skip) // skip.element_size()
+
+
 def room(way: Layout, like: Tensor, dtype: torch.dtype) -> Tensor:
     """Room for the result of a walk."""
     return like.new_empty_strided(way.shape, way.strides, dtype=dtype)

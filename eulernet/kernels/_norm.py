@@ -17,6 +17,7 @@ from eulernet.kernels._layout import (
     Layout,
     Strides,
     again,
+    alike,
     cdiv,
     dense,
     described,
@@ -49,9 +50,13 @@ class Plan:
         self.eps, self.centred, self.dtype, self.normed_dtype = eps, centred, dtype, normed_dtype
         self.wide = torch.promote_types(dtype, torch.float32)
         block = _block(way)
-        tail = (*sizes(way), *way.axes[1:], eps, way.outer > 1, computed_in(dtype), *block)
+        tail = (*sizes(way), *way.axes[1:], eps, centred, way.outer > 1, computed_in(dtype), *block)
         each = warps(block, dtype.itemsize) if mixed else min(32, max(4, block[0] * block[1] // (32 * FORWARD)))
-        self.forward = Launch(_device.norm_forward, cdiv(way.rows, block[0]), device, tail, each)
+        programs = cdiv(way.rows, block[0])
+        # Without and with what a backward needs.
+        self.forward = Launch(_device.norm_forward, programs, device, tail, each)
+        self.forward_kept = Launch(_device.norm_forward, programs, device, tail, each)
+        self.alike = False
         self.backwards: dict[Any, Backward] = {}
 
     def backward(self, branch: Tensor | None, wants: tuple[bool, ...]) -> Backward:
@@ -113,7 +118,7 @@ def step_norm(
         if torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in learned]):
             both: tuple[Tensor, Tensor] = apply(_StepNorm, *learned, mask, float(h), plan)
             return both
-        return _forward(skip, branch, scale, mask, weight, bias, float(h), plan)[:2]
+        return _forward(skip, branch, scale, mask, weight, bias, float(h), plan, kept=False)[:2]
     except Unavailable:
         return None
 
@@ -130,10 +135,11 @@ def _plan(
     dtype: torch.dtype,
     autocast: bool,
 ) -> Plan | None:
-    if skip.shape != branch.shape:
+    shape = skip.shape
+    if shape != branch.shape:
         return None
     key = (
-        skip.shape, skip.stride(), branch.stride(), skip.dtype, branch.dtype, skip.device, branch.device, dtype,
+        shape, skip.stride(), branch.stride(), skip.dtype, branch.dtype, skip.device, branch.device, dtype,
         eps, kind, autocast, described(scale), described(mask), described(weight), described(bias),
     )  # fmt: skip
     try:
@@ -185,7 +191,9 @@ def _new_plan(
     if way is None or way.axes[0] not in (INNER, SINGLE) or way.inner != columns:
         return None
     mixed = len({skip.dtype, branch.dtype, normed_dtype}) > 1
-    return Plan(way, normed, skip.device, eps, kind == "layer_norm", dtype, normed_dtype, mixed)
+    plan = Plan(way, normed, skip.device, eps, kind == "layer_norm", dtype, normed_dtype, mixed)
+    plan.alike = alike(way, skip, dtype) and normed_dtype == dtype and normed == way.strides
+    return plan
 
 
 def widened(kind: str, device: torch.device) -> bool:
@@ -211,15 +219,19 @@ def _forward(
     bias: Tensor | None,
     h: float,
     plan: Plan,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """The state, its norm, and what the norm divided and subtracted."""
+    kept: bool = True,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The state, its norm, and where it is to be kept what the norm subtracted and divided by."""
     way = plan.way
-    state = room(way, skip, plan.dtype)
-    normed = skip.new_empty_strided(way.shape, plan.normed, dtype=plan.normed_dtype)
-    rstd = skip.new_empty(plan.rows, dtype=plan.wide)
-    mean = skip.new_empty(plan.rows, dtype=plan.wide) if plan.centred else None
+    if plan.alike:
+        state, normed = torch.empty_like(skip), torch.empty_like(skip)
+    else:
+        state = room(way, skip, plan.dtype)
+        normed = skip.new_empty_strided(way.shape, plan.normed, dtype=plan.normed_dtype)
+    rstd = skip.new_empty(plan.rows, dtype=plan.wide) if kept else None
+    mean = skip.new_empty(plan.rows, dtype=plan.wide) if kept and plan.centred else None
     small = (dense(scale), dense(mask), dense(weight), dense(bias))
-    plan.forward((skip, branch, *small, state, normed, mean, rstd), h)
+    (plan.forward_kept if kept else plan.forward)((skip, branch, *small, state, normed, mean, rstd), h)
     return state, normed, mean, rstd
 
 

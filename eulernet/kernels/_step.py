@@ -17,6 +17,7 @@ from eulernet.kernels._layout import (
     SINGLE,
     Layout,
     again,
+    alike,
     apart,
     cdiv,
     dense,
@@ -47,7 +48,12 @@ class Plan:
         self.warps = warps(way.block, dtype.itemsize) if mixed else 4
         self.smooth = activation in ("silu", "gelu")  # its derivative needs the state before it
         self.forward, self.forward_kept = self._forward(), self._forward()  # without and with that state
+        self.alike = False
         self.backwards: dict[Any, Backward] = {}
+
+    def room(self, skip: Tensor) -> Tensor:
+        """Room for the result."""
+        return torch.empty_like(skip) if self.alike else room(self.way, skip, self.dtype)
 
     def _forward(self) -> Launch:
         tail = (*sizes(self.way), *self.constants(self.way))
@@ -116,7 +122,7 @@ def step(
     )
     try:
         if not differentiable:
-            result = room(plan.way, skip, dtype) if out is None else out
+            result = plan.room(skip) if out is None else out
             plan.forward((skip, branch, dense(scale), dense(mask), None, result), h)
             if out is not None and not out.is_inference():
                 torch.autograd.graph.increment_version(out)
@@ -135,10 +141,11 @@ def step(
 def _plan(
     skip: Tensor, branch: Tensor, scale: Tensor | None, mask: Tensor | None, activation: str | None, dtype: torch.dtype
 ) -> Plan | None:
-    if skip.shape != branch.shape:
+    shape = skip.shape
+    if shape != branch.shape:
         return None
     key = (
-        skip.shape, skip.stride(), branch.stride(), skip.dtype, branch.dtype, skip.device, branch.device, dtype,
+        shape, skip.stride(), branch.stride(), skip.dtype, branch.dtype, skip.device, branch.device, dtype,
         activation, scale is not None and described(scale), mask is not None and described(mask),
     )  # fmt: skip
     try:
@@ -150,6 +157,7 @@ def _plan(
     plan = None
     if way is not None and dtypes <= FLOATS:
         plan = Plan(way, skip.device, activation, dtype, skip.dtype != branch.dtype)
+        plan.alike = alike(way, skip, dtype)
     if len(_plans) >= MOST_PLANS:
         _plans.clear()
     _plans[key] = plan
@@ -191,11 +199,11 @@ class _Step(torch.autograd.Function):
         """The result; where the derivative of the activation is smooth also the state before it, which is kept."""
         ctx.set_materialize_grads(False)
         if into is None:
-            out = room(plan.way, skip, plan.dtype)
+            out = plan.room(skip)
         else:
             out = branch if into else skip
             ctx.mark_dirty(out)
-        state = room(plan.way, skip, plan.dtype) if plan.smooth else None
+        state = plan.room(skip) if plan.smooth else None
         launch = plan.forward_kept if plan.smooth else plan.forward
         launch((skip, branch, dense(scale), dense(mask), state, out), h)
         wants = ctx.needs_input_grad[:3]

@@ -1,14 +1,16 @@
 """Beyond the paper: recurrent cells that go h of the way, on the adding problem; `eulernet.nn.Recurrent`.
 
-The paper's first future work. The adding problem (Hochreiter and Schmidhuber 1997) is the standard test of long memory: of
-a sequence of uniform numbers two are marked, one in each half, and their sum is asked for at the end. The error is the
-mean squared one, divided by the variance of the sum, 1/6: guessing the mean has 1.
+The paper's first future work. The adding problem (Hochreiter and Schmidhuber 1997) is the standard test of long memory:
+of a sequence of uniform numbers two are marked, one in each half, and their sum is asked for at the end. The error is
+the mean squared one, divided by the variance of the sum, 1/6: guessing the mean has 1.
 
-Written before any of it was run: each arm is judged at the learning rate with its smallest median validation error,
-on test sequences that took no part in that choice, paired by seed. A training fails when its error is not finite or above
-0.95. The sceptic's controls have h = 1: its own best rate; and a start at which the cell moves as slowly as with h = 0.1
-(GRU: the bias of the update gate, Tallec and Ollivier, arXiv:1804.11188; tanh cell: U -> (1 - h) I + h U, W -> h W, which
-is what the cell with h = 0.1 is where tanh is linear). A pilot of 300 iterations, on other seeds, set the sizes.
+Written before any of it was run: each arm is judged at the learning rate with its smallest median validation error, on
+test sequences that took no part in that choice, paired by seed. A training fails when its error is not finite or above
+0.95. An arm of which half failed is at chance, as in all studies; this study's code had left that rule out, and it was
+put in when the results were there (two rows of the tanh cell lost a "supported"). The sceptic's controls have h = 1: its
+own best rate; and a start at which the cell moves as slowly as with h = 0.1 (GRU: the bias of the update gate, Tallec and Ollivier,
+arXiv:1804.11188; tanh cell: U -> (1 - h) I + h U and W -> h W, which is what the cell with h = 0.1 is where tanh is
+linear). A pilot of 300 iterations, on other seeds, set the sizes.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -29,14 +31,14 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from eulernet.nn import Recurrent
-from reproductions.evidence.claims import NOT_RUN, Results, Row, judge, judge_failures
+from reproductions.evidence.claims import AT_CHANCE, NOT_RUN, Results, Row, judge, judge_failures
 from reproductions.evidence.statistics import Estimate
 from reproductions.evidence.style import BLUE, GREEN, GREY, ORANGE, VERMILLION, finish
 from reproductions.records import Record, environment
 
 TITLE = "Beyond the paper: recurrent cells that go h of the way"
 CELLS = {"tanh": "tanh cell", "gru": "GRU"}
-LEARNING_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+LEARNING_RATES = (3e-3, 1e-2, 3e-2)
 SLOW = 0.1  # the h that the controls start like
 FAILED = 0.95
 VARIANCE = 1 / 6
@@ -61,21 +63,28 @@ class Protocol:
     length: int = 100
     hidden: int = 32
     batch_size: int = 32
-    iterations: int = 1500
+    iterations: int = 600
     clip: float = 1.0
     sequences: int = 1000  # for validation, and as many for the test
 
 
 PROTOCOLS = {"smoke": Protocol(length=10, hidden=8, iterations=3, sequences=20), "cpu": Protocol()}
-ARMS = tuple(Arm(cell, *how) for cell, how in product(CELLS, ((1.0,), (0.1,), (0.01,), (1.0, True))))
+ARMS = tuple(
+    Arm(cell, h, slow) for cell in CELLS for h, slow in ((1.0, False), (0.1, False), (0.01, False), (1.0, True))
+)
 LOOKS = dict(
     zip((str(arm) for arm in ARMS[:4]), ((VERMILLION, "o"), (BLUE, "s"), (GREEN, "D"), (ORANGE, "^")), strict=True)
 )
 
 
-# ---- the networks, many of one cell and one h at once
+# ---- the networks, those of one arm at once
 class Cells(nn.Module):
-    """Cells of torch side by side: `nn.RNNCell` or `nn.GRUCell`, with inputs and states of shape (cells, batch, width)."""
+    """Cells of torch side by side, `nn.RNNCell` or `nn.GRUCell`; inputs and states are (cells, batch, width)."""
+
+    weight_ih: nn.Parameter
+    weight_hh: nn.Parameter
+    bias_ih: nn.Parameter
+    bias_hh: nn.Parameter
 
     def __init__(self, cells: Sequence[nn.RNNCell | nn.GRUCell]) -> None:
         super().__init__()
@@ -100,11 +109,10 @@ class Cells(nn.Module):
 class Adders(nn.Module):
     """What reads sequences of shape (time, networks, batch, 2) and gives a number each, (networks, batch)."""
 
-    def __init__(self, arms: Sequence[Arm], hidden: int, seeds: Sequence[int]) -> None:
+    def __init__(self, arm: Arm, hidden: int, seeds: Sequence[int]) -> None:
         super().__init__()
-        made = [start(arm, hidden, seed) for arm, seed in zip(arms, seeds, strict=True)]
-        (h,) = {arm.h for arm in arms}
-        self.layer = Recurrent(Cells([cell for cell, _ in made]), h, sequence=True)
+        made = [start(arm, hidden, seed) for seed in seeds]
+        self.layer = Recurrent(Cells([cell for cell, _ in made]), arm.h, sequence=True)
         self.weight = nn.Parameter(torch.stack([head.weight.detach().mT for _, head in made]))
         self.bias = nn.Parameter(torch.stack([head.bias.detach() for _, head in made])[:, None])
 
@@ -142,15 +150,18 @@ def sequences(count: int, length: int, generator: torch.Generator) -> tuple[Tens
 
 
 def train(
-    group: Sequence[tuple[Arm, float, int]], protocol: Protocol, show: Callable[[float], None] = lambda share: None
+    arm: Arm,
+    choices: Sequence[tuple[float, int]],
+    protocol: Protocol,
+    show: Callable[[float], None] = lambda share: None,
 ) -> list[dict[str, Any]]:
-    """Train networks of one cell and one h at once, each an arm, a learning rate and a seed; returns what came out."""
-    network = Adders([arm for arm, _, _ in group], protocol.hidden, [seed for *_, seed in group])
+    """Train networks of an arm at once, each with a learning rate and a seed; returns what came out."""
+    network = Adders(arm, protocol.hidden, [seed for _, seed in choices])
     parameters = list(network.parameters())
-    rates = torch.tensor([rate for _, rate, _ in group])[:, None, None]
+    rates = torch.tensor([rate for rate, _ in choices])[:, None, None]
     first, second = ([torch.zeros_like(p) for p in parameters] for _ in range(2))
-    seeds = sorted({seed for *_, seed in group})
-    of = torch.tensor([seeds.index(seed) for *_, seed in group])
+    seeds = sorted({seed for _, seed in choices})
+    of = torch.tensor([seeds.index(seed) for _, seed in choices])
     generators = [torch.Generator().manual_seed(1000 + seed) for seed in seeds]
 
     def drawn(count: int) -> tuple[Tensor, Tensor]:
@@ -159,7 +170,7 @@ def train(
 
     validation, test = drawn(protocol.sequences), drawn(protocol.sequences)
     curve = []
-    every = max(1, protocol.iterations // 10)
+    every = max(1, protocol.iterations // 6)
     for iteration in range(1, protocol.iterations + 1):
         x, y = drawn(protocol.batch_size)
         loss = (network(x) - y).square().mean(1)
@@ -184,14 +195,15 @@ def train(
             "test_error": tested[number].item(),
             "curve": [at[number].item() for at in curve],
         }
-        for number in range(len(group))
+        for number in range(len(choices))
     ]
 
 
 @torch.no_grad()
 def error(network: Adders, x: Tensor, y: Tensor) -> Tensor:
     """Of each network, the mean squared error, divided by the variance of what is asked for."""
-    return (network(x) - y).square().mean(1) / VARIANCE
+    found: Tensor = network(x)
+    return (found - y).square().mean(1) / VARIANCE
 
 
 def run(
@@ -201,28 +213,28 @@ def run(
     device: torch.device,
     show: Callable[[str, float], None] = lambda label, share: None,
 ) -> list[Record]:
-    """All trainings, on the CPU, one group for each cell and h; the data are made, and `data_root` is not read."""
+    """All trainings, on the CPU; the data are made, and `data_root` is not read."""
     torch.set_num_threads(1)
+    return [record for arm in ARMS for record in records_of(arm, preset, seeds, show)]
+
+
+def records_of(arm: Arm, preset: str, seeds: int, show: Callable[[str, float], None]) -> list[Record]:
+    """The trainings of one arm, at each learning rate and with each seed."""
     protocol = PROTOCOLS.get(preset, PROTOCOLS["cpu"])
-    records = []
-    for cell, h in product(CELLS, (1.0, 0.1, 0.01)):
-        arms = [arm for arm in ARMS if arm.cell == cell and arm.h == h]
-        group = list(product(arms, LEARNING_RATES, range(seeds)))
-        started = time.perf_counter()
-        results = train(group, protocol, lambda share, cell=cell, h=h: show(f"{CELLS[cell]}, h = {h:g}", share))  # type: ignore[misc]
-        seconds = (time.perf_counter() - started) / len(group)
-        for (arm, rate, seed), result in zip(group, results, strict=True):
-            config = {"preset": preset, **asdict(arm), "learning_rate": rate, "seed": seed, **asdict(protocol)}
-            records.append(
-                {
-                    "study": "memory",
-                    "config": config,
-                    "result": result,
-                    "seconds": seconds,
-                    "environment": environment(),
-                }
-            )
-    return records
+    choices = list(product(LEARNING_RATES, range(seeds)))
+    started = time.perf_counter()
+    results = train(arm, choices, protocol, lambda share: show(f"{CELLS[arm.cell]}, {arm}", share))
+    seconds = (time.perf_counter() - started) / len(choices)
+    return [
+        {
+            "study": "memory",
+            "config": {"preset": preset, **asdict(arm), "learning_rate": rate, "seed": seed, **asdict(protocol)},
+            "result": result,
+            "seconds": seconds,
+            "environment": environment(),
+        }
+        for (rate, seed), result in zip(choices, results, strict=True)
+    ]
 
 
 # ---- what came out
@@ -266,7 +278,11 @@ def _compare(records: Sequence[Record], words: str, first: Arm, second: Arm, oth
     gaps = [min(b[seed], 10.0) - min(a[seed], 10.0) for seed in sorted(a.keys() & b.keys())]
     run = f"{_run(records, words)}, at learning rates {before:g} and {after:g}"
     medians = " -> ".join(f"{np.median(list(side.values())):.3g}" for side in (a, b))
-    return judge(claim, run, Estimate.of(gaps), medians, higher=False)
+    row = judge(claim, run, Estimate.of(gaps), medians, higher=False)
+    edge = {before, after} & {max(errors(records, second, "failed"))}
+    row = replace(row, outcome=f"{row.outcome}{'; the best rate is the largest that was run' if edge else ''}")
+    failed = [errors(records, arm, "failed")[rate].values() for arm, rate in ((first, before), (second, after))]
+    return replace(row, verdict=AT_CHANCE, p=None) if any(2 * sum(side) >= len(side) for side in failed) else row
 
 
 def _run(records: Sequence[Record], words: str) -> str:
@@ -291,6 +307,8 @@ def _figure(records: Sequence[Record]) -> Figure:
             _draw(axes, errors(records, arm, "test_error"), str(arm))
         axes.axhline(1.0, color=GREY, linewidth=0.9, linestyle="--", zorder=0, label="guessing the mean")
         axes.set(xscale="log", yscale="log", xlabel="learning rate")
+        axes.set_xticks(LEARNING_RATES, [f"{rate:g}" for rate in LEARNING_RATES])
+        axes.xaxis.minorticks_off()
         axes.set_title(words, loc="left")
     panels[0].set_ylabel("squared error / variance")
     config = records[0]["config"]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import eulernet
 from reproductions.data.pieces import SIDE, pieces
 from reproductions.records import Record, environment
+from reproductions.training.loop import tf32_of
 
 BASE = 4  # blocks of the shallow network
 HEADS, PATCH, WARM_UP = 4, 4, 15
@@ -169,7 +170,8 @@ def train(cell: Cell, data_root: str, until: float = math.inf, device: str = "cp
     samples = pieces(cell.model, data_root, cell.texts, cell.context)
     network = build(cell).to(device)
     products: Any = torch.backends.cuda.matmul
-    products.fp32_precision = "tf32" if cell.precision == "tf32" else "ieee"
+    name, exact, fast = tf32_of(products)
+    setattr(products, name, fast if cell.precision == "tf32" else exact)
     optimizer = make_optimizer(cell, network)
     rates = [group["lr"] for group in optimizer.param_groups]
     generator = torch.Generator().manual_seed(cell.seed + 1000)

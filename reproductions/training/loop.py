@@ -28,17 +28,24 @@ POINTS = 150  # iterations of a log that a record keeps
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else matrix products on several streams vary
 
 
+def tf32_of(backend: Any) -> tuple[str, Any, Any]:
+    """The name of a backend's setting, what it is in float32, and what in TF32.
+
+    torch 2.8 has the older name alone, and later releases warn of that one.
+    """
+    new = ("fp32_precision", "ieee", "tf32")
+    return new if hasattr(backend, new[0]) else ("allow_tf32", False, True)
+
+
 @contextlib.contextmanager
 def settings(precision: str) -> Iterator[None]:
     """Deterministic, and with TF32 convolutions where the trial allows them; afterwards all is as it was."""
     cudnn: Any = torch.backends.cudnn
-    # torch 2.8 has the older name alone, and later releases warn of it.
-    older = not hasattr(cudnn, "conv")
-    owner, name = (cudnn, "allow_tf32") if older else (cudnn.conv, "fp32_precision")
-    exact, fast = (False, True) if older else ("ieee", "tf32")
+    owner = getattr(cudnn, "conv", cudnn)
+    name, exact, fast = tf32_of(owner)
     memory: Any = torch.utils.deterministic
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    fill, tf32 = memory.fill_uninitialized_memory, getattr(owner, name)
+    fill, convolutions = memory.fill_uninitialized_memory, getattr(owner, name)
     try:
         torch.use_deterministic_algorithms(True, warn_only=True)
         memory.fill_uninitialized_memory = False  # a kernel for each new tensor
@@ -47,7 +54,7 @@ def settings(precision: str) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         memory.fill_uninitialized_memory = fill
-        setattr(owner, name, tf32)
+        setattr(owner, name, convolutions)
 
 
 class Training:

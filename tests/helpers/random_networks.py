@@ -32,6 +32,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 ROOT = "<root>"
+LEFT_ALONE = ("long", "gated")
 T = TypeVar("T")
 
 # What a network is put together from; the tests check that a run has met every name of every tuple.
@@ -40,8 +41,9 @@ PRECISIONS = ("float64", "float32", "branch in bfloat16", "autocast")
 BLOCKS = ("single", "double", "parallel", "loop", "output module", "inherited", "super", "super and one more step")
 SITES = (
     *("call", "called again", "checkpoint", "registered twice", "Sequential", "ModuleList", "wrapped", "inline"),
-    *("long", "projection", "siblings", "fusion", "plain"),
+    *("long", "projection", "siblings", "fusion", "plain", "gated"),
 )
+GATED = ("mix", "from the state", "from the candidate", "lerp", "addcmul by a gate", "in place by a gate")
 SHORTCUTS = ("input", "dropout", "clone", "activation", "cast", "normed", "scaled", "None or map", "Identity or map")
 MAPS = ("map", "map and norm", "norm and map", "pool and map", "slice and pad")
 BODIES = ("one module", "statements", "one expression", "method", "private")
@@ -58,6 +60,7 @@ FORMS = (
     *("a + b", "torch.add", "operator.add", "Tensor.add", "alpha", "a - b", "torch.sub", "views", "lines", "walrus"),
     *("conditional", "alias", "function", "function with dropout", "method add", "static method", "nested function"),
     *("lambda", "comprehension", "Add module", "FloatFunctional", "slice +=", "slice =", "slice add_", "slice and cat"),
+    *("sum", "reduce", "sum of a stack", "addcmul", "lambda in an attribute"),
     *("skip +=", "skip -=", "skip add_", "operator.iadd", "function in place", "branch +=", "branch add_"),
 )
 PARALLEL = ("in one expression", "in turn", "branches first", "in place", "sum of branches first", "three")
@@ -65,7 +68,7 @@ DOUBLE = ("one after the other", "two on one line", "two in one expression")
 FORWARDS = ("plain forward", "decorated", "not called self", "extra arguments", "nested decorators")
 FEATURES = frozenset(
     (*STREAMS, *PRECISIONS, *STEMS, *BLOCKS, *SITES, *SHORTCUTS, *MAPS, *BODIES, *INNER, *BEFORE, *AFTER, *FORMS)
-) | {*PARALLEL, *DOUBLE, *FORWARDS, *MIXERS["tokens"], *MIXERS["conv1d"], "branch left"}
+) | {*PARALLEL, *DOUBLE, *GATED, *FORWARDS, *MIXERS["tokens"], *MIXERS["conv1d"], "branch left"}
 
 HELPERS = {
     "LayerScale": """
@@ -210,6 +213,38 @@ class Add(nn.Module):
     def forward(self, a, b):
         return a + <<self.h0 * >>b  # step
 """,
+    "Gated": """
+class Gated(nn.Module):
+    <<h0 = 1.0>>
+    def __init__(self, layer, gate, spelling):
+        super().__init__()
+        self.layer, self.gate, self.spelling = layer, gate, spelling
+
+    def forward(self, s):
+        n, z = torch.tanh(self.layer(s)), torch.sigmoid(self.gate(s))
+        if self.spelling == "mix":
+            return <<by_difference(>>(1 - z) * n + z * s<<, s, self.h0)>>  # step
+        if self.spelling == "from the state":
+            return s + <<self.h0 * >>((1 - z) * (n - s))  # step
+        if self.spelling == "from the candidate":
+            return <<by_difference(>>(s - n) * z + n<<, s, self.h0)>>  # step
+        if self.spelling == "lerp":
+            return <<by_difference(>>torch.lerp(s, n, 1 - z)<<, s, self.h0)>>  # step
+        if self.spelling == "addcmul by a gate":
+            return <<by_difference(>>torch.addcmul(n, z, s - n)<<, s, self.h0)>>  # step
+        y = z * s
+        y += (1 - z) * n  # step
+        <<y = by_difference(y, s, self.h0)>>
+        return y
+""",
+    "by_difference": """
+<<def by_difference(y, s, h):>>
+<<    if h == 1.0:>>
+<<        return y>>
+<<    if (y.dtype, y.stride()) == (s.dtype, s.stride()):>>
+<<        return torch.lerp(s, y, h)>>
+<<    return (y + (y - s) * (h - 1)).to(y.dtype)>>
+""",
     "SliceAndPad": """
 class SliceAndPad(nn.Module):
     def __init__(self, pads, stride):
@@ -245,8 +280,8 @@ TOKENS = 4
 class KnownStep:
     """A step as the generator knows it: `attribute` holds its factor on the twin's module of the same name.
 
-    The depth is the number of calls in the step's stream (None for a long step), the parent the module whose long step
-    has it in its branch.
+    The depth is the number of calls in the step's stream (None for a long or gated one), the parent the module whose
+    long step has it in its branch.
     """
 
     name: str
@@ -592,7 +627,10 @@ class _Writer:
 
     def addition(self, cls: _Class, skip: str, branch: _Branch, kind: str, skip_writable: bool = False) -> list[str]:
         """Statements that leave the step's result in x."""
-        form = self.pick(FORMS, *([] if branch.writable else FORMS[-2:]))
+        excluded = [] if self.precision in ("float64", "float32") else ["sum of a stack", "addcmul"]
+        if kind != "identity":  # what a fused operation adds to a mapped skip is no step
+            excluded.append("addcmul")
+        form = self.pick(FORMS, *excluded, *([] if branch.writable else FORMS[-2:]))
         into = skip if skip_writable else f"({skip}).clone()"
         f = branch.value
         if form == "Add module":
@@ -620,6 +658,8 @@ class _Writer:
         remember = ["dtype = x.dtype"] if back else []
         unique = f"merge{next(self.names)}"
         a, b = ("<<h * >>b", "a") if flip else ("a", "<<h * >>b")
+        if form in ("sum", "reduce", "sum of a stack", "addcmul", "lambda in an attribute"):
+            return [self.by_difference(cls, form, skip, f, h, flip) + mark]
         match form:
             case "a + b":
                 return [f"x = {left} + {right}{mark}"]
@@ -684,6 +724,23 @@ class _Writer:
                 return [*remember, f"f = {f}", f"<<f.mul_(self.{h}); >>f += {skip}{mark}", "x = f", *back]
             case _:
                 return [*remember, f"f = {f}", f"<<f.mul_(self.{h}); >>x = f.add_({skip}){mark}", *back]
+
+    def by_difference(self, cls: _Class, form: str, skip: str, f: str, h: str, flip: bool) -> str:
+        """A statement that leaves in x what an expression gives that is no addition of the source."""
+        self.helper("by_difference")
+        name = f"t{next(self.names)}"
+        named = f"(<<{name} := >>{skip})"
+        pair = f"{f}, {named}" if flip else f"{named}, {f}"
+        if form == "lambda in an attribute":
+            cls.init.append(f"self.{name}_plus = lambda a, b: a + b")
+        expression = {
+            "sum": f"sum(({pair}))",
+            "reduce": f"functools.reduce(operator.add, [{pair}])",
+            "sum of a stack": f"torch.stack(({pair})).sum(0)",
+            "addcmul": f"torch.addcmul({named}, {f}, torch.ones((), dtype=x.dtype))",
+            "lambda in an attribute": f"self.{name}_plus({pair})",
+        }[form]
+        return f"x = <<by_difference(>>{expression}<<, {name}, self.{h})>>"
 
     def function(self, cls: _Class, form: str) -> str:
         """A free function that adds: a new one, or one that another class calls as well."""
@@ -933,6 +990,15 @@ class _Writer:
                 cls.init.append(f"{path} = {self.linear(w, w)}")
                 cls.forward.append(f"x = F.gelu({path}(x))")
                 return width
+            case "gated":
+                mixed = self.precision == "autocast"  # where only the arithmetic takes two dtypes
+                spelling = self.pick(GATED, *(["lerp", "addcmul by a gate", "in place by a gate"] if mixed else []))
+                self.helper("by_difference")
+                layers = f"{self.linear(w, w)}, {self.linear(w, w)}"
+                cls.init.append(f"{path} = {self.helper('Gated')}({layers}, {spelling!r})")
+                cls.forward.append(f"x = {path}(x)")
+                cls.steps.append(_Local(name, "h0", "gated"))
+                return width
         block = self.some_block(choice in ("projection", "fusion"), trunk)
         call = self.call(cls, block, path, width)
         match choice:
@@ -1072,7 +1138,7 @@ def _named(steps: list[_Local]) -> tuple[KnownStep, ...]:
     of_module = Counter(step.path for step in steps)
     calls: Counter[str | None] = Counter()
     for step in steps:
-        calls[step.parent] += step.calls * (step.kind != "long")
+        calls[step.parent] += step.calls * (step.kind not in LEFT_ALONE)
     numbers: Counter[str] = Counter()
     known = []
     for step in steps:
@@ -1080,7 +1146,7 @@ def _named(steps: list[_Local]) -> tuple[KnownStep, ...]:
         if of_module[step.path] > 1:
             name = f"{module}:{numbers[module]}"
             numbers[module] += 1
-        depth = None if step.kind == "long" else calls[step.parent]
+        depth = None if step.kind in LEFT_ALONE else calls[step.parent]
         parent = ROOT if step.parent == "" else step.parent
         known.append(KnownStep(name, module, step.attribute, step.kind, step.calls, step.places, depth, parent))
     return tuple(known)

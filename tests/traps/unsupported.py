@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from torch import Tensor
 
-import torch
-from torch import Tensor, nn
-
-from tests.traps.base import DIM, Form, unsupported
+from tests.traps.base import Form, unsupported
 
 
 @unsupported
@@ -53,40 +50,3 @@ class InANestedFunctionThatHidesSelf(Form):
             return self + branch(self)
 
         return step(x)
-
-
-@unsupported
-class SamePlaceForAStepAndForPositions(Form):
-    """One addition, in a method, that serves a step and a position embedding: h belongs to one of its calls only."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.position = nn.Parameter(torch.randn(2, 5, DIM))
-
-    def plus(self, x: Tensor, y: Tensor) -> Tensor:
-        return x + y
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.plus(x, self.position)
-        return self.plus(x, self.a(x))
-
-
-class ByHand(torch.autograd.Function):
-    """A step with a backward of its own, which keeps no activations."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, branch: nn.Module) -> Tensor:
-        with torch.no_grad():
-            return x + branch(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return grad, None
-
-
-@unsupported
-class InAnAutogradFunction(Form):
-    """The addition is in the forward of an autograd function, whose backward would not know of h."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return ByHand.apply(x, self.a)

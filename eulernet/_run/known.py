@@ -1,0 +1,169 @@
+"""What a module computes, as far as a step can do it together with its addition, and whether calling it does more."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from eulernet import kernels
+from eulernet._draws import Draws
+
+# Known by name, so that nothing is imported for them.
+_BEFORE = {
+    ("torch.nn.modules.linear", "Identity"): "identity",
+    ("timm.layers.drop", "DropPath"): "drop path",
+    ("timm.layers.layer_scale", "LayerScale"): "LayerScale",
+    ("timm.layers.layer_scale", "LayerScale2d"): "LayerScale",
+    ("timm.models.metaformer", "Scale"): "LayerScale",
+    ("torchvision.ops.stochastic_depth", "StochasticDepth"): "drop path",
+    ("torch.nn.modules.batchnorm", "BatchNorm1d"): "batch norm",
+    ("torch.nn.modules.batchnorm", "BatchNorm2d"): "batch norm",
+    ("torch.nn.modules.batchnorm", "BatchNorm3d"): "batch norm",
+    ("timm.layers.norm_act", "BatchNormAct2d"): "batch norm",
+}
+_NORMS = {
+    ("torch.nn.modules.normalization", "LayerNorm"): "layer_norm",
+    ("torch.nn.modules.normalization", "RMSNorm"): "rms_norm",
+    ("timm.layers.norm", "LayerNorm"): "layer_norm",
+    ("timm.layers.norm", "RmsNorm"): "rms_norm",
+}
+DIMENSIONS = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+def before(module: Any) -> str | None:
+    """What a module does to a branch that is about to be added, None where it is nothing that a step knows."""
+    cls = type(module)
+    known = _BEFORE.get((cls.__module__, cls.__qualname__))
+    if known == "batch norm" and not all([type(each) is nn.Identity for each in module._modules.values()]):
+        return None  # with an activation or dropout of its own
+    if known is not None:
+        return known
+    if _proven(cls, "LayerScale"):
+        return None if {"lambda1", "gamma"} <= module._parameters.keys() else "LayerScale"  # which of them it would be
+    return "DropPath" if _proven(cls, "DropPath") else None
+
+
+def after(module: Any) -> bool:
+    """Whether a step can do what a module does to a sum."""
+    return activation(module) is not None or norm(module) is not None
+
+
+def activation(module: Any) -> str | None:
+    """The name of an activation."""
+    if type(module) is nn.ReLU:
+        return "relu"
+    if type(module) is nn.SiLU:
+        return "silu"
+    return "gelu" if type(module) is nn.GELU and module.approximate == "none" else None
+
+
+class Norm(NamedTuple):
+    """A norm over the last dimension, as `functional.euler_step_norm` takes it."""
+
+    kind: str
+    columns: int
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+    written_out: bool = False  # in operations that autocast leaves alone, rounded to float32 at most
+
+    @property
+    def pays(self) -> kernels.Pays:
+        if self.written_out:
+            return kernels.WRITTEN_OUT
+        return kernels.LAYER_NORM if self.kind == "layer_norm" else kernels.RMS_NORM
+
+
+def norm(module: Any) -> Norm | None:
+    """What a module normalizes a new state with, None where it is no norm that a step knows."""
+    cls = type(module)
+    kind = _NORMS.get((cls.__module__, cls.__qualname__))
+    if kind is None:
+        if not _proven(cls, "RMSNorm"):
+            return None
+        weight = held(module, "weight")
+        return Norm("rms_norm", weight.numel(), weight, None, module.variance_epsilon, written_out=True)
+    # The RmsNorm of timm before 1.0.13 divides by the variance.
+    if not (cls.__module__.startswith("torch.") or _proof(cls, kind)):
+        return None
+    state = module.__dict__
+    shape, eps = state["normalized_shape"], state["eps"]
+    if len(shape) != 1 or state.get("_fast_norm", False) or eps is None:
+        return None
+    return Norm(kind, shape[0], held(module, "weight"), held(module, "bias") if kind == "layer_norm" else None, eps)
+
+
+def held(module: nn.Module, name: str) -> Any:
+    """`getattr(module, name)`, which looks for a parameter or buffer last, after all classes."""
+    state = module.__dict__
+    for kind in ("_parameters", "_buffers"):
+        if name in state[kind] and name not in state:
+            return state[kind][name]
+    return getattr(module, name)
+
+
+def _proven(cls: type, name: str) -> bool:
+    """Whether a class of this name computes what those of Hugging Face and timm do, of which models have their own."""
+    return cls.__name__.endswith(name) and issubclass(cls, nn.Module) and _proof(cls, name)
+
+
+def _proof(cls: type[nn.Module], what: str) -> bool:
+    """Whether the forward of a class computes this, found once."""
+    if cls not in _proofs:
+        _proofs[cls] = _computes(cls, what)
+    return _proofs[cls]
+
+
+_proofs: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
+
+
+def _computes(cls: type[nn.Module], what: str) -> bool:
+    """The proof: its forward, called once with a stand-in for the module that has no more than what is known."""
+    x = torch.linspace(-2, 2, 64, device="cpu", dtype=torch.float32).view(16, 4)
+    gamma, keep, eps = x[5], 0.75, 1e-3
+    scales = {"lambda1": gamma, "gamma": gamma, "inplace": False}
+    module: Any = SimpleNamespace(**scales, drop_prob=1 - keep, training=True, weight=gamma, variance_epsilon=eps)
+    if what in _NORMS.values():
+        module = SimpleNamespace(normalized_shape=(4,), weight=gamma, bias=gamma, eps=eps, _fast_norm=False)
+    expected: dict[str, Callable[[], Tensor]] = {
+        "LayerScale": lambda: x * gamma,
+        "DropPath": lambda: x.div(keep) * torch.rand(16, 1, device="cpu").add_(keep).floor_(),
+        "RMSNorm": lambda: F.rms_norm(x, (4,), gamma, eps),
+        "rms_norm": lambda: F.rms_norm(x, (4,), gamma, eps),
+        "layer_norm": lambda: F.layer_norm(x, (4,), gamma, gamma, eps),
+    }
+    draws = Draws()
+    with draws, torch.no_grad(), torch.autocast("cpu", enabled=False):
+        try:
+            result = cls.forward(module, x)
+        except Exception:
+            return False
+        draws.seed(0)
+        same = isinstance(result, Tensor) and result.shape == x.shape
+        return same and torch.allclose(result, expected[what](), atol=1e-6)
+
+
+def bare(module: nn.Module) -> bool:
+    """Whether calling the module runs its class's forward and nothing else."""
+    state = module.__dict__
+    before, after, backward_pre, backward = [state[name] for name in _HOOKS]
+    hooked = before or after or backward_pre or backward or _has_any_global_hook()  # type: ignore[no-untyped-call]
+    return not hooked and "forward" not in state
+
+
+def gamma(module: Any) -> Tensor:
+    """What a LayerScale multiplies with."""
+    name = type(module).__name__
+    if name == "Scale":
+        return module.scale.view(module.shape)  # type: ignore[no-any-return]
+    if name == "LayerScale2d":
+        return module.gamma.view(1, -1, 1, 1)  # type: ignore[no-any-return]
+    return module.lambda1 if hasattr(module, "lambda1") else module.gamma  # type: ignore[no-any-return]

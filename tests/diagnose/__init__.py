@@ -1,0 +1,1 @@
+"""What `diagnose` measures and says."""

@@ -1,0 +1,1 @@
+"""Errors say what is wrong and what to call, and change nothing."""

@@ -1,0 +1,1 @@
+"""h in the weights."""

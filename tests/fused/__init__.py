@@ -1,0 +1,1 @@
+"""What stands around an addition, computed with it in one kernel."""

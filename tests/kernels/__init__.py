@@ -1,0 +1,1 @@
+"""The kernels, under Triton's interpreter or on a GPU."""

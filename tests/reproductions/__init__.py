@@ -1,0 +1,1 @@
+"""The first experiments, their data and their command."""

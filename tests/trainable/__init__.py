@@ -1,0 +1,1 @@
+"""h as a parameter."""
