@@ -152,7 +152,6 @@ PACKAGES = {
     ],
 }
 # fmt: on
-# fmt: on
 
 
 def ones(*shape: int) -> Any:

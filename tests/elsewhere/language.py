@@ -162,4 +162,3 @@ PACKAGES = {
     ],
 }
 # fmt: on
-# fmt: on

@@ -81,4 +81,3 @@ PACKAGES = {
     ],
 }
 # fmt: on
-# fmt: on

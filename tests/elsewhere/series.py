@@ -104,4 +104,3 @@ PACKAGES = {
     ],
 }
 # fmt: on
-# fmt: on

@@ -94,4 +94,3 @@ PACKAGES = {
     ],
 }
 # fmt: on
-# fmt: on

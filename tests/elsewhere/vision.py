@@ -111,4 +111,3 @@ PACKAGES = {
     ],
 }
 # fmt: on
-# fmt: on
