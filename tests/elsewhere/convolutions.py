@@ -46,7 +46,7 @@ PACKAGES = {
         cv("espnetv2_wd2", 13),
         cv("fastscnn_cityscapes", 6, in_size=(64, 64)),
         cv("fbnet_cb", 15),
-        cv("fishnet99", 27),
+        cv("fishnet99", 29),
         cv("fpenet_cityscapes", 13, in_size=(64, 64), long=2),
         cv("ghostnet", 11),
         cv("igcv3_wd4", 25),
@@ -92,21 +92,14 @@ PACKAGES = {
         Case(Call("efficientnet_pytorch.EfficientNet.from_name", "efficientnet-b0", image_size=64), MIDDLE, 9),
     ],
     "ultralytics": [
-        Case(Call(f"ultralytics.nn.tasks.{kind}", f"{name}.yaml", verbose=False), MIDDLE, -1, name=name)
-        for kind, name in (
-            ("DetectionModel", "yolov5n"),
-            ("DetectionModel", "yolov8n"),
-            ("SegmentationModel", "yolov8n-seg"),
-            ("PoseModel", "yolov8n-pose"),
-            ("OBBModel", "yolov8n-obb"),
-            ("ClassificationModel", "yolov8n-cls"),
-            ("DetectionModel", "yolov9t"),
-            ("DetectionModel", "yolov10n"),
-            ("DetectionModel", "yolo11n"),
-            ("DetectionModel", "yolo12n"),
-            ("DetectionModel", "yolov6n"),
-            ("DetectionModel", "yolov8n-ghost"),
-            ("RTDETRDetectionModel", "rtdetr-resnet50"),
+        Case(Call(f"ultralytics.nn.tasks.{kind}", f"{name}.yaml", verbose=False), MIDDLE, steps, name=name)
+        for kind, name, steps in (
+            ("DetectionModel", "yolov5n", 1 + 2 + 3 + 1),
+            ("DetectionModel", "yolov8n", 1 + 2 + 2 + 1),
+            ("SegmentationModel", "yolov8n-seg", 1 + 2 + 2 + 1),
+            ("PoseModel", "yolov8n-pose", 1 + 2 + 2 + 1),
+            ("OBBModel", "yolov8n-obb", 1 + 2 + 2 + 1),
+            ("ClassificationModel", "yolov8n-cls", 1 + 2 + 2 + 1),
         )
     ],
 }

@@ -16,7 +16,8 @@ UNET: dict[str, Any] = {
 IMAGES = {"block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 8}
 
 
-def net(name: str, steps: int, inputs: Any, /, long: int = 0, cannot: str = "", rounded: bool = False, **options: Any
+def net(
+    name: str, steps: int, inputs: Any, /, long: int = 0, cannot: str = "", rounded: bool = False, **options: Any
 ) -> Case:
     return Case(Call(f"diffusers.{name}", **options), inputs, steps, long, cannot=cannot, rounded=rounded)
 

@@ -149,7 +149,7 @@ PACKAGES = {
     ],
     "tab-transformer-pytorch": [
         Case(Call("tab_transformer_pytorch.TabTransformer", categories=(4, 5), num_continuous=3, dim=16, dim_out=2,
-            depth=2, heads=2, mlp_act=Call("torch.nn.ReLU")), (ids(4, 2, 2), floats(2, 3)), 4),
+            depth=2, heads=2, mlp_act=Call("torch.nn.ReLU")), (ids(4, 2, 2), floats(2, 3)), 4, rounded=True),
         Case(Call("tab_transformer_pytorch.FTTransformer", categories=(4, 5), num_continuous=3, dim=16, dim_out=2,
             depth=2, heads=2), (ids(4, 2, 2), floats(2, 3)), 4),
     ],

@@ -18,8 +18,18 @@ ASR: dict[str, Any] = {
 ROTARY = {"attention_type": "RoPEMHA"}
 
 
-def sb(path: str, steps: int, inputs: Any, /, name: str = "", long: int = 0, missed: int = 0, **options: Any) -> Case:
-    return Case(Call(f"speechbrain.lobes.models.{path}", **options), inputs, steps, long, missed, name=name)
+def sb(
+    path: str,
+    steps: int,
+    inputs: Any,
+    /,
+    name: str = "",
+    long: int = 0,
+    missed: int = 0,
+    cannot: str = "",
+    **options: Any,
+) -> Case:
+    return Case(Call(f"speechbrain.lobes.models.{path}", **options), inputs, steps, long, missed, cannot, name=name)
 
 
 # fmt: off
@@ -32,13 +42,14 @@ PACKAGES = {
         sb("transformer.Conformer.ConformerEncoder", 8, FRAMES, **LAYER, d_ffn=48, kernel_size=3, **ROTARY),
         sb("transformer.Branchformer.BranchformerEncoder", 2, FRAMES, **LAYER, kernel_size=3, csgu_linear_units=32,
             attention_type="hypermixing"),
-        sb("transformer.TransformerASR.TransformerASR", 10, (floats(2, 16, 8), ids(20, 2, 6)), **ASR),
+        sb("transformer.TransformerASR.TransformerASR", 10, (floats(2, 16, 8), ids(20, 2, 6)), cannot="float64", **ASR),
         sb("transformer.TransformerASR.TransformerASR", 14, (floats(2, 16, 8), ids(20, 2, 6)), **ASR,
             encoder_module="conformer", normalize_before=True, kernel_size=3, **ROTARY,
             name="TransformerASR conformer"),
         sb("transformer.TransformerLM.TransformerLM", 4, ids(20, 2, 6), vocab=20, d_model=32, nhead=2,
             num_encoder_layers=2, d_ffn=48),
-        sb("transformer.TransformerSE.CNNTransformerSE", 4, FRAMES, d_model=32, output_size=8, nhead=2, num_layers=2,
+        sb("transformer.TransformerSE.CNNTransformerSE", 4, FRAMES, cannot="float64", d_model=32, output_size=8,
+            nhead=2, num_layers=2,
             d_ffn=48),
         sb("ECAPA_TDNN.ECAPA_TDNN", 3, floats(2, 16, 8), input_size=8, channels=[16, 16, 16, 16, 48],
             attention_channels=8, res2net_scale=2, se_channels=8, lin_neurons=8),

@@ -16,8 +16,8 @@ CLIP: dict[str, Any] = {
 }
 
 
-def vit(name: str, steps: int, inputs: Any = IMAGE, /, **options: Any) -> Case:
-    return Case(Call(f"vit_pytorch.{name}", **options), inputs, steps, name=name.removesuffix(".ViT"))
+def vit(name: str, steps: int, inputs: Any = IMAGE, /, cannot: str = "", **options: Any) -> Case:
+    return Case(Call(f"vit_pytorch.{name}", **options), inputs, steps, cannot=cannot, name=name.removesuffix(".ViT"))
 
 
 # fmt: off
@@ -33,7 +33,8 @@ PACKAGES = {
             lg_patch_size=16, sm_enc_heads=2, sm_enc_mlp_dim=32, sm_enc_dim_head=8, lg_enc_depth=2, lg_enc_heads=2,
             lg_enc_mlp_dim=48, lg_enc_dim_head=8, cross_attn_depth=1, cross_attn_heads=2, cross_attn_dim_head=8,
             depth=1),
-        vit("crossformer.CrossFormer", 16, floats(2, 3, 64, 64), dim=(32, 32, 32, 32), depth=(1, 1, 1, 1),
+        vit("crossformer.CrossFormer", 16, floats(2, 3, 64, 64), cannot="float64", dim=(32, 32, 32, 32), depth=(1, 1,
+            1, 1),
             global_window_size=(4, 2, 2, 1), local_window_size=2, num_classes=5),
         vit("cvt.CvT", 8, floats(2, 3, 64, 64), num_classes=5, s1_emb_dim=16, s2_emb_dim=32, s3_emb_dim=32,
             s2_heads=2, s3_heads=2, s2_depth=1, s3_depth=2),
@@ -46,7 +47,7 @@ PACKAGES = {
         vit("learnable_memory_vit.Adapter", 4, vit=Call("vit_pytorch.learnable_memory_vit.ViT", **VIT)),
         vit("levit.LeViT", 8, floats(2, 3, 64, 64), image_size=64, num_classes=5, dim=(16, 24, 32), depth=1, heads=(2,
             2, 2), mlp_mult=2, dim_key=8, dim_value=8),
-        vit("look_vit.LookViT", 8, floats(2, 3, 48, 48), dim=32, image_size=48, num_classes=5, depth=2, heads=2,
+        vit("look_vit.LookViT", 2 * 5, floats(2, 3, 48, 48), dim=32, image_size=48, num_classes=5, depth=2, heads=2,
             dim_head=16, cross_attn_heads=2, cross_attn_dim_head=16),
         vit("looped_vit.LoopedViT", 6, num_classes=5, dim=32, image_size=32, patch_size=8, pre_loop_depth=1,
             num_looped_blocks=1, post_loop_depth=1, loop_depth=2, heads=2, dim_head=16, mlp_dim=48),
@@ -65,7 +66,8 @@ PACKAGES = {
             num_classes=5),
         vit("rvt.RvT", 4, **VIT),
         vit("vit.ViT", 4, **VIT),
-        vit("sep_vit.SepViT", 8, floats(2, 3, 56, 56), num_classes=5, dim=16, depth=(1, 1), heads=(2, 2), dim_head=8),
+        vit("sep_vit.SepViT", 2 * 3, floats(2, 3, 56, 56), num_classes=5, dim=16, depth=(1, 1), heads=(2, 2),
+            dim_head=8),
         vit("simple_flash_attn_vit.SimpleViT", 4, **VIT),
         vit("simple_flash_attn_vit_3d.SimpleViT", 4, VIDEO, **CLIP),
         vit("simple_uvit.SimpleUViT", 4, **VIT),
@@ -97,18 +99,13 @@ PACKAGES = {
         vit("vit_5.ViT", 4, **VIT),
         vit("vit_detpool.ViTDetPool", 4, **VIT),
         vit("vit_for_small_dataset.ViT", 4, **VIT),
-        vit("vit_nd.ViTND", 4, ndim=2, input_shape=(32, 32), **{k: v for k, v in VIT.items() if k != "image_size"}),
-        vit("vit_nd_pope.ViTND", 4, ndim=2, input_shape=(32, 32), **{k: v for k,
-            v in VIT.items() if k != "image_size"}),
-        vit("vit_nd_rotary.ViTND", 4, ndim=2, input_shape=(32, 32), **{k: v for k,
-            v in VIT.items() if k != "image_size"}),
         vit("vit_with_decorr.ViT", 4, **VIT),
         vit("vit_with_keel_post_ln.ViT", 4, **VIT),
         vit("vit_with_patch_dropout.ViT", 4, **VIT),
         vit("vit_with_patch_merger.ViT", 4, patch_merge_layer=1, **VIT),
         vit("vivit.ViViT", 8, VIDEO, **{**{k: v for k, v in CLIP.items() if k != "depth"}, "spatial_depth": 2,
             "temporal_depth": 2}),
-        vit("vivit_with_moss.ViViT", 8, VIDEO, **{**{k: v for k, v in CLIP.items() if k != "depth"},
+        vit("vivit_with_moss.ViViT", 8 + 1, VIDEO, **{**{k: v for k, v in CLIP.items() if k != "depth"},
             "spatial_depth": 2, "temporal_depth": 2}),
         vit("xcit.XCiT", 8, cls_depth=1, **VIT),
     ],
