@@ -7,10 +7,10 @@ the mean squared one, divided by the variance of the sum, 1/6: guessing the mean
 Written before any of it was run: each arm is judged at the learning rate with its smallest median validation error, on
 test sequences that took no part in that choice, paired by seed. A training fails when its error is not finite or above
 0.95. An arm of which half failed is at chance, as in all studies; this study's code had left that rule out, and it was
-put in when the results were there (two rows of the tanh cell lost a "supported"). The sceptic's controls have h = 1: its
-own best rate; and a start at which the cell moves as slowly as with h = 0.1 (GRU: the bias of the update gate, Tallec and Ollivier,
-arXiv:1804.11188; tanh cell: U -> (1 - h) I + h U and W -> h W, which is what the cell with h = 0.1 is where tanh is
-linear). A pilot of 300 iterations, on other seeds, set the sizes.
+put in when the results were there (two rows of the tanh cell lost a "supported"). The sceptic's controls have h = 1:
+its own best rate; and a start at which the cell moves as slowly as with h = 0.1 (GRU: the bias of the update gate,
+Tallec and Ollivier, arXiv:1804.11188; tanh cell: U -> (1 - h) I + h U and W -> h W, which is what the cell with h = 0.1
+is where tanh is linear). A pilot of 300 iterations, on other seeds, set the sizes.
 """
 
 from __future__ import annotations
