@@ -18,7 +18,8 @@ import eulernet
 from tests.traps.base import Block
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch was built without gloo")
-KINDS = ("DDP", "FSDP1", "FSDP2")
+# Over gloo the FSDP2 of torch 2.8 sums the gradients of the ranks, where it should average them.
+KINDS = ("DDP", "FSDP1", "FSDP2") if torch.__version__ >= "2.11" else ("DDP", "FSDP1")
 X = torch.linspace(-1, 1, 2 * 5 * 8).view(2, 5, 8)
 
 
