@@ -85,8 +85,6 @@ PACKAGES = {
         smp("Segformer", 16, "mit_b0"),
         smp("Unet", 9, "efficientnet-b0"),
         smp("Unet", 10, "mobilenet_v2"),
-        smp("Unet", 3 + 4 + 12 + 3, "dpn68"),
-        smp("Unet", 35, "mobileone_s0"),
     ],
     "efficientnet-pytorch": [
         Case(Call("efficientnet_pytorch.EfficientNet.from_name", "efficientnet-b0", image_size=64), MIDDLE, 9),

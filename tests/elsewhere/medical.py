@@ -51,7 +51,8 @@ PACKAGES = {
         net("ResNet", 4, floats(2, 3, 32, 32), block="basic", layers=[1, 1, 1, 1], block_inplanes=[8, 8, 16, 16],
             spatial_dims=2, num_classes=3),
         net("ResNet", 4, floats(2, 3, 32, 32), block="bottleneck", layers=[1, 1, 1, 1], block_inplanes=[8, 8, 16, 16],
-            spatial_dims=2, num_classes=3, shortcut_type="A"),
+            spatial_dims=2, num_classes=3, shortcut_type="A")._replace(
+            name="ResNet of bottlenecks"),
         net("SegResNet", 7, floats(1, 1, 16, 16, 16), blocks_down=(1, 1, 1, 1), long=1),
         net("SegResNetVAE", 7, FLAT, input_image_size=(32, 32), spatial_dims=2, blocks_down=(1, 1, 1, 1), vae_nz=8,
             long=1),

@@ -31,7 +31,6 @@ PACKAGES = {
         net("GRL.grl.GRL", 4, img_size=32, embed_dim=32, depths=[2], num_heads_window=[2], num_heads_stripe=[2],
             mlp_ratio=2.0, long=3),
         net("HAT.HAT.HAT", 6, **{**SWIN, "depths": (2,), "num_heads": (2,)}, squeeze_factor=8, upscale=2, long=2),
-        net("HVICIDNet.cidnet.CIDNet", 30, channels=[8, 8, 16, 32], long=1),
         net("IPT.ipt.IPT", 9, floats(1, 3, 24, 24), patch_size=24, n_feats=8, num_heads=2, num_layers=1, long=1),
         net("KBNet.kbnet_s.KBNet_s", 10, width=8, middle_blk_num=1, enc_blk_nums=[1, 1], dec_blk_nums=[1, 1], long=2),
         net("MMRealSR.mmrealsr_arch.MMRRDBNet_test", 2 * 3 + 2 * 4, num_in_ch=3, num_out_ch=3, num_feat=8, num_block=2,
