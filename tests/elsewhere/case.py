@@ -60,7 +60,9 @@ class Case(NamedTuple):
     Attributes:
         model: builds it.
         inputs: as for `example_inputs`: a tensor, a tuple of positional arguments or a dict of keyword arguments.
-        steps: how many residual steps it has, long ones left out; counted in its source, not by the library.
+        steps: how many residual steps it has, long ones left out. About half were counted in the source before the
+            library saw the model; some hundred (of spandrel, diffusers, monai, pytorchcv) are the library's own count,
+            which guards against change.
         long: how many long ones.
         missed: how many steps more there are that the library cannot scale, each of which it has to name.
         cannot: what the original itself cannot do: "float64", "autocast", "channels_last", "train".
