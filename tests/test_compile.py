@@ -17,9 +17,13 @@ from eulernet.functional import euler_step
 from tests.helpers.trapped import build
 from tests.traps import TRAPS, Trap
 
-# Where Dynamo breaks the graph, patched or not: at += into the attribute of a SimpleNamespace, and in training where
-# random numbers decide which layers run. Both by class, with the modes.
-BREAKING = {"InPlaceAttribute": (False, True), "LayersDroppedAtRandom": (True,)}
+# Where Dynamo breaks the graph, patched or not: at += into the attribute of a SimpleNamespace, at an autograd function
+# that keeps its inputs as attributes, and in training where random numbers decide which layers run. By class, with modes.
+BREAKING = {
+    "InPlaceAttribute": (False, True),
+    "RunAgainInItsBackward": (False, True),
+    "LayersDroppedAtRandom": (True,),
+}
 # And where the Dynamo of torch 2.8 to 2.11 still does: at hooks that change what comes in or out, and torch 2.8 at the
 # name of what torch.func.vmap maps.
 BREAKING_EARLIER = {"WorksInHooks", "ABranchUnderVmap"} if torch.__version__ < "2.14" else set()
