@@ -18,7 +18,7 @@ from tests.helpers.trapped import build
 from tests.traps import TRAPS, Trap
 
 # Where Dynamo breaks the graph, patched or not: at += into the attribute of a SimpleNamespace, at an autograd function
-# that keeps its inputs as attributes, and in training where random numbers decide which layers run. By class, with modes.
+# that keeps its inputs as attributes, and in training where random numbers decide which layers run. Each with modes.
 BREAKING = {
     "InPlaceAttribute": (False, True),
     "RunAgainInItsBackward": (False, True),
