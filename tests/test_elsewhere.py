@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 
 import pytest
+import torch
 
 import eulernet
 from tests.elsewhere import LEFT_OUT, PACKAGES
@@ -15,6 +16,14 @@ from tests.helpers.coverage import Covered
 from tests.helpers.zoo import quiet
 
 pytestmark = [pytest.mark.sweep, pytest.mark.elsewhere]
+
+
+@pytest.fixture(autouse=True)
+def _torchscript_as_it_was() -> Iterator[None]:
+    """SpeechBrain switches the profiling of TorchScript off as it is imported."""
+    yield
+    torch._C._jit_set_profiling_executor(True)
+    torch._C._jit_set_profiling_mode(True)
 
 
 def _installed(package: str) -> bool:

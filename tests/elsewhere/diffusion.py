@@ -28,7 +28,7 @@ PACKAGES = {
         net("AutoencoderKL", 12, floats(1, 3, 16, 16), **IMAGES, down_block_types=("DownEncoderBlock2D",) * 2,
             up_block_types=("UpDecoderBlock2D",) * 2),
         net("AutoencoderKLTemporalDecoder", 15, {"sample": floats(2, 3, 16, 16), "num_frames": 2},
-            block_out_channels=(32, 32), down_block_types=("DownEncoderBlock2D",) * 2, long=5, cannot="channels_last"),
+            block_out_channels=(32, 32), down_block_types=("DownEncoderBlock2D",) * 2, cannot="channels_last"),  # and 5 gated ones
         net("AutoencoderDC", 10, floats(1, 3, 32, 32), latent_channels=8, attention_head_dim=8,
             encoder_block_types=("ResBlock", "EfficientViTBlock"), decoder_block_types=("ResBlock",
             "EfficientViTBlock"), encoder_block_out_channels=(8, 16), decoder_block_out_channels=(8, 16),
@@ -63,12 +63,12 @@ PACKAGES = {
         net("UNet3DConditionModel", 52, (VIDEO, TIME, TEXT), **UNET, attention_head_dim=8,
             down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"), up_block_types=("UpBlock3D",
             "CrossAttnUpBlock3D")),
-        net("UNetSpatioTemporalConditionModel", 48, (floats(1, 2, 8, 8, 8), Call("torch.tensor", [3]), floats(1, 1,
+        net("UNetSpatioTemporalConditionModel", 45, (floats(1, 2, 8, 8, 8), Call("torch.tensor", [3]), floats(1, 1,
             32), floats(1, 3)), block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=32,
             num_attention_heads=(2, 2), num_frames=2, addition_time_embed_dim=8,
             projection_class_embeddings_input_dim=24, down_block_types=("CrossAttnDownBlockSpatioTemporal",
             "DownBlockSpatioTemporal"), up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
-            long=12),
+            long=3),  # and 12 gated ones
         net("ControlNetModel", 12, (LATENT, TIME, TEXT, floats(2, 3, 16, 16)), **UNET, attention_head_dim=2,
             conditioning_embedding_out_channels=(8, 8), down_block_types=("CrossAttnDownBlock2D", "DownBlock2D")),
         net("T2IAdapter", 2, floats(1, 3, 32, 32), channels=[8, 16], num_res_blocks=1, downscale_factor=4),

@@ -62,7 +62,7 @@ PACKAGES = {
             decoder_layers=1),
         forecast("Informer", 7, hidden_size=16, n_head=2, conv_hidden_size=16, encoder_layers=2, decoder_layers=1),
         forecast("Autoformer", 7, hidden_size=16, n_head=2, conv_hidden_size=16, encoder_layers=2, decoder_layers=1),
-        forecast("FEDformer", 7, cannot="float64 autocast", hidden_size=16, n_head=8, conv_hidden_size=16,
+        forecast("FEDformer", 7, cannot="float64", hidden_size=16, n_head=8, conv_hidden_size=16,
             encoder_layers=2,
             decoder_layers=1, modes=4),
         forecast("iTransformer", 4, True, hidden_size=16, n_heads=2, d_ff=24, e_layers=2),
