@@ -27,8 +27,9 @@ PACKAGES = {
     "diffusers": [
         net("AutoencoderKL", 12, floats(1, 3, 16, 16), **IMAGES, down_block_types=("DownEncoderBlock2D",) * 2,
             up_block_types=("UpDecoderBlock2D",) * 2),
+        # And 5 gated ones.
         net("AutoencoderKLTemporalDecoder", 15, {"sample": floats(2, 3, 16, 16), "num_frames": 2},
-            block_out_channels=(32, 32), down_block_types=("DownEncoderBlock2D",) * 2, cannot="channels_last"),  # 5 gated
+            block_out_channels=(32, 32), down_block_types=("DownEncoderBlock2D",) * 2, cannot="channels_last"),
         net("AutoencoderDC", 10, floats(1, 3, 32, 32), latent_channels=8, attention_head_dim=8,
             encoder_block_types=("ResBlock", "EfficientViTBlock"), decoder_block_types=("ResBlock",
             "EfficientViTBlock"), encoder_block_out_channels=(8, 16), decoder_block_out_channels=(8, 16),
