@@ -82,7 +82,7 @@ def test_a_stage_of_a_resnet_shares_one_parameter() -> None:
 
 def test_one_of_two_steps_of_a_module_is_learned_alone() -> None:
     model = eulernet.patch(net(), 0.5, example_inputs=X, include="layer2.0:1", trainable=True)
-    assert logs(model) == ["layer2.0.log_h_1"]
+    assert logs(model) == ["layer2.0.log_h_1_bias"]
     torch.testing.assert_close(model.layer2[0](X), (x := X + model.layer2[0].a(X)) + 0.5 * model.layer2[0].b(x))
 
 
