@@ -49,7 +49,7 @@ def truth(value: Any, what: str) -> bool:
 def _is_no_number(value: Any) -> bool:
     """What `float` would take, and is none: text, bytes and truth values, also those of NumPy and torch."""
     kind = str(getattr(value, "dtype", "")).removeprefix("torch.")
-    return isinstance(value, str | bytes | bytearray | memoryview | bool) or kind == "bool"
+    return isinstance(value, (str, bytes, bytearray, memoryview, bool)) or kind == "bool"
 
 
 def brief(value: Any) -> str:

@@ -263,7 +263,9 @@ def _checked(skip: Any, branch: Any, h: Any, caller: str) -> Any:
                 f"{name} must be a tensor, not {brief(operand)}; for example "
                 f"eulernet.functional.{caller}(x, f(x), h=0.1)"
             )
-    if isinstance(h, Tensor | torch.SymFloat | torch.SymInt):
+    if isinstance(h, (Tensor, torch.SymFloat, torch.SymInt)):
+        return h
+    if isinstance(h, float) and math.isfinite(h):
         return h
     number = math.nan
     if isinstance(h, Real) and not isinstance(h, bool):
