@@ -18,7 +18,7 @@ QUICK = "bert llama t5 clip".split()
 # Reformer, whose layers run in an autograd function with a backward of its own; ZAYA, whose skip has a learned bias
 # besides its scale.
 WITHOUT_STEPS = """
-    mobilenet_v1 pp_lcnet reformer slanet superpoint
+    mobilenet_v1 pp_lcnet reformer superpoint
 """.split()
 
 # What the original itself cannot do: run in float64, since it computes some of it in float32 whatever it is given; run
@@ -32,8 +32,8 @@ CANNOT = {
     "train": "fastspeech2_conformer fastspeech2_conformer_with_hifigan wavtokenizer_encoder".split(),
 }
 
-# Types whose residuals are all gated: an interpolation towards the update, at a learned rate (nGPT).
-ONLY_GATED = {"dory"}
+# Types whose residuals are all gated: an interpolation towards the update at a learned rate (nGPT), and a GRU.
+ONLY_GATED = {"dory", "slanet"}
 
 # Types that end a branch in float32: sum their experts in it, or norm the branch.
 ROUNDED = """

@@ -69,6 +69,7 @@ def work(rank: int, folder: str) -> None:
         else:
             found[kind] = [step.h for step in eulernet.steps(outer)]
     Path(folder, f"{rank}.json").write_text(json.dumps(found))
+    dist.barrier()  # gloo aborts a process whose peer has left
     dist.destroy_process_group()
 
 
