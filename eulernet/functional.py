@@ -71,10 +71,7 @@ def euler_step(
         tensor([6., 0.])
     """
     h = _checked(skip, branch, h, "euler_step")
-    if activation is not None and not (isinstance(activation, str) and activation in _ACTIVATIONS):
-        raise EulernetError(
-            f"activation={brief(activation)} is not known; use None, {', '.join(map(repr, _ACTIVATIONS))}"
-        )
+    _check_activation(activation)
     mask = _mask(branch, layer_scale, drop_path)
     if out is not None:
         _check_out(out, skip, branch, h, layer_scale)
@@ -188,10 +185,7 @@ def euler_step_bn(
                 [5.5000]])
     """
     h = _checked(skip, branch, h, "euler_step_bn")
-    if activation is not None and not (isinstance(activation, str) and activation in _ACTIVATIONS):
-        raise EulernetError(
-            f"activation={brief(activation)} is not known; use None, {', '.join(map(repr, _ACTIVATIONS))}"
-        )
+    _check_activation(activation)
     if not training and kernels.chosen(skip, branch, kernels.BATCH_NORM):
         given = (skip, branch, h, running_mean, running_var, weight, bias, eps, activation)
         result: Tensor | None = _kernels("_bn").step_bn(*given)
@@ -272,11 +266,19 @@ def _checked(skip: Any, branch: Any, h: Any, caller: str) -> Any:
         with contextlib.suppress(OverflowError):
             number = float(h)
     if not math.isfinite(number):
+        why = ", which is no finite float" if isinstance(h, Real) and not isinstance(h, bool) else ""
         raise EulernetError(
-            f"h must be a number or a tensor, not {brief(h)}; for example "
+            f"h must be a number or a tensor, not {brief(h)}{why}; for example "
             f"eulernet.functional.{caller}(skip, branch, h=0.1)"
         )
     return number
+
+
+def _check_activation(activation: Any) -> None:
+    if activation is not None and not (isinstance(activation, str) and activation in _ACTIVATIONS):
+        raise EulernetError(
+            f"activation={brief(activation)} is not known; use None, {', '.join(map(repr, _ACTIVATIONS))}"
+        )
 
 
 def _mask(branch: Tensor, layer_scale: Tensor | None, drop_path: float | Tensor | None) -> Tensor | None:

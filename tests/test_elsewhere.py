@@ -19,9 +19,14 @@ pytestmark = [pytest.mark.sweep, pytest.mark.elsewhere]
 
 
 @pytest.fixture(autouse=True)
-def _torchscript_as_it_was() -> Iterator[None]:
-    """SpeechBrain switches the profiling of TorchScript off as it is imported."""
+def _torch_as_it_was() -> Iterator[None]:
+    """Some packages set torch as they are imported: the profiling of TorchScript, Dynamo's limit of recompilations."""
+    dynamo = torch._dynamo.config
+    before = dynamo.get_config_copy()
     yield
+    for name, value in dynamo.get_config_copy().items():
+        if value != before[name]:
+            setattr(dynamo, name, before[name])
     torch._C._jit_set_profiling_executor(True)
     torch._C._jit_set_profiling_mode(True)
 

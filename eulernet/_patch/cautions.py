@@ -18,8 +18,6 @@ from eulernet.schedules import FALLING, transfer
 
 _HALF = (torch.float16, torch.bfloat16)
 _LEAST = 8  # times the dtype's epsilon: below it a branch as large as the state is rounded to a few bits
-
-
 _LEFT_ALONE = {
     "long": "long steps, whose branches run through other steps, so that the factors would multiply",
     "gated": "gated updates, which say themselves how far they go",
@@ -29,10 +27,10 @@ _LEFT_ALONE = {
 def kept_at_one(kept: Sequence[Step]) -> Iterator[str]:
     """That the main stream, from the model's input to its output, keeps sums at h = 1."""
     for kind, what in _LEFT_ALONE.items():
-        long = [step for step in kept if step.kind == kind]
-        if not long:
+        these = [step.name for step in kept if step.kind == kind]
+        if not these:
             continue
-        names = ", ".join(step.name for step in long[:5]) + (f" and {len(long) - 5} more" if len(long) > 5 else "")
+        names = ", ".join(these[:5]) + (f" and {len(these) - 5} more" if len(these) > 5 else "")
         yield (
             f"the stream from the model's input to its output keeps h = 1 at {names}: {what}. To scale them as well: "
             'eulernet.patch(model, h, include="*")'

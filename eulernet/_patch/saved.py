@@ -72,8 +72,8 @@ def _in_file(file: Path) -> Steps | None:
                 header = json.loads(stream.read(length))
             text = header.get("__metadata__", {}).get(KEY)
             return None if text is None else Steps.from_json(text)
-    except EulernetError:
-        raise
+    except EulernetError as error:
+        raise EulernetError(f"h={str(file)!r}: {error}") from None
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise EulernetError(
             f"h={str(file)!r} is no {file.suffix.removeprefix('.')} file that can be read ({type(error).__name__}: "

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import eulernet
 from reproductions.data.pieces import SIDE, pieces
 from reproductions.records import Record, environment
-from reproductions.training.loop import tf32_of
+from reproductions.training.loop import precise
 
 BASE = 4  # blocks of the shallow network
 HEADS, PATCH, WARM_UP = 4, 4, 15
@@ -166,12 +166,14 @@ def loss_of(network: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
 
 def train(cell: Cell, data_root: str, until: float = math.inf, device: str = "cpu") -> Record | None:
     """The record of a training; None if it was not done at the time `until` (seconds since the epoch)."""
+    with precise(torch.backends.cuda.matmul, cell.precision):
+        return _train(cell, data_root, until, device)
+
+
+def _train(cell: Cell, data_root: str, until: float, device: str) -> Record | None:
     started, started_cpu = time.perf_counter(), time.process_time()
     samples = pieces(cell.model, data_root, cell.texts, cell.context)
     network = build(cell).to(device)
-    products: Any = torch.backends.cuda.matmul
-    name, exact, fast = tf32_of(products)
-    setattr(products, name, fast if cell.precision == "tf32" else exact)
     optimizer = make_optimizer(cell, network)
     rates = [group["lr"] for group in optimizer.param_groups]
     generator = torch.Generator().manual_seed(cell.seed + 1000)

@@ -28,33 +28,37 @@ POINTS = 150  # iterations of a log that a record keeps
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else matrix products on several streams vary
 
 
-def tf32_of(backend: Any) -> tuple[str, Any, Any]:
-    """The name of a backend's setting, what it is in float32, and what in TF32.
+@contextlib.contextmanager
+def precise(backend: Any, precision: str) -> Iterator[None]:
+    """A backend of CUDA computes in float32 where the precision is fp32, else in TF32; afterwards as before.
 
-    torch 2.8 has the older name alone, and later releases warn of that one.
+    torch 2.8 has the older name of the setting alone, and later releases warn of that one.
     """
     new = ("fp32_precision", "ieee", "tf32")
-    return new if hasattr(backend, new[0]) else ("allow_tf32", False, True)
+    name, exact, fast = new if hasattr(backend, new[0]) else ("allow_tf32", False, True)
+    before = getattr(backend, name)
+    try:
+        setattr(backend, name, exact if precision == "fp32" else fast)
+        yield
+    finally:
+        setattr(backend, name, before)
 
 
 @contextlib.contextmanager
 def settings(precision: str) -> Iterator[None]:
     """Deterministic, and with TF32 convolutions where the trial allows them; afterwards all is as it was."""
     cudnn: Any = torch.backends.cudnn
-    owner = getattr(cudnn, "conv", cudnn)
-    name, exact, fast = tf32_of(owner)
     memory: Any = torch.utils.deterministic
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    fill, convolutions = memory.fill_uninitialized_memory, getattr(owner, name)
+    fill = memory.fill_uninitialized_memory
     try:
         torch.use_deterministic_algorithms(True, warn_only=True)
         memory.fill_uninitialized_memory = False  # a kernel for each new tensor
-        setattr(owner, name, exact if precision == "fp32" else fast)
-        yield
+        with precise(getattr(cudnn, "conv", cudnn), precision):
+            yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         memory.fill_uninitialized_memory = fill
-        setattr(owner, name, convolutions)
 
 
 class Training:

@@ -1,7 +1,6 @@
 """A copy of a patched model is patched and independent, in this process and in another."""
 
 import copy
-import io
 import os
 import pickle
 import subprocess
@@ -17,24 +16,13 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import eulernet
-from tests.helpers.copied import FACTORS, Net, factors
+from tests.helpers.copied import FACTORS, Net, by_pickle, by_save, factors
 from tests.traps.base import Block
 
 ROOT = str(Path(eulernet.__file__).parents[1])
 
 
 # ------------------------------------------------------------------------------------------------------------ copies
-
-
-def by_pickle(model: nn.Module) -> Any:
-    return pickle.loads(pickle.dumps(model))
-
-
-def by_save(model: nn.Module) -> Any:
-    buffer = io.BytesIO()
-    torch.save(model, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=False)
 
 
 COPIES: list[Callable[[nn.Module], Any]] = [copy.deepcopy, by_pickle, by_save]

@@ -1,5 +1,10 @@
-"""A network that is patched, copied, saved and exported."""
+"""A network that is patched, copied, saved and exported; ways to copy one."""
 
+import io
+import pickle
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
 import eulernet
@@ -30,3 +35,14 @@ FACTORS = [0.25, 0.5, 0.75, 1.25, 1.5, 1.75]
 
 def factors(model: nn.Module) -> list[float | None]:
     return [step.h for step in eulernet.steps(model)]
+
+
+def by_pickle(model: nn.Module) -> Any:
+    return pickle.loads(pickle.dumps(model))
+
+
+def by_save(model: nn.Module) -> Any:
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)

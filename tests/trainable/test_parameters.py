@@ -1,9 +1,7 @@
 """A learned h as a parameter of its model: its name, who shares it, and what PyTorch does with it."""
 
 import copy
-import io
 import math
-import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +13,7 @@ from torch.func import functional_call
 import eulernet
 from eulernet import Step
 from eulernet._run.learned import stage, step_parameters
+from tests.helpers.copied import by_pickle, by_save
 from tests.helpers.learned import NAMES, Net, X, factors, logs, net
 from tests.traps.base import Block
 
@@ -154,17 +153,6 @@ def test_a_state_dict_loads_into_a_model_that_was_patched_alike(trainable: Any) 
     assert len(list(step_parameters(other))) == len(list(step_parameters(model)))
     with pytest.raises(RuntimeError, match=r"Unexpected key.*log_h"):
         Net().load_state_dict(model.state_dict(), strict=True)
-
-
-def by_pickle(model: nn.Module) -> Any:
-    return pickle.loads(pickle.dumps(model))
-
-
-def by_save(model: nn.Module) -> Any:
-    buffer = io.BytesIO()
-    torch.save(model, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=False)
 
 
 @pytest.mark.parametrize("make", [copy.deepcopy, by_pickle, by_save], ids=lambda make: make.__name__)
