@@ -259,6 +259,10 @@ def test_a_learned_h_that_peft_froze_is_noticed_once() -> None:
         warnings.simplefilter("error", eulernet.EulernetWarning)
         model(ids)
         with_lora(eulernet.patch(llama(), 0.3, trainable=True)).eval()(ids)
+        deliberate = eulernet.patch(llama(), 0.3, trainable=True).train()
+        for name, parameter in deliberate.named_parameters():
+            parameter.requires_grad_("log_h" not in name)
+        deliberate(ids)
 
 
 def test_a_patch_inside_a_peft_model_says_what_to_patch() -> None:

@@ -118,8 +118,11 @@ class LearnedFactor:
         return log_h.exp().squeeze(0)  # without dimensions it takes part in no broadcast, and promotes no dtype
 
     def _notice_frozen(self, module: Any) -> None:
-        """PEFT freezes what is there before it."""
-        if "peft" in sys.modules and module.training and torch.is_grad_enabled() and not self.noticed:
+        """PEFT freezes what is there before it. Who freezes h alone, or without PEFT, means it."""
+        if "peft" not in sys.modules or self.noticed or not module.training or not torch.is_grad_enabled():
+            return
+        adapted = any(type(inner).__module__.startswith("peft.tuners") for inner in module.modules())
+        if adapted or not any(parameter.requires_grad for parameter in module.parameters()):
             self.noticed = True
             warnings.warn(
                 f"{type(module).__name__} has an h that is learned, and frozen: PEFT freezes what is there before it. "
