@@ -192,11 +192,28 @@ class Graph:
             # Beside a constant a sum keeps what it is: a frozen batch norm is x * scale + bias.
             if len(inputs) > 1 and op in CONTRACTIONS:  # a mixture of streams, by a matrix that may depend on them
                 inputs = tuple(i for i in inputs if self.nodes[i].shape == self.nodes[node].shape)
+            elif len(inputs) > 1 and op in ADDITIONS and (modulated := self._modulated(node)) is not None:
+                inputs = (modulated,)
             simple = op in _MATCHING or op in ADDITIONS or POOLS.search(op) or UPSAMPLES.search(op)
             if len(inputs) != 1 or maps > most or not (simple or self.is_map(node)):
                 return
             node = inputs[0]
             yield node, maps
+
+    def _modulated(self, node: int) -> int | None:
+        """The norm in `norm(x) * (1 + gamma) + beta`, where gamma and beta are not made of `x`."""
+        norms: list[int] = []
+        others: list[int] = []
+        for addend in self.state_inputs(node):
+            factors = self.state_inputs(addend) if self.nodes[addend].op in _SCALES else (addend,)
+            for factor in factors:
+                *_, source = self.same(factor, 0)
+                (norms if self.nodes[source].op in NORMS else others).append(source)
+        if not norms:
+            return None
+        norm = min(norms, key=lambda n: self.state_inputs(n)[0])  # of what was there first: gamma may be normed as well
+        (given, *_), others = self.state_inputs(norm), [*others, *(n for n in norms if n != norm)]
+        return norm if others and not any(given in self.ancestors(other, 0, given) for other in others) else None
 
     def _whole(self, parts: tuple[int, ...], start: int, most: float) -> tuple[int, int] | None:
         """What all parts come from by shape-matching maps only, as where the class token is taken apart for pooling."""
