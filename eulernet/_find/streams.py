@@ -10,6 +10,8 @@ more: the places of one parallel step count once, and two projections alone are 
    no map; (c) around a stream, or around several sums that are no projections, where it is in no stream itself.
 3. Inside the branch of a step that is not long a sum counts only where that branch holds a stream; otherwise it belongs
    to the branch.
+4. A sum of layers, `x + f(x) + g(f(x))`, each made of the one before and none of the sum, is no step, unless its chain
+   has another such sum, as the next block's.
 """
 
 from __future__ import annotations
@@ -28,8 +30,12 @@ def steps_of(graph: Graph, calls: list[StepCall]) -> list[StepCall]:
     sums = _with_first(_of_the_skip(graph, calls))
     ends = {e.addition.result: e for e in sums if e.supported and e.kind != "decomposition"}
     links = _links(graph, ends)
+    of_layers = _of_layers(graph, sums, links)
     kept: list[StepCall] = []
     for call in reversed(sums):  # what ends later is outside
+        if _head(call) in of_layers:
+            call.reason = "sum of layers"
+            continue
         if call.kind == "decomposition":
             call.reason = "what pooling took out"
             continue
@@ -179,6 +185,18 @@ def _holds_stream(outer: StepCall, links: Mapping[StepCall, set[StepCall]]) -> b
         return call.addition.result in outer.within
 
     return any(inside(call) and any(map(inside, near)) for call, near in links.items())
+
+
+def _of_layers(graph: Graph, sums: list[StepCall], links: Mapping[StepCall, set[StepCall]]) -> set[StepCall]:
+    """The sums to which a layer is added that was made of one that was added before, none next to another."""
+    branches: dict[StepCall, list[int]] = defaultdict(list)
+    found: set[StepCall] = set()
+    for call in sums:
+        head = _head(call)
+        if any(b in graph.ancestors(call.branch, 0, b) for b in branches[head]):
+            found.add(head)
+        branches[head].append(call.branch)
+    return {head for head in found if found.isdisjoint(links.get(head, ()))}
 
 
 # ---- rule 2

@@ -331,6 +331,66 @@ class ASumOfExitsIsNoStream(WithABlock):
 
 
 @trap
+class ASumOfLayersIsNoStream(WithABlock):
+    """Each layer takes what the one before gave, and the output is the sum of all (Polynormer, jumping knowledge)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(linear() for _ in range(4))
+
+    def total(self, x: Tensor) -> Tensor:
+        total: Any = 0
+        for layer in self.layers:
+            x = torch.relu(layer(x))
+            total = total + x
+        return total
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.total(self.block(x))
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        return self.total(self.block.reference(x, h[0]))
+
+
+@trap
+class ABranchOfTheBranchBefore(Trap):
+    """In a stream such a sum is one step of several branches: the next block reads it."""
+
+    expected = (
+        Expected("blocks.0", "parallel", depth=2, places=2),
+        Expected("blocks.1", "parallel", depth=2, places=2),
+    )
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.a, self.b = nn.LayerNorm(DIM), linear(), mlp()
+
+        def forward(self, x: Tensor) -> Tensor:
+            a = self.a(self.norm(x))
+            x = x + a
+            return x + self.b(torch.tanh(a))
+
+        def reference(self, x: Tensor, h: float) -> Tensor:
+            a = self.a(self.norm(x))
+            return x + h * (a + self.b(torch.tanh(a)))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(self.Block() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        for factor, block in zip(h, self.blocks, strict=True):
+            x = block.reference(x, factor)
+        return x
+
+
+@trap
 class SummedAttentionIsNoStream(WithABlock):
     """The attention weights of the steps so far, as in Tacotron."""
 
