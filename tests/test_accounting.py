@@ -360,7 +360,7 @@ def test_two_long_steps_of_one_module_have_an_arc_each() -> None:
 def test_what_was_left_out_is_drawn_with_its_reason(reason: str) -> None:
     model, inputs = REASONS[reason]
     steps = eulernet.find_steps(model, example_inputs=inputs)
-    assert drawn(steps, "no step") == 1 and reason in texts(steps)
+    assert drawn(steps, "no step") == 1 and reason in (text.partition(",")[0] for text in texts(steps))
 
 
 def test_each_step_stands_in_the_picture_once() -> None:
