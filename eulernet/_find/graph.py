@@ -121,6 +121,11 @@ class Graph:
     def is_map(self, node: int) -> bool:
         return bool(_MAPS.search(self.nodes[node].op))
 
+    def is_depthwise(self, node: int) -> bool:
+        """Whether it is a convolution of each channel by itself: one with a convolution behind it is one map."""
+        kernels = [self.nodes[i].shape for i in self.nodes[node].inputs[1:2]]
+        return "conv" in self.nodes[node].op and any(len(k) > 2 and k[1] == 1 < k[0] for k in kernels)
+
     def keeps_resolution(self, node: int) -> bool:
         """Whether it is its input as it is, but for what is padded or cut off."""
         return self.nodes[node].op in _SAME | _PADS
@@ -177,11 +182,16 @@ class Graph:
     def matched(self, node: int, start: int, most: float = 1) -> Iterator[tuple[int, int]]:
         """`node` and what it comes from by a shape-matching map only, each with the number of maps (at `most`)."""
         maps = 0
+        last: int | None = None  # the map that takes what comes from this node, as it is or normed
         yield node, maps
         while node >= start:
             op = self.nodes[node].op
             inputs = self.state_inputs(node)
-            maps += self.is_map(node)
+            if self.is_map(node):
+                maps += not (last is not None and (self.is_depthwise(node) or self.is_depthwise(last)))
+                last = node if last is None else None
+            elif op not in NORMS and op not in VIEWS:
+                last = None
             if op in _JOINS and len(inputs) > 1:
                 whole = self._whole(inputs, start, most)
                 if whole is None or maps + whole[1] > most:

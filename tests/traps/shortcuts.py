@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.traps.base import DIM, PROJECTION, Block, Expected, Trap, each, linear, trap
+from tests.traps.base import DIM, PROJECTION, Block, Expected, Trap, WithABlock, each, linear, trap
 
 
 class Shortcut(Trap):
@@ -366,3 +366,40 @@ class AModulatedShortcut(Trap):
             skip, branch = block.operands(x, labels)  # type: ignore[operator]
             x = F.interpolate(skip + factor * branch, scale_factor=2.0)
         return x
+
+
+@trap
+class SeparableShortcut(Shortcut):
+    """GhostNet: a depthwise convolution and one of size 1, with norms and without an activation, are one map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        depthwise, pointwise = nn.Conv2d(DIM, DIM, 3, 2, 1, groups=DIM), nn.Conv2d(DIM, DIM, 1)
+        self.fit = nn.Sequential(depthwise, nn.BatchNorm2d(DIM), pointwise, nn.BatchNorm2d(DIM))
+        self.down = nn.Conv2d(DIM, DIM, 3, 2, 1, groups=DIM)
+
+    def skip(self, x: Tensor) -> Tensor:
+        return self.fit(x)
+
+    def branch(self, x: Tensor) -> Tensor:
+        return self.f(self.down(x))
+
+
+@trap
+class TwoMapsAreNoShortcut(WithABlock):
+    """With an activation between them they are a branch of their own, as the towers of an Inception are."""
+
+    shape = (2, DIM, 8, 8)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Sequential(nn.Conv2d(DIM, DIM, 3, padding=1, groups=DIM), nn.ReLU(), nn.Conv2d(DIM, DIM, 1))
+        self.other = nn.Sequential(*(nn.Conv2d(DIM, DIM, 3, padding=1) for _ in range(3)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.block(x)
+        return self.one(x) + self.other(x)
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        x = self.block.reference(x, h[0])
+        return self.one(x) + self.other(x)
