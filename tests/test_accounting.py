@@ -280,6 +280,12 @@ def test_a_main_stream_that_keeps_one_is_named_with_the_call_that_mends_it() -> 
     assert said_by_patch(groups(), include="*") == []
 
 
+def test_who_excludes_long_steps_has_decided() -> None:
+    assert said_by_patch(groups(), exclude=lambda step: step.kind == "long") == []
+    (said,) = said_by_patch(groups(), exclude=lambda step: step.kind == "long" and step.name != "body.1")
+    assert "keeps h = 1 at body.1: long steps" in said
+
+
 def test_networks_that_are_whole_stay_silent() -> None:
     assert said_by_patch(nn.Sequential(nn.Linear(DIM, DIM), Block(), Block(), nn.LayerNorm(DIM))) == []
 
