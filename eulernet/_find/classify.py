@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from eulernet._find.gated import gated
-from eulernet._find.graph import REARRANGES, SCALES, SQUARES, SQUASHES, UPSAMPLES, Graph, MatchKind, StepCall
+from eulernet._find.graph import REARRANGES, SCALES, SQUARES, SQUASHES, UPSAMPLES, VIEWS, Graph, MatchKind, StepCall
 from eulernet._find.streams import number_streams, of_their_skip, steps_of
 from eulernet._find.trace import FUSED_ADDITIONS, SLICES, Addition, Trace
 from eulernet._step import Reason
@@ -194,7 +194,8 @@ def _projection(graph: Graph, skip: int, branch: int, start: int) -> Match | Non
             skipped = [node for node, _ in chain[: chain.index((state, maps)) + 1]]
             apart = _other_resolutions(graph, path, skipped) | _gating(graph, path)
             direct = graph.path(state, branch, ancestors - apart)
-            deeper = direct and (direct[branch] > maps or (state in multiples and graph.mixes(direct, state)))
+            passed = max(maps, sum(map(graph.is_map, skipped[:-1])))  # a separable convolution is two in a branch
+            deeper = direct and (direct[branch] > passed or (state in multiples and graph.mixes(direct, state)))
             if deeper and not _are_other_parts(graph, skipped, path):
                 return Match("projection", state, set(path) - {state})
     return None
@@ -264,9 +265,9 @@ def _is_score(graph: Graph, branch: int, start: int) -> bool:
 
 
 def _are_other_parts(graph: Graph, skipped: list[int], path: dict[int, int]) -> bool:
-    """Whether the skip is one part of the state, or of its flip, and the branch begins at others: Res2Net, flows."""
+    """Whether the skip is one part of the state, or of a view of it, and the branch begins at others: Res2Net, flows."""
     *rest, skip, state = skipped
-    while rest and graph.nodes[skip].op in REARRANGES and skip in path:
+    while rest and graph.nodes[skip].op in REARRANGES | VIEWS and skip in path:
         skip, state = rest.pop(), skip
 
     def part(node: int) -> bool:
