@@ -269,9 +269,10 @@ def expression_at(function: FunctionType, span: Span, kinds: tuple[type[ast.AST]
 
 def without_variables(definition: ast.FunctionDef) -> list[ast.AST]:
     """What in a function cannot set a variable of it by `:=`: nested functions, and what a comprehension runs over."""
-    nested = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda
-    found: list[ast.AST] = [n for n in ast.walk(definition) if isinstance(n, nested) and n is not definition]
-    return found + [n.iter for n in ast.walk(definition) if isinstance(n, ast.comprehension)]
+    nested = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
+    nodes = list(ast.walk(definition))
+    found: list[ast.AST] = [n for n in nodes if isinstance(n, nested) and n is not definition]
+    return found + [n.iter for n in nodes if isinstance(n, ast.comprehension)]
 
 
 def stands_at(node: ast.AST, span: Span, first: int) -> bool:

@@ -156,6 +156,8 @@ def _first(group: Group) -> int:
 
 def by_key(site: TracedSite, runs: dict[bool, tuple[Trace, Originals]], model: nn.Module) -> list[TracedSite]:
     """A site for each module that made its branch, where these differ from call to call."""
+    if all(len(calls) < 2 for calls in site.step_calls.values()):
+        return [site]
     made = [(mode, e, _makers(e, *runs[mode])) for mode, calls in site.step_calls.items() for e in calls]
     if site.error is not None or len(site.location.targets) != 1 or any(e.long for _, e, _ in made):
         return [site]

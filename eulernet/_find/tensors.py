@@ -13,12 +13,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 def tensors_in(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from tensors_in(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from tensors_in(item)
+    elif isinstance(value, (tuple, list, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            if isinstance(item, Tensor):
+                yield item
+            elif isinstance(item, (tuple, list, dict)):
+                yield from tensors_in(item)
 
 
 def layers_of(tensor: Tensor) -> Iterator[Tensor]:

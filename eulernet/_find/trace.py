@@ -134,8 +134,9 @@ class Tracer(TorchFunctionMode):
         self._writes: dict[int, int] = {}  # storage -> the node that last wrote into it
         self._views: dict[Any, int] = {}  # the same view of the same node is one node
         self.functions = _forwards()
-        self.parameters = {id(t) for module in all_modules(model) for t in _own(module)}
-        self.kept = {id(t) for module in all_modules(model) for t in tensors_in(vars(module))} - self.parameters
+        modules = list(all_modules(model))
+        self.parameters = {id(t) for module in modules for t in _own(module)}
+        self.kept = {id(t) for module in modules for t in tensors_in(vars(module))} - self.parameters
 
     # ---- nodes
 
@@ -351,6 +352,9 @@ class DispatchTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return self.tracer.observe(func, args, kwargs or {}, sys._getframe(1))
 
 
+_HOLDERS = frozenset((list, tuple, dict, OrderedDict))
+
+
 def all_modules(model: nn.Module) -> Iterator[nn.Module]:
     """The registered modules, and those that a module keeps unregistered in a list, tuple, dict or attribute."""
     seen: set[int] = set()
@@ -359,16 +363,13 @@ def all_modules(model: nn.Module) -> Iterator[nn.Module]:
         value = pending.pop()
         if id(value) in seen:
             continue
+        seen.add(id(value))
+        held = value
         if isinstance(value, nn.Module):
-            seen.add(id(value))
             yield value
-            pending.extend(vars(value).values())
-        elif type(value) in (list, tuple):
-            seen.add(id(value))
-            pending.extend(value)
-        elif type(value) in (dict, OrderedDict):
-            seen.add(id(value))
-            pending.extend(value.values())
+            held = vars(value)
+        items = held.values() if isinstance(held, dict) else held
+        pending += [v for v in items if (type(v) in _HOLDERS and v) or isinstance(v, nn.Module)]
 
 
 def _own(module: nn.Module) -> Iterator[Tensor]:
