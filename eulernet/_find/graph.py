@@ -122,7 +122,7 @@ class Graph:
         return bool(_MAPS.search(self.nodes[node].op))
 
     def is_depthwise(self, node: int) -> bool:
-        """Whether it is a convolution of each channel by itself: one with a convolution behind it is one map."""
+        """Whether it is a convolution of each channel by itself: with the convolution behind it, it is one map."""
         kernels = [self.nodes[i].shape for i in self.nodes[node].inputs[1:2]]
         return "conv" in self.nodes[node].op and any(len(k) > 2 and k[1] == 1 < k[0] for k in kernels)
 
@@ -188,7 +188,7 @@ class Graph:
             op = self.nodes[node].op
             inputs = self.state_inputs(node)
             if self.is_map(node):
-                maps += not (last is not None and (self.is_depthwise(node) or self.is_depthwise(last)))
+                maps += last is None or not self.is_depthwise(node)
                 last = node if last is None else None
             elif op not in NORMS and op not in VIEWS:
                 last = None

@@ -403,3 +403,32 @@ class TwoMapsAreNoShortcut(WithABlock):
     def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
         x = self.block.reference(x, h[0])
         return self.one(x) + self.other(x)
+
+
+@trap
+class ValuesAreNoShortcut(WithABlock):
+    """EfficientFormerV2: attention whose values have a depthwise convolution of their own is one branch."""
+
+    expected = each("block", "<root>")
+    shape = (2, DIM, 8, 8)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stride = nn.Conv2d(DIM, DIM, 3, 2, 1, groups=DIM)
+        self.query, self.key, self.value, self.out = (nn.Conv2d(DIM, DIM, 1) for _ in range(4))
+        self.local = nn.Conv2d(DIM, DIM, 3, 1, 1, groups=DIM)
+
+    def attend(self, x: Tensor) -> Tensor:
+        x = self.stride(x)
+        value = self.value(x)
+        scores = self.query(x).flatten(2).mT @ self.key(x).flatten(2)
+        attended = (scores.softmax(-1) @ value.flatten(2).mT).mT.view_as(value)
+        return self.out(F.relu(F.interpolate(attended + self.local(value), scale_factor=2.0)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.block(x)
+        return x + self.attend(x)
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        x = self.block.reference(x, h[0])
+        return x + h[1] * self.attend(x)
