@@ -1,5 +1,6 @@
 """Models in less usual states: each is patched as it should be, or refused by name with what to do; never by half."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -341,6 +342,40 @@ def test_a_model_on_the_meta_device_is_patched_and_gets_its_weights_later() -> N
     torch.testing.assert_close(model(X), by_hand(model, 0.5))
     plain = net().to("meta")
     refused(plain, lambda: patched(plain), r"tensor\.to\('meta'\)")
+
+
+SHARED: list[bool] = []
+
+
+class Copies(nn.Module):
+    """Copies what it holds and what it is given, as a model does that keeps its cache of before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        held = {"length": torch.tensor([3]), "x": x, "also x": x, "f": self.f}
+        twin: Any = copy.deepcopy(held)
+        SHARED.extend([twin["x"] is twin["also x"] is not x, isinstance(twin["f"].weight, nn.Parameter)])
+        SHARED.extend(twin[key].fake_mode is x.fake_mode for key in ("x", "length") if isinstance(x, FakeTensor))
+        return x + self.f(twin["x"])
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_copy_that_a_model_makes_of_its_tensors_copies_no_mode_of_fake_ones(device: str) -> None:
+    """Such a mode counts references to storages by hand: a copy of it frees them again."""
+    SHARED.clear()
+    model = eulernet.patch(Copies().to(device), 0.5, example_inputs=X.to(device))
+    assert all(SHARED) and len(SHARED) >= 8
+    if device == "cpu":
+        torch.testing.assert_close(model(X), X + 0.5 * model.f(X))
+
+
+def test_a_copy_that_a_model_makes_of_what_it_computed_fails_as_ever() -> None:
+    steps = eulernet.find_steps(nn.Sequential(Copies(), Copies()), example_inputs=X)
+    assert [step.name for step in steps] == ["0", "1"]
+    assert "not traced" in str(steps.notes) and "created explicitly by the user" in str(steps.notes)
 
 
 # ------------------------------------------------------------------------------------------------------------ notebooks

@@ -64,9 +64,9 @@ def storage_of(tensor: Tensor) -> int:
 
 
 def deepcopied(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
-    """`copy.deepcopy` of a tensor, which for a fake one would copy its mode, and free twice what that counts by hand."""
+    """`copy.deepcopy` of a tensor. Torch would copy a fake one's mode too, and free storages that this counts twice."""
     if not isinstance(tensor, FakeTensor) or not tensor.is_leaf:  # of another torch raises
-        return Tensor.__deepcopy__(tensor, memo)  # type: ignore[no-any-return]
+        return Tensor.__deepcopy__(tensor, memo)  # type: ignore[no-any-return, no-untyped-call]
     if id(tensor) not in memo:
         new = tensor.detach().clone()
         own = nn.Parameter(new) if isinstance(tensor, nn.Parameter) else new

@@ -138,6 +138,9 @@ class Tracer(TorchFunctionMode):
         self.parameters = {id(t) for module in all_modules(model) for t in _own(module)}
         self.kept = {id(t) for module in all_modules(model) for t in tensors_in(vars(module))} - self.parameters
 
+    def __deepcopy__(self, memo: Any) -> Tracer:
+        return self  # whom the hooks of a module lead to that is copied as it runs
+
     # ---- nodes
 
     def new(
@@ -199,7 +202,10 @@ class Tracer(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.__deepcopy__:
-            func, args = update_wrapper(partial(deepcopied, memo=args[1]), func), args[:1]  # it is made of no other copy
+            func, args = (
+                update_wrapper(partial(deepcopied, memo=args[1]), func),
+                args[:1],
+            )  # not made of the other copies
         return self.observe(func, args, kwargs or {}, sys._getframe(1))
 
     def observe(self, func: Any, args: Any, kwargs: Any, frame: Any) -> Any:
