@@ -56,13 +56,14 @@ def _build(original: type[nn.Module], plan: Plan) -> type[nn.Module]:
 
     functions: dict[str, types.FunctionType] = {}
     vias: list[Callable[[Any], Any]] = []
+    slots = tuple(slot for _, slot, *_ in plan)
     methods: dict[type, dict[str, Any]] = {}
     for target, edits in tree.items():
         owner = _owner(original, target)
         namespace = methods.setdefault(owner, {})
         value = namespace.get(target.name) or vars(owner)[target.name]
         packages = frozenset(cls.__module__.partition(".")[0] for cls in original.__mro__)
-        change = partial(_rewrite, target=target, edits=edits, called=_Called(functions, vias, packages))
+        change = partial(_rewrite, target=target, edits=edits, called=_Called(functions, vias, packages, slots))
         namespace[target.name] = rebuild(value, target.path, change)
 
     bases: list[type] = [Patched, original]
@@ -111,11 +112,13 @@ def _subclass(of: type, bases: tuple[type, ...], namespace: dict[str, Any]) -> A
 
 
 class _Called(NamedTuple):
-    """What methods call: rewritten functions by their names, those found at run time, the packages they may be in."""
+    """What methods call: rewritten functions by their names, those found at run time, the packages they may be in; and
+    the step's number for each place."""
 
     functions: dict[str, types.FunctionType]
     vias: list[Callable[[Any], Any]]
     packages: frozenset[str]
+    slots: tuple[int | None, ...]
 
 
 def _rewrite(
@@ -132,7 +135,7 @@ def _rewrite(
         )
     for span in edits:
         expression_at(function, span, (ast.BinOp, ast.AugAssign, ast.Call))
-    return rewrite(function, _spans(edits, called), free=target.owner is None)
+    return rewrite(function, _spans(edits, called), free=target.owner is None, slots=called.slots)
 
 
 def _spans(edits: dict[Span, Any], called: _Called) -> dict[Span, tuple[str, int]]:
@@ -146,7 +149,7 @@ def _spans(edits: dict[Span, Any], called: _Called) -> dict[Span, tuple[str, int
         if callee.name.startswith(VIA):
             spans[span] = ("via", len(called.vias))
             called.vias.append(lambda function: function)  # keeps the number
-            called.vias[spans[span][1]] = _via(callee, _spans(inner, called))
+            called.vias[spans[span][1]] = _via(callee, _spans(inner, called), called.slots)
             continue
         free = free_function(callee.name, called.packages)
         if free is None:
@@ -158,7 +161,7 @@ def _spans(edits: dict[Span, Any], called: _Called) -> dict[Span, tuple[str, int
     return spans
 
 
-def _via(target: Target, spans: dict[Span, tuple[str, int]]) -> Callable[[Any], Any]:
+def _via(target: Target, spans: dict[Span, tuple[str, int]], slots: tuple[int | None, ...]) -> Callable[[Any], Any]:
     """What gives each function at a call, all of one source, with its addition rewritten."""
     made: dict[int, types.FunctionType] = {}  # by the function's id, as long as it lives: a compiler looks it up here
 
@@ -173,7 +176,7 @@ def _via(target: Target, spans: dict[Span, tuple[str, int]]) -> Callable[[Any], 
                 f"{called} is called where {target.name.removeprefix(VIA)} was when the model was patched; patch it "
                 "again: eulernet.patch(model, h=eulernet.steps(model), example_inputs=...)"
             )
-        made[id(function)] = rewrite(function, spans, free=True)
+        made[id(function)] = rewrite(function, spans, free=True, slots=slots)
         weakref.finalize(function, made.pop, id(function), None).atexit = False
         return made[id(function)]
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -18,7 +19,15 @@ from eulernet._checks import brief, check_module, unwrapped
 from eulernet._commit import put_back
 from eulernet._errors import EulernetError, EulernetWarning
 from eulernet._run import fuse
-from eulernet._run.factor import LearnedFactor, StepFactor, scale, scaled_add, scaled_add_, scaled_difference
+from eulernet._run.factor import (
+    HeldFactor,
+    LearnedFactor,
+    StepFactor,
+    scale,
+    scaled_add,
+    scaled_add_,
+    scaled_difference,
+)
 from eulernet._source import Targets, behind
 from eulernet._step import Step, step_name
 
@@ -31,6 +40,7 @@ DEFER, DEFER_MUL, MATERIALIZE = "_euler_defer", "_euler_defer_mul", "_euler_mate
 FUNCTION = "_euler_function_"  # with a number: a free function that the addition stands in
 CALL_VIA = "_euler_via"  # with a callee and a number: a function that no name leads to
 DIFFERENCE = "_euler_difference"  # with a sum and its skip
+HOLD = "_euler_hold"  # with a step's number: its h, where a function begins that adds several times
 PROBE = "_euler_probe"  # with a value, and where it stands: not in a class, but for a moment in a copy's __dict__
 # Those that a hook on the steps hides, by entries of the module's __dict__ with their names.
 OBSERVED = (STEP, STEP_IN_PLACE, SCALE, EPILOGUE, EPILOGUE_IN_PLACE, ADD_NORM, DEFER, DEFER_MUL, DIFFERENCE)
@@ -76,20 +86,29 @@ class Patched:
             )
         return slots[place]  # type: ignore[no-any-return]
 
-    def _euler_factor(self, place: int, key: Any) -> Factor:
+    def _euler_factor(self, place: int, key: Any) -> Factor | HeldFactor:
+        slot = self._euler_places[place][0]
+        if slot is not None:
+            return self._euler[slot] if key is None else key  # what `_euler_hold` gave
         slot = self._euler_slot(place, key)
         return _ONE if slot is None else self._euler[slot]
 
+    def _euler_hold(self, slot: int) -> Factor | HeldFactor:
+        factor = self._euler[slot]
+        return factor if torch.compiler.is_compiling() else HeldFactor(factor, factor.current(self))
+
     def _euler_step(self, left: Any, right: Any, place: int, alpha: float = 1, key: Any = None) -> Any:
         slot, skip_is_left, sign = self._euler_places[place]
-        h = (self._euler_factor(place, key) if slot is None else self._euler[slot]).current(self, left)
+        one = self._euler[slot] if key is None and slot is not None else self._euler_factor(place, key)
+        h = one.current(self, left)
         if type(left) is fuse.DeferredBranch or type(right) is fuse.DeferredBranch or type(h) is not float:
             return fuse.step(None, left, right, h, skip_is_left, sign * alpha)
         return scaled_add(left, right, h, skip_is_left, sign * alpha)
 
     def _euler_step_(self, left: Any, right: Any, place: int, alpha: float = 1, key: Any = None) -> Any:
         slot, skip_is_left, sign = self._euler_places[place]
-        h = (self._euler_factor(place, key) if slot is None else self._euler[slot]).current(self, left)
+        one = self._euler[slot] if key is None and slot is not None else self._euler_factor(place, key)
+        h = one.current(self, left)
         if type(left) is fuse.DeferredBranch or type(right) is fuse.DeferredBranch:
             return fuse.step(None, left, right, h, skip_is_left, sign * alpha, in_place=True)
         return scaled_add_(left, right, h, skip_is_left, sign * alpha)
