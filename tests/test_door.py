@@ -53,6 +53,8 @@ NO_NUMBERS = [
     float("inf"),
     10**400,
     1j,
+    np.complex64(1 + 1j),
+    torch.tensor(1 + 0j),
     np.ones(3),
     torch.ones(3),
     Unshowable(),

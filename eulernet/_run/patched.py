@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from eulernet._checks import brief, check_module, unwrapped
-from eulernet._commit import put_back
+from eulernet._commit import LOCK, put_back
 from eulernet._errors import EulernetError, EulernetWarning
 from eulernet._run import fuse
 from eulernet._run.factor import (
@@ -65,6 +65,7 @@ class Patched:
     _euler_places: ClassVar[tuple[tuple[int | None, bool, int], ...]]  # the step's number, skip is left, sign
     _euler_vias: ClassVar[tuple[Callable[[Any], Any], ...]]  # each gives a function with its addition rewritten
     _euler_restore: ClassVar[Callable[..., Any]]  # makes the patched class again when a module is unpickled
+    _euler_is_of_now: ClassVar[bool] = True  # whether the source is still what it was
     _euler: list[Factor]
     _euler_steps: list[Step]
 
@@ -367,7 +368,8 @@ def by_module(model: nn.Module) -> dict[Patched, list[Step]]:
 def bound(model: nn.Module, caller: str) -> list[tuple[Any, Step, Factor]]:
     """The steps of a patched model, each with its module and its factor, in the order of execution."""
     check_module(model, caller)
-    held = [(module, step, module._euler[slot].bound_to(module)) for module, slot, step in slots(model)]
+    with LOCK:
+        held = [(module, step, module._euler[slot].bound_to(module)) for module, slot, step in slots(model)]
     if not held:
         raise EulernetError(
             f"{type(model).__name__} is not patched; call eulernet.patch(model, h=0.1) first "
