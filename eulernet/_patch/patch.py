@@ -399,7 +399,10 @@ def _changes(
             for s in f.sites if f.host is module and f.module is not module else ():
                 if s.location.targets in places:
                     keys.setdefault(f.module, {})[places[s.location.targets]] = slots.get(f.step.index)
-        check_names(module, mine[0].step)
+        check_names(module, mine[0].step, mine[0].step.name)
+        keyed = [f for f in everything if f.host is module and f.module in keys]
+        for f in keyed:
+            check_names(f.module, f.step, [other.step.name for other in keyed])
         cls = patched_class(original_class(module), tuple(plan.values()))
         changes.append(_Change(module, cls, mine, [hs[f.step.index] for f in mine], places, keys))
     layers = {id(c.module) for c in changes if isinstance(c.module, nn.TransformerEncoderLayer)}

@@ -389,16 +389,19 @@ def original_class(module: nn.Module) -> type[nn.Module]:
     return cls._euler_original if issubclass(cls, Patched) else cls
 
 
-def check_names(module: nn.Module, step: Step) -> None:
+def check_names(module: nn.Module, step: Step, exclude: str | list[str]) -> None:
     """Raise where a module to be patched has attributes with the names that a patched one gets."""
-    own = {SLOTS, *((FACTORS, STEPS, KEYS, *OBSERVED) if isinstance(module, Patched) else ())}
+    own = {*(FACTORS, STEPS, KEYS, *OBSERVED)} if isinstance(module, Patched) else set()
+    slots = vars(module).get(SLOTS)  # of a key, whose host may be another model's
+    if isinstance(slots, dict) and slots and all(type(place) is int for place in slots):
+        own.add(SLOTS)
     held = {*vars(module), *module._parameters, *module._buffers, *module._modules} - own
     held |= {name for cls in original_class(module).__mro__ for name in vars(cls)}
     if taken := sorted(name for name in held if name.startswith("_euler")):
         raise EulernetError(
             f"{step.name} ({step.module_class}) has {', '.join(taken)} of its own; names that begin with _euler are "
             "those of eulernet's additions to a module. Rename the attribute, or leave the step out: "
-            f"eulernet.patch(model, ..., exclude={step.name!r})"
+            f"eulernet.patch(model, ..., exclude={exclude!r})"
         )
 
 
