@@ -178,10 +178,12 @@ def _whole(steps: list[Step]) -> _Unit:
     return _joined(units)
 
 
-def _end(step: Step, steps: list[Step]) -> tuple[int, int]:
-    """When a step ends: a long one after the last step of its branch."""
+def _end(step: Step, steps: list[Step]) -> tuple[float, int]:
+    """When a step ends: a long one after the last step of its branch, a gated one after the step that ended before."""
     inside = [_end(other, steps) for other in steps if step.kind == "long" and other.parent == step.name]
-    last, level = max(inside, default=(step.index, -1))
+    before = -1 if step.after is None else step.after
+    at = before + 0.5 if step.kind in ("long", "gated") else step.index  # those have numbers behind all others
+    last, level = max(inside, default=(at, -1))
     return last, level + 1
 
 

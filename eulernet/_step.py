@@ -64,6 +64,8 @@ class Step:
         h: the step factor; None where the step is not patched.
         module_name: the module's name in `model.named_modules()`, "" for the model itself.
         number: which of the module's steps it is, from 0; None where the module has no other.
+        after: of a long or gated step the index of the last step of the other kinds that ended before it first did;
+            None where there was none.
     """
 
     index: int
@@ -79,6 +81,7 @@ class Step:
     h: float | None = None
     module_name: str = ""
     number: int | None = None
+    after: int | None = None
 
     def __post_init__(self) -> None:
         """Where only the name is given, as in JSON and pickles from before 0.1.0, the rest of it follows from it."""
@@ -88,7 +91,7 @@ class Step:
             self.__dict__["number"] = int(number) if number.isdecimal() else None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update({"module_name": "", "number": None} | state)
+        self.__dict__.update({"module_name": "", "number": None, "after": None} | state)
         self.__post_init__()
 
 

@@ -21,6 +21,7 @@ from eulernet._patch.prove import search
 from eulernet._plot import picture, together
 from tests.helpers.trapped import build
 from tests.traps import TRAPS, UNSUPPORTED, Trap
+from tests.traps.gated import Highway
 
 SOURCE = Path(__file__).read_text().splitlines()
 DIM = 8
@@ -279,6 +280,12 @@ def test_a_main_stream_that_keeps_one_is_named_with_the_call_that_mends_it() -> 
     assert said_by_patch(groups(), include="*") == []
 
 
+def test_who_excludes_long_steps_has_decided() -> None:
+    assert said_by_patch(groups(), exclude=lambda step: step.kind == "long") == []
+    (said,) = said_by_patch(groups(), exclude=lambda step: step.kind == "long" and step.name != "body.1")
+    assert "keeps h = 1 at body.1: long steps" in said
+
+
 def test_networks_that_are_whole_stay_silent() -> None:
     assert said_by_patch(nn.Sequential(nn.Linear(DIM, DIM), Block(), Block(), nn.LayerNorm(DIM))) == []
 
@@ -354,6 +361,16 @@ def test_two_long_steps_of_one_module_have_an_arc_each() -> None:
     shown = picture(eulernet.find_steps(Two(), example_inputs=X))
     assert [row.name for row in shown.rows] == ["down.{0-1}", "<root>:0", "up.{0-1}", "<root>:1"]
     assert [(arc.first, arc.last) for arc in shown.arcs] == [(0, 1), (2, 3)]
+
+
+def test_gated_updates_stand_where_they_run() -> None:
+    model = nn.Sequential(Highway(), Block(), Highway(), Highway(), Block())
+    steps = eulernet.find_steps(model, example_inputs=X)
+    assert [(step.name, step.after) for step in steps.gated] == [("0", None), ("2", 0), ("3", 0)]
+    assert [row.name for row in picture(steps).rows] == ["0", "1", "{2-3}", "4"]
+    eulernet.patch(model, 0.5, include="*", example_inputs=X)
+    assert [row.name for row in picture(eulernet.steps(model)).rows] == ["0", "1", "{2-3}", "4"]
+    assert Steps.from_json(steps.to_json()) == steps
 
 
 @pytest.mark.parametrize("reason", REASONS)

@@ -145,6 +145,51 @@ def test_residual_steps_beside_them_are_scaled_and_it_is_said_what_is_not() -> N
     assert [step.name for step in found.gated] == ["highway", "gru"]
 
 
+CALLS = [torch.gru_cell, torch._VF.gru_cell, torch.ops.aten.gru_cell]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("function", CALLS, ids=["torch", "VF", "aten"])
+def test_a_cell_is_gated_where_it_is_called_as_a_function(function: Any) -> None:
+    class Called(Cell):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            s, cell = x.new_zeros(x.shape[0], DIM), self.cell
+            for t in range(x.shape[1]):
+                s = function(x[:, t], s, cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh)
+            return self.o(s)
+
+    (step,) = eulernet.find_steps(made(Called), example_inputs=X).gated
+    assert (step.kind, step.calls) == ("gated", X.shape[1])
+    model = eulernet.patch(made(Called), 0.3, example_inputs=X, include="*")
+    torch.testing.assert_close(model(X), made(Cell).reference(X, 0.3), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("assigned", [False, True])
+def test_an_update_that_overwrites_its_state_is_reported_and_refused_where_it_is_named(assigned: bool) -> None:
+    class Overwriting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f, self.z = nn.Linear(DIM, DIM), nn.Linear(DIM, DIM)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            s, n, z = x.clone(), torch.tanh(self.f(x)), torch.sigmoid(self.z(x))
+            if assigned:
+                s = s.lerp_(n, z)
+            else:
+                s.lerp_(n, z)
+            return s
+
+    model = nn.Sequential(made(Overwriting), made(Highway))
+    before = model(X)
+    assert [step.name for step in eulernet.find_steps(model, example_inputs=X).gated] == ["0", "1"]
+    with pytest.raises(eulernet.EulernetError, match=r"^0 \(Overwriting\): .* exclude='0'\)$"):
+        eulernet.patch(model, 0.3, example_inputs=X, include=["0", "1"])
+    assert not eulernet.is_patched(model) and torch.equal(model(X), before)
+    with pytest.warns(eulernet.EulernetWarning, match=r"^not scaled: 0 \(Overwriting\)"):
+        eulernet.patch(model, 0.3, example_inputs=X, include="*")
+    expected = made(Highway).reference(made(Overwriting)(X), 0.3)
+    torch.testing.assert_close(model(X), expected, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.filterwarnings("error::eulernet.EulernetWarning")
 def test_who_excludes_them_has_decided() -> None:
     eulernet.patch(made(ResidualBesideGated), 0.3, example_inputs=X, exclude="highway")

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from eulernet._find.gated import gated
-from eulernet._find.graph import REARRANGES, SQUARES, SQUASHES, UPSAMPLES, Graph, MatchKind, StepCall
+from eulernet._find.graph import SCALES, SQUARES, SQUASHES, UPSAMPLES, Graph, MatchKind, StepCall
 from eulernet._find.streams import number_streams, of_their_skip, steps_of
 from eulernet._find.trace import FUSED_ADDITIONS, SLICES, Addition, Trace
 from eulernet._step import Reason
@@ -90,7 +90,8 @@ def _reason(graph: Graph, trace: Trace, addition: Addition, branches: list[set[i
         return "constant operand"
     if any(addition.result in within for within in branches):
         return "inside a branch"
-    if addition.result in graph.readers and all(graph.nodes[n].op in SQUASHES for n in graph.uses(addition.result)):
+    uses = graph.uses(addition.result)
+    if uses and all(graph.nodes[n].op in SQUASHES for n in uses):
         return "gate or score"
     start = trace.calls[addition.call].start
     ancestors = [graph.ancestors(node, start, 0) for node in operands]
@@ -115,6 +116,7 @@ def _step_call(graph: Graph, trace: Trace, addition: Addition, results: dict[int
                 found = _projection(graph, skip, branch, start)
                 if found and _is_aside(graph, addition.result, branch, found.within):
                     found = None
+                found = found or _multistep(graph, skip, branch, start, results)
             if found and not _is_score(graph, branch, start):
                 kind, state, within, first = found
                 if kind == "identity" and "sub" in addition.op and _is_centred(graph, addition.result, within):
@@ -166,6 +168,22 @@ def _identity(graph: Graph, skip: int, branch: int, start: int) -> Match | None:
     return None
 
 
+def _multistep(graph: Graph, skip: int, branch: int, start: int, results: dict[int, StepCall]) -> Match | None:
+    """Where the skip is made of several states of one stream, as `2 x - x_before` is: leapfrog, linear multistep."""
+    last = [*graph.same(skip, start, scaled=True)][-1]
+    if last not in graph.sums or last in results:
+        return None
+    chains = [[*graph.same(i, start, scaled=True)] for i in graph.state_inputs(last)]
+    for state in sorted({node for chain in chains for node in chain}, reverse=True):
+        before = graph.ancestors(state, 0, -1)
+        ancestors = graph.ancestors(branch, start, state)
+        if state in ancestors and state != branch and not any(before.isdisjoint(chain) for chain in chains):
+            path = graph.path(state, branch, ancestors)
+            if graph.mixes(path, state):
+                return Match("identity", state, set(path) - {state})
+    return None
+
+
 def _projection(graph: Graph, skip: int, branch: int, start: int) -> Match | None:
     chain = list(graph.matched(skip, start))
     multiples = set(graph.same(skip, start, scaled=True))
@@ -174,8 +192,10 @@ def _projection(graph: Graph, skip: int, branch: int, start: int) -> Match | Non
         if state in ancestors:
             path = graph.path(state, branch, ancestors)
             skipped = [node for node, _ in chain[: chain.index((state, maps)) + 1]]
-            direct = graph.path(state, branch, ancestors - _other_resolutions(graph, path, skipped))
-            deeper = direct and (direct[branch] > maps or (state in multiples and graph.mixes(direct, state)))
+            apart = _other_resolutions(graph, path, skipped) | _gating(graph, path)
+            direct = graph.path(state, branch, ancestors - apart)
+            passed = max(maps, sum(map(graph.is_map, skipped[:-1])))  # a separable convolution is two in a branch
+            deeper = direct and (direct[branch] > passed or (state in multiples and graph.mixes(direct, state)))
             if deeper and not _are_other_parts(graph, skipped, path):
                 return Match("projection", state, set(path) - {state})
     return None
@@ -193,6 +213,16 @@ def _other_resolutions(graph: Graph, path: dict[int, int], skipped: list[int]) -
     return {
         n for n in ups if any(graph.nodes[m].shape[2:] not in sizes for m in (n, *graph.nodes[n].inputs) if m in path)
     }
+
+
+def _gating(graph: Graph, path: dict[int, int]) -> set[int]:
+    """The products on a path that it enters by a gate alone, as `r * s` does where `r` is made of another state."""
+
+    def is_gate(node: int) -> bool:
+        return any(graph.nodes[n].op in SQUASHES for n in graph.same(node, 0))
+
+    products = ((n, graph.state_inputs(n)) for n in path if graph.nodes[n].op in SCALES)
+    return {n for n, of in products if any(i not in path for i in of) and all(is_gate(i) for i in of if i in path)}
 
 
 def _is_aside(graph: Graph, result: int, branch: int, within: set[int]) -> bool:
@@ -235,9 +265,9 @@ def _is_score(graph: Graph, branch: int, start: int) -> bool:
 
 
 def _are_other_parts(graph: Graph, skipped: list[int], path: dict[int, int]) -> bool:
-    """Whether the skip is one part of the state, or of its flip, and the branch begins at others: Res2Net, flows."""
+    """Whether the skip is one part of what it has in common with the branch, which begins at others: Res2Net, flows."""
     *rest, skip, state = skipped
-    while rest and graph.nodes[skip].op in REARRANGES and skip in path:
+    while rest and skip in path:
         skip, state = rest.pop(), skip
 
     def part(node: int) -> bool:

@@ -35,7 +35,7 @@ REARRANGES = frozenset(
     "pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle repeat repeat_interleave tile index_select "
     "gather take_along_dim flip fliplr flipud roll rot90 expand expand_as broadcast_to".split()
 )
-_SCALES = frozenset("mul multiply rmul div divide true_divide imul".split())
+SCALES = frozenset("mul multiply rmul div divide true_divide imul".split())
 _MAPS = re.compile(
     r"conv|linear|matmul|(^|_)(mm|bmm|mv|dot|inner|outer|addr|ger)$|addb?mm|addmv|baddbmm|einsum|tensordot|multi_dot|"
     r"^bilinear$|attention|lstm|gru|rnn|fft|::"
@@ -46,7 +46,7 @@ UPSAMPLES = re.compile(r"interpolate|upsample|conv_transpose|pixel_shuffle")
 SQUASHES = frozenset("sigmoid hardsigmoid logsigmoid tanh softmax log_softmax softmin".split())
 SQUARES = frozenset("pow square float_power".split())
 _SAME = VIEWS | CASTS | _DROPOUTS | _ACTIVATIONS
-_MATCHING = _SAME | NORMS | _PADS | _SCALES | _REDUCTIONS | REARRANGES
+_MATCHING = _SAME | NORMS | _PADS | SCALES | _REDUCTIONS | REARRANGES
 
 
 # A decomposition, x - pool(x), is seen here and is no step.
@@ -143,7 +143,7 @@ class Graph:
             inputs = self.state_inputs(node)
             # Adding a number keeps a tensor what it is: sum((x, f)) begins with 0 + x.
             op = self.nodes[node].op
-            same = op in _SAME or (op in ADDITIONS and len(self.nodes[node].inputs) == 1) or (scaled and op in _SCALES)
+            same = op in _SAME or (op in ADDITIONS and len(self.nodes[node].inputs) == 1) or (scaled and op in SCALES)
             if not same or len(inputs) != 1 or self.size(inputs[0]) != self.size(node):
                 return
             node = inputs[0]
@@ -174,7 +174,7 @@ class Graph:
         while pending:
             for reader in self.readers.get(pending.pop(), ()):
                 op = self.nodes[reader].op
-                passes = op in VIEWS or op in CASTS or op in _SCALES or op in ADDITIONS
+                passes = op in VIEWS or op in CASTS or op in SCALES or op in ADDITIONS
                 alone = len(self.state_inputs(reader)) == 1
                 (pending.append if passes and alone else found.add)(reader)
         return found
@@ -215,7 +215,7 @@ class Graph:
         norms: list[int] = []
         others: list[int] = []
         for addend in self.state_inputs(node):
-            factors = self.state_inputs(addend) if self.nodes[addend].op in _SCALES else (addend,)
+            factors = self.state_inputs(addend) if self.nodes[addend].op in SCALES else (addend,)
             for factor in factors:
                 *_, source = self.same(factor, 0)
                 (norms if self.nodes[source].op in NORMS else others).append(source)

@@ -29,6 +29,7 @@ from eulernet._find.sites import (
     TracedSite,
     Unplaced,
     grouped,
+    is_left_alone,
     origin,
     pair_modes,
     site_of,
@@ -222,7 +223,7 @@ def _collect(model: nn.Module, runs: list[Run], traces: list[Trace], notes: list
     groups = grouped(sites, traced, model)
     notes.extend(pair_modes(groups, [{of.get(c.module) for c in trace.calls} for trace, of in traced.values()], names))
     # What is left alone last, so that those which `patch` scales by default are numbered without gaps.
-    last = sorted(groups, key=lambda g: any(e.left_alone for e in step_calls_of(g)))
+    last = sorted(groups, key=is_left_alone)
     numbers = {id(g): i for i, g in enumerate(last)}
     found = [
         FoundStep(
@@ -368,13 +369,12 @@ def _step(index: int, group: Group, groups: list[Group], names: dict[nn.Module, 
         kind = "parallel"
     else:
         kind = "projection" if step_calls[0].kind == "projection" else "identity"
+    others = [g for g in groups if g is not group]
     around = [
-        g
-        for g in groups
-        if g is not group
-        and any(o.long and e.addition.result in o.within for o in step_calls_of(g) for e in step_calls)
+        g for g in others if any(o.long and e.addition.result in o.within for o in step_calls_of(g) for e in step_calls)
     ]
     module_name, number = _named(group, groups, names)
+    before = sum(not is_left_alone(g) for g in groups[: groups.index(group)])
     return Step(
         index=index,
         name=step_name(module_name, number),
@@ -388,6 +388,7 @@ def _step(index: int, group: Group, groups: list[Group], names: dict[nn.Module, 
         parent=step_name(*_named(around[0], groups, names)) if around else None,
         module_name=module_name,
         number=number,
+        after=before - 1 if before and is_left_alone(group) else None,
     )
 
 

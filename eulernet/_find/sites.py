@@ -130,6 +130,11 @@ def step_calls_of(group: Group) -> list[StepCall]:
     return [e for s in group for e in s.step_calls[False]] or [e for s in group for e in s.step_calls[True]]
 
 
+def is_left_alone(group: Group) -> bool:
+    """Whether a step is scaled only where it is asked for."""
+    return any(e.left_alone for e in step_calls_of(group))
+
+
 def grouped(sites: list[TracedSite], runs: dict[bool, tuple[Trace, Originals]], model: nn.Module) -> list[Group]:
     """The steps, in the order of execution: one a site or a key of it, but parallel branches in one module are one."""
     split = [by_key(site, runs, model) for site in sites]

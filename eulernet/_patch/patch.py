@@ -178,7 +178,7 @@ def patch(
             if not wrong:
                 break
             refused |= wrong
-        main = result.main - decided - hs.keys()
+        main = result.main - decided - hs.keys() - refused.keys()
         twice = [] if preserve else list(depth_twice(model, result, h))
     check_scalable(model, scales)
     cautions = [

@@ -300,3 +300,46 @@ class LoopOverAFunction(Trap):
         for layer in self.layers:
             x = x + h[0] * layer(x)
         return x
+
+
+@trap
+class Leapfrog(Trap):
+    """``2 x - x_before + f(x)``: the skip is made of the states of two moments (Chang et al., 2018)."""
+
+    keyed = True
+    expected = each("layers.0", "layers.1", "layers.2")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(mlp() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        before = x
+        for layer in self.layers:
+            x, before = 2 * x - before + layer(x), x
+        return x
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        before = x
+        for factor, layer in zip(h, self.layers, strict=True):
+            x, before = 2 * x - before + factor * layer(x), x
+        return x
+
+
+@trap
+class SumOfTwoIsNoState(Trap):
+    """A sum of siblings that a map of one of them is added to: it belongs to the branch around it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = linear(), linear(), linear()
+
+    def branch(self, x: Tensor) -> Tensor:
+        one = torch.relu(self.a(x))
+        return one + self.b(x) + self.c(one)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.branch(x)
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        return x + h[0] * self.branch(x)

@@ -403,3 +403,47 @@ class PowerSeriesOfAWeight(WithABlock):
 
     def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
         return self.block.reference(x @ self.rotation(), h[0])
+
+
+@trap
+class ResponseNormBehindASeparableConvolution(Trap):
+    """The same gate where what it takes is a depthwise convolution, a norm and a linear map away from the state."""
+
+    shape = (2, DIM, 8, 8)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.depthwise, self.norm = nn.Conv2d(DIM, DIM, 3, padding=1, groups=DIM), nn.LayerNorm(DIM)
+        self.a, self.b, self.scale = nn.Linear(DIM, 16), nn.Linear(16, DIM), nn.Parameter(torch.randn(16))
+
+    def branch(self, x: Tensor) -> Tensor:
+        y = torch.tanh(self.a(self.norm(self.depthwise(x).permute(0, 2, 3, 1))))
+        size = y.norm(dim=(1, 2), keepdim=True)
+        y = y + self.scale * (y * (size / size.mean(-1, keepdim=True)))
+        return self.b(y).permute(0, 3, 1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.branch(x)
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        return x + h[0] * self.branch(x)
+
+
+@trap
+class ACandidateIsNoProjection(WithABlock):
+    """``tanh(W y + U (r * x))``, where ``y`` comes to the second map through the gate ``r`` alone (GTrXL)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.w, self.u, self.wr, self.ur = (linear() for _ in range(5))
+
+    def candidate(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.first(x))
+        r = torch.sigmoid(self.wr(y) + self.ur(x))
+        return torch.tanh(self.w(y) + self.u(r * x)) * y
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(self.candidate(x))
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        return self.block.reference(self.candidate(x), h[0])
