@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -193,10 +193,36 @@ class Graph:
             if len(inputs) > 1 and op in CONTRACTIONS:  # a mixture of streams, by a matrix that may depend on them
                 inputs = tuple(i for i in inputs if self.nodes[i].shape == self.nodes[node].shape)
             simple = op in _MATCHING or op in ADDITIONS or POOLS.search(op) or UPSAMPLES.search(op)
-            if len(inputs) != 1 or maps > most or not (simple or self.is_map(node)):
+            if maps > most or not (simple or self.is_map(node)):
                 return
-            node = inputs[0]
+            source = inputs[0] if len(inputs) == 1 else self._normed(node)
+            if source is None:
+                return
+            node = source
             yield node, maps
+
+    def _normed(self, node: int) -> int | None:
+        """What a norm written by hand was given: a product of it with statistics of its own."""
+
+        def is_none(made: int) -> bool:
+            shapes = {self.nodes[i].shape for i in self.state_inputs(made)}
+            return bool(POOLS.search(self.nodes[made].op)) or (made in self.sums and len(shapes) == 1)
+
+        return self.one_source(node, is_none) if self.nodes[node].op in _SCALES else None
+
+    def one_source(self, node: int, stops: Callable[[int], bool], most: int = 64) -> int | None:
+        """The one node that all inputs of a node come from without a map, as `x` and its mean do in a norm by hand."""
+        frontier = set(self.state_inputs(node))
+        for _ in range(most):
+            if len(frontier) <= 1:
+                return next(iter(frontier), None)
+            last = max(frontier)  # the nodes are in the order of execution: the latest comes from the others
+            made = self.nodes[last]
+            if not made.inputs or self.is_map(last) or made.op == "embedding" or stops(last):
+                return None
+            frontier.remove(last)
+            frontier.update(self.state_inputs(last))
+        return None
 
     def _whole(self, parts: tuple[int, ...], start: int, most: float) -> tuple[int, int] | None:
         """What all parts come from by shape-matching maps only, as where the class token is taken apart for pooling."""
