@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -124,6 +124,14 @@ class Graph:
     def keeps_resolution(self, node: int) -> bool:
         """Whether it is its input as it is, but for what is padded or cut off."""
         return self.nodes[node].op in _SAME | _PADS
+
+    def other_resolutions(self, path: Collection[int], skipped: Collection[int]) -> set[int]:
+        """The nodes of a branch that are sized up from, or to, a resolution that its skip has nowhere."""
+        sizes = {self.nodes[node].shape[2:] for node in skipped}
+        ups = (n for n in path if n not in skipped and UPSAMPLES.search(self.nodes[n].op))
+        return {
+            n for n in ups if any(self.nodes[m].shape[2:] not in sizes for m in (n, *self.nodes[n].inputs) if m in path)
+        }
 
     def size(self, node: int) -> int:
         size = 1

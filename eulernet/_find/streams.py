@@ -18,7 +18,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
-from eulernet._find.graph import NORMS, POOLS, SQUASHES, UPSAMPLES, Graph, StepCall
+from eulernet._find.graph import NORMS, POOLS, SQUASHES, Graph, StepCall
 
 _Sums = Mapping[int, StepCall]  # by the node of the result
 
@@ -105,7 +105,8 @@ def _own(graph: Graph, call: StepCall, inner: Iterable[StepCall]) -> _Own | None
         return None
     own = [node for node in way if node != call.state and node not in cut]
     ops = [graph.nodes[node].op for node in own]
-    upsampled = {node for node in own if UPSAMPLES.search(graph.nodes[node].op)}
+    skipped = [node for node, _ in graph.matched(call.skip, 0) if node >= call.state]
+    upsampled = graph.other_resolutions(way, skipped)
     return _Own(
         nothing=not any(graph.is_map(n) for n in own) and not any(op in NORMS or POOLS.search(op) for op in ops),
         resized=bool(upsampled) and not _way(graph, call, cut, without=upsampled),
