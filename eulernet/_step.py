@@ -106,6 +106,7 @@ Reason = Literal[
     "resolutions",  # the same, at another resolution
     "no map between",  # one was computed from the other without a convolution, linear map, attention or pooling
     "what pooling took out",  # x - pool(x)
+    "sum of layers",  # x + f(x) + g(f(x)), which none of the layers reads
     "unrelated",  # neither has anything to do with the other
 ]
 

@@ -224,3 +224,27 @@ def test_a_step_that_is_added_otherwise_in_training_is_one_step() -> None:
     branch = model[0].a(x[:2])
     torch.testing.assert_close(model[0].train()(x), torch.cat((x[:2] + 0.5 * 2 * branch, x[2:])))
     torch.testing.assert_close(model[0].eval()(x), x + 0.5 * model[0].a(x))
+
+
+def test_a_model_whose_only_step_is_long_is_told_how_to_take_it() -> None:
+    class Skips(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            first = self.a(x)
+            second = torch.relu(self.b(first))
+            y = self.b(second)
+            for skip in (second, first):
+                y = skip + y
+            return y
+
+    model, x = Skips(), torch.randn(2, 8)
+    with pytest.raises(eulernet.EulernetError, match=r'<root>, is long: .*: eulernet\.patch\(model, h, include="\*"\)'):
+        eulernet.patch(model, 0.1, example_inputs=x)
+    first = model.a(x)
+    second = torch.relu(model.b(first))
+    expected = first + 0.1 * (second + 0.1 * model.b(second))
+    eulernet.patch(model, 0.1, example_inputs=x, include="*")
+    torch.testing.assert_close(model(x), expected)

@@ -99,8 +99,8 @@ def _reason(graph: Graph, trace: Trace, addition: Addition, branches: list[set[i
     common = set.intersection(*ancestors)
     if not common:
         return "unrelated"
-    between = set.union(*ancestors) - common
-    if any(UPSAMPLES.search(graph.nodes[n].op) for n in between):
+    near = (n for node in operands for n, _ in graph.matched(node, start) if n not in common)
+    if any(UPSAMPLES.search(graph.nodes[n].op) for n in near):
         return "resolutions"
     return "siblings"
 

@@ -121,6 +121,11 @@ class Graph:
     def is_map(self, node: int) -> bool:
         return bool(_MAPS.search(self.nodes[node].op))
 
+    def is_depthwise(self, node: int) -> bool:
+        """Whether it is a convolution of each channel by itself: with the convolution behind it, it is one map."""
+        kernels = [self.nodes[i].shape for i in self.nodes[node].inputs[1:2]]
+        return "conv" in self.nodes[node].op and any(len(k) > 2 and k[1] == 1 < k[0] for k in kernels)
+
     def keeps_resolution(self, node: int) -> bool:
         """Whether it is its input as it is, but for what is padded or cut off."""
         return self.nodes[node].op in _SAME | _PADS
@@ -185,11 +190,16 @@ class Graph:
     def matched(self, node: int, start: int, most: float = 1) -> Iterator[tuple[int, int]]:
         """`node` and what it comes from by a shape-matching map only, each with the number of maps (at `most`)."""
         maps = 0
+        last: int | None = None  # the map that takes what comes from this node, as it is or normed
         yield node, maps
         while node >= start:
             op = self.nodes[node].op
             inputs = self.state_inputs(node)
-            maps += self.is_map(node)
+            if self.is_map(node):
+                maps += last is None or not self.is_depthwise(node)
+                last = node if last is None else None
+            elif op not in NORMS and op not in VIEWS:
+                last = None
             if op in _JOINS and len(inputs) > 1:
                 whole = self._whole(inputs, start, most)
                 if whole is None or maps + whole[1] > most:
@@ -200,6 +210,8 @@ class Graph:
             # Beside a constant a sum keeps what it is: a frozen batch norm is x * scale + bias.
             if len(inputs) > 1 and op in CONTRACTIONS:  # a mixture of streams, by a matrix that may depend on them
                 inputs = tuple(i for i in inputs if self.nodes[i].shape == self.nodes[node].shape)
+            elif len(inputs) > 1 and op in ADDITIONS and (modulated := self._modulated(node)) is not None:
+                inputs = (modulated,)
             simple = op in _MATCHING or op in ADDITIONS or POOLS.search(op) or UPSAMPLES.search(op)
             if maps > most or not (simple or self.is_map(node)):
                 return
@@ -231,6 +243,21 @@ class Graph:
             frontier.remove(last)
             frontier.update(self.state_inputs(last))
         return None
+
+    def _modulated(self, node: int) -> int | None:
+        """The norm in `norm(x) * (1 + gamma) + beta`, where gamma and beta are not made of `x`."""
+        norms: list[int] = []
+        others: list[int] = []
+        for addend in self.state_inputs(node):
+            factors = self.state_inputs(addend) if self.nodes[addend].op in _SCALES else (addend,)
+            for factor in factors:
+                *_, source = self.same(factor, 0)
+                (norms if self.nodes[source].op in NORMS else others).append(source)
+        if not norms:
+            return None
+        norm = min(norms, key=lambda n: self.state_inputs(n)[0])  # of what was there first: gamma may be normed as well
+        (given, *_), others = self.state_inputs(norm), [*others, *(n for n in norms if n != norm)]
+        return norm if others and not any(given in self.ancestors(other, 0, given) for other in others) else None
 
     def _whole(self, parts: tuple[int, ...], start: int, most: float) -> tuple[int, int] | None:
         """What all parts come from by shape-matching maps only, as where the class token is taken apart for pooling."""

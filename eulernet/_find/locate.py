@@ -6,7 +6,7 @@ import ast
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from types import CodeType, FunctionType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -127,8 +127,9 @@ def sole_addition(method: FunctionType, module: Any) -> Location:
     return Location(((target, span),), code.co_filename, position, code.co_qualname)
 
 
-def keyed(addition: Addition, location: Location, lasti: int) -> Location | None:
-    """The same place, with the call (at an instruction of the same code) whose callee tells its steps apart.
+def keyed(addition: Addition, location: Location, lasti: int, method: str) -> Location | None:
+    """The same place, with the call (at an instruction of the same code) whose callee tells its steps apart: a module,
+    or a method of one.
 
     None where the callee cannot be kept in a variable from the call to the addition.
     """
@@ -141,9 +142,20 @@ def keyed(addition: Addition, location: Location, lasti: int) -> Location | None
         call = expression_at(function, key, (ast.Call,))
     except (Unsupported, EulernetError):
         return None
-    if any(call in ast.walk(scope) for scope in without_variables(definition)):
+    bound = not method or _is_bound(function, call, method)
+    if not bound or any(call in ast.walk(scope) for scope in without_variables(definition)):
         return None
     return replace(location, targets=((target, replace(span, key=key)),))
+
+
+def _is_bound(function: FunctionType, call: ast.AST, method: str) -> bool:
+    """Whether `x.method(...)` is called, and `x` is neither a class nor a file of functions."""
+    match call:
+        case ast.Call(func=ast.Attribute(value=ast.Name(id=name), attr=attribute)):
+            return attribute == method and not isinstance(_lookup(function, name), type | ModuleType)
+        case ast.Call(func=ast.Attribute(value=ast.Subscript(), attr=attribute)):
+            return attribute == method
+    return False
 
 
 def nowhere(addition: Addition) -> tuple[nn.Module, Location]:

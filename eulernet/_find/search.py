@@ -291,7 +291,10 @@ def _places(
             try:
                 site = site_of(step_call, run.sandbox.original, sites, at in again)
                 if steps_at[at] != runs_at[at]:
-                    raise Unsupported(f"the same addition is a step in {steps_at[at]} of its {runs_at[at]} runs")
+                    others = runs_at[at] - steps_at[at]
+                    raise Unsupported(
+                        f"it adds {runs_at[at]} times in a forward pass, {others} of them no step, which h would scale"
+                    )
                 site.step_calls[run.training].append(step_call)
             except Unsupported as reason:
                 rest(step_call, number, str(reason))
@@ -366,7 +369,10 @@ def _step(index: int, group: Group, groups: list[Group], names: dict[nn.Module, 
     else:
         kind = "projection" if step_calls[0].kind == "projection" else "identity"
     around = [
-        g for g in groups if any(o.long and e.addition.result in o.within for o in step_calls_of(g) for e in step_calls)
+        g
+        for g in groups
+        if g is not group
+        and any(o.long and e.addition.result in o.within for o in step_calls_of(g) for e in step_calls)
     ]
     module_name, number = _named(group, groups, names)
     return Step(

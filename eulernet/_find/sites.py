@@ -157,39 +157,43 @@ def by_key(site: TracedSite, runs: dict[bool, tuple[Trace, Originals]], model: n
     at_all = [at for at in made[0][2] if all(at in makers for _, _, makers in made)]
     if len(made) < 2 or not at_all:
         return [site]
-    best = max(at_all, key=lambda at: len({makers[at] for _, _, makers in made}))  # of equals the last call
-    keys = dict.fromkeys(makers[best] for _, _, makers in made)
-    if len(keys) < 2 or site.host in keys or not set(keys) <= set(model.modules()):
-        return [site]
-    if len({id(e.first or e) for mode, e, _ in made if mode == made[0][0]}) < len(keys):  # branches of one step
-        return [site]
-    location = keyed(made[0][1].addition, site.location, best)
-    if location is None:
-        return [site]
-    return [
-        replace(
-            site,
-            location=location,
-            module=key,
-            step_calls={m: [e for mode, e, makers in made if mode == m and makers[best] is key] for m in (False, True)},
-        )
-        for key in keys
-    ]
+    runs_of_one = len({id(e.first or e) for mode, e, _ in made if mode == made[0][0]})
+    of_model = set(model.modules()) - {site.host}
+    # What tells most apart, and of equals the last call.
+    for at in sorted(at_all, key=lambda at: len({makers[at] for _, _, makers in made}), reverse=True):
+        keys = dict.fromkeys(makers[at] for _, _, makers in made)
+        if not 2 <= len(keys) <= runs_of_one or not of_model.issuperset(keys):  # else the branches of one step
+            continue
+        location = keyed(made[0][1].addition, site.location, *at)
+        if location is not None:
+            of_mode = {mode: [(e, of[at]) for m, e, of in made if m == mode] for mode in (False, True)}
+            calls = {key: {mode: [e for e, of in of_mode[mode] if of is key] for mode in of_mode} for key in keys}
+            return [replace(site, location=location, module=key, step_calls=calls[key]) for key in keys]
+    return [site]
 
 
-def _makers(step_call: StepCall, trace: Trace, originals: Originals) -> dict[int, nn.Module]:
-    """The calls in the source, the last first, that stand on the way from skip to branch, each with what it called.
+def _makers(step_call: StepCall, trace: Trace, originals: Originals) -> dict[tuple[int, str], nn.Module]:
+    """The calls in the source, the last first, that stand on the way from skip to branch, each with what it called: a
+    module, or one by the name of its method that calls modules, as in `layer.forward(x)`.
 
     Only what each called last before the addition, which is what a variable set there holds at the addition.
     """
     addition = step_call.addition
-    last: dict[int, nn.Module | None] = {}
+    last: dict[tuple[int, str], nn.Module | None] = {}
+    leading: set[tuple[int, str]] = set()
     for call in reversed(trace.calls[addition.call + 1 :]):
-        inside = call.parent == addition.call and call.end <= addition.result
-        if inside and call.site is not None and call.site[0] is addition.frames[0].code:
-            on_the_way = any(call.start <= node < call.end for node in step_call.within)
-            last.setdefault(call.site[1], originals.get(call.module) if on_the_way else None)
-    return {at: module for at, module in last.items() if module is not None}
+        if call.parent != addition.call or call.end > addition.result:
+            continue
+        called: nn.Module | None = call.module
+        method = ""
+        for frame in call.frames:
+            if frame.code is addition.frames[0].code:
+                at = frame.lasti, method
+                if last.setdefault(at, called) is called and any(call.start <= n < call.end for n in step_call.within):
+                    leading.add(at)
+                break
+            called, method = frame.module, frame.code.co_name
+    return {at: originals[m] for at, m in last.items() if at in leading and m in originals}
 
 
 def pair_modes(groups: list[Group], called: list[set[nn.Module | None]], names: dict[nn.Module, str]) -> Iterator[str]:

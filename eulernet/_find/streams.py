@@ -7,18 +7,25 @@ more: the places of one parallel step count once, and two projections alone are 
    input that is injected again. The other half of a reversible network, whose skip is a sum itself, is named.
 2. A sum with sums inside its branch is long (a) where, with their branches cut, nothing is left of its own (no map,
    norm or pooling), or what is left passes another resolution; (b) around a stream that begins at its own skip, through
-   no map; (c) around a stream, or around several sums that are no projections, where it is in no stream itself.
+   no map; (c) around a stream, or around several sums that are no projections, where it is in no stream itself; (d)
+   around another run of the same addition of the source, as the skips of a U-Net that one loop adds.
 3. Inside the branch of a step that is not long a sum counts only where that branch holds a stream; otherwise it belongs
    to the branch.
+4. A sum of layers, `x + f(x) + g(f(x))`, each made of the one before and none of the sum, is no step, unless its chain
+   has another such sum, as the next block's.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from types import CodeType
 from typing import NamedTuple
 
+from torch import nn
+
 from eulernet._find.graph import NORMS, POOLS, SQUASHES, Graph, StepCall
+from eulernet._find.trace import Addition
 
 _Sums = Mapping[int, StepCall]  # by the node of the result
 
@@ -28,8 +35,12 @@ def steps_of(graph: Graph, calls: list[StepCall]) -> list[StepCall]:
     sums = _with_first(_of_the_skip(graph, calls))
     ends = {e.addition.result: e for e in sums if e.supported and e.kind != "decomposition"}
     links = _links(graph, ends)
+    of_layers = _of_layers(graph, sums, links)
     kept: list[StepCall] = []
     for call in reversed(sums):  # what ends later is outside
+        if _head(call) in of_layers:
+            call.reason = "sum of layers"
+            continue
         if call.kind == "decomposition":
             call.reason = "what pooling took out"
             continue
@@ -170,6 +181,18 @@ def _holds_stream(outer: StepCall, links: Mapping[StepCall, set[StepCall]]) -> b
     return any(inside(call) and any(map(inside, near)) for call, near in links.items())
 
 
+def _of_layers(graph: Graph, sums: list[StepCall], links: Mapping[StepCall, set[StepCall]]) -> set[StepCall]:
+    """The sums to which a layer is added that was made of one that was added before, none next to another."""
+    branches: dict[StepCall, list[int]] = defaultdict(list)
+    found: set[StepCall] = set()
+    for call in sums:
+        head = _head(call)
+        if any(b in graph.ancestors(call.branch, 0, b) for b in branches[head]):
+            found.add(head)
+        branches[head].append(call.branch)
+    return {head for head in found if found.isdisjoint(links.get(head, ()))}
+
+
 # ---- rule 2
 
 
@@ -178,7 +201,7 @@ def _is_long(graph: Graph, call: StepCall, ends: _Sums, links: Mapping[StepCall,
     own = _own(graph, call, inner) if inner else None
     if own is None:
         return False
-    if own.nothing or own.resized:
+    if own.nothing or own.resized or any(_is_again(e.addition, call.addition) for e in inner):
         return True
     in_streams = [e for e in inner if any(o.addition.result in call.within for o in links.get(_head(e), ()))]
     in_one_itself = any(o.addition.result not in call.within for o in links.get(_head(call), ()))
@@ -186,6 +209,15 @@ def _is_long(graph: Graph, call: StepCall, ends: _Sums, links: Mapping[StepCall,
     begins_here = any(call.state in _back(graph, node, {}, 0) for node in begins)
     several = len({head for e in inner if (head := _head(e)).kind != "projection"}) > 1
     return (bool(in_streams) and begins_here) or ((bool(in_streams) or several) and not in_one_itself)
+
+
+def _is_again(one: Addition, other: Addition) -> bool:
+    """Whether two sums are runs of one addition of one module."""
+
+    def made(addition: Addition) -> list[tuple[CodeType, int, nn.Module | None]]:
+        return [(frame.code, frame.lasti, frame.module) for frame in addition.frames]
+
+    return bool(one.frames) and made(one) == made(other)
 
 
 # ---- the depth

@@ -102,7 +102,7 @@ class ModuleCall:
     parent: int
     start: int
     end: int = sys.maxsize
-    site: tuple[CodeType, int] | None = None  # the code and the instruction that called it
+    frames: list[Frame] = field(default_factory=list)  # from the one that called it up to the module's before it
 
 
 @dataclass
@@ -326,8 +326,8 @@ class Tracer(TorchFunctionMode):
         for tensor in tensors_in((args, kwargs)):
             self.node(tensor)  # what comes from the caller is older than the call
         self.inside = inside
-        parent, site = self.stack[-1] if self.stack else -1, _calling(sys._getframe(1))
-        self.trace.calls.append(ModuleCall(module, parent, len(self.trace.nodes), site=site))
+        parent, frames = self.stack[-1] if self.stack else -1, list(_calling(sys._getframe(1)))
+        self.trace.calls.append(ModuleCall(module, parent, len(self.trace.nodes), frames=frames))
         self.stack.append(len(self.trace.calls) - 1)
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -418,11 +418,11 @@ def _frames(frame: Any) -> Iterator[Frame]:
         frame = frame.f_back
 
 
-def _calling(frame: Any) -> tuple[CodeType, int] | None:
-    """Where a module is called, from a hook of its own."""
-    while frame is not None and frame.f_code.co_filename == _MODULE_CALL:
+def _calling(frame: Any) -> Iterator[Frame]:
+    """The frames that lead to a module's call, from a hook of its own."""
+    while frame is not None and frame.f_code.co_filename in (_MODULE_CALL, *_RECORDING):
         frame = frame.f_back
-    return None if frame is None else (frame.f_code, frame.f_lasti)
+    return _frames(frame)
 
 
 def _codes(frame: Any) -> Iterator[CodeType]:

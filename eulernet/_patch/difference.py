@@ -163,7 +163,7 @@ def _proven(sum_: Unplaced, places: list[_Place], before: Any, after: dict[bool,
         *calls, (target, span) = place.location.targets
         location = replace(place.location, targets=(*calls, (target, replace(span, skip=skip))))
         return TracedSite(location, place.host, place.host, True, False, sum_.step_calls)
-    told = [why for why in reasons if why != _OTHERS] or reasons  # the innermost that runs for it alone
+    told = [why for why in reasons if why != _OTHERS]  # the innermost that runs for it alone
     return f"{sum_.reason}; {told[0]}" if told else sum_.reason
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
+from types import MethodType
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -66,7 +67,8 @@ class Patched:
         slot = self._euler_places[place][0]
         if slot is not None:
             return slot
-        slots = getattr(key.func if isinstance(key, partial) else key, SLOTS, None)
+        key = key.func if isinstance(key, partial) else key.__self__ if isinstance(key, MethodType) else key
+        slots = getattr(key, SLOTS, None)
         if slots is None or place not in slots:
             what = "no module" if key is None else f"a {type(key).__name__} without an h"
             raise EulernetError(

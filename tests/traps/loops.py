@@ -210,3 +210,93 @@ class LoopInAComprehension(Trap):
 
     def reference(self, x: Tensor, *, h: Sequence[float]) -> tuple[Tensor, ...]:
         return tuple([x + factor * head(x) for factor, head in zip(h, self.heads, strict=True)])
+
+
+class OfTwo(nn.Module):
+    """What a parent calls by a method, past the module's own call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.f = nn.LayerNorm(DIM), mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.f(self.norm(x))
+
+
+@trap
+class LoopOverForwards(Trap):
+    """HoVerNet: `layer.forward(x)` is no call of the layer, whose parts are called one by one."""
+
+    keyed = True
+    expected = each("layers.0", "layers.1", "last")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.last = nn.Sequential(OfTwo(), OfTwo()), OfTwo()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (*self.layers, self.last):
+            y = layer.forward(x)
+            x = x + y
+        return x
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        for factor, layer in zip(h, (*self.layers, self.last), strict=True):
+            x = x + factor * layer(x)
+        return x
+
+
+@trap
+class LoopOverMethods(Trap):
+    """A method of another name, of a layer that is fetched by its number; its last part does nothing in eval mode."""
+
+    keyed = True
+    expected = each("layers.0", "layers.1")
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f, self.drop = mlp(), nn.Dropout(0.3)
+
+        def branch(self, x: Tensor) -> Tensor:
+            return self.drop(self.f(x))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(self.Layer() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.clone()
+        for i in range(len(self.layers)):
+            x += self.layers[i].branch(torch.relu(x))  # type: ignore[operator]
+        return x
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        for factor, layer in zip(h, self.layers, strict=True):
+            x = x + factor * layer.branch(torch.relu(x))  # type: ignore[operator]
+        return x
+
+
+def apply(layer: nn.Module, x: Tensor) -> Tensor:
+    return layer(x)
+
+
+@trap
+class LoopOverAFunction(Trap):
+    """A function that is handed the layer is no method of it: one step for all."""
+
+    expected = (Expected(calls=2, depth=2),)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(PreNorm(mlp()) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + apply(layer, x)
+        return x
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        for layer in self.layers:
+            x = x + h[0] * layer(x)
+        return x

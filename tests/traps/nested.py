@@ -362,6 +362,66 @@ class ASumOfExitsIsNoStream(WithABlock):
 
 
 @trap
+class ASumOfLayersIsNoStream(WithABlock):
+    """Each layer takes what the one before gave, and the output is the sum of all (Polynormer, jumping knowledge)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(linear() for _ in range(4))
+
+    def total(self, x: Tensor) -> Tensor:
+        total: Any = 0
+        for layer in self.layers:
+            x = torch.relu(layer(x))
+            total = total + x
+        return total
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.total(self.block(x))
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        return self.total(self.block.reference(x, h[0]))
+
+
+@trap
+class ABranchOfTheBranchBefore(Trap):
+    """In a stream such a sum is one step of several branches: the next block reads it."""
+
+    expected = (
+        Expected("blocks.0", "parallel", depth=2, places=2),
+        Expected("blocks.1", "parallel", depth=2, places=2),
+    )
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.a, self.b = nn.LayerNorm(DIM), linear(), mlp()
+
+        def forward(self, x: Tensor) -> Tensor:
+            a = self.a(self.norm(x))
+            x = x + a
+            return x + self.b(torch.tanh(a))
+
+        def reference(self, x: Tensor, h: float) -> Tensor:
+            a = self.a(self.norm(x))
+            return x + h * (a + self.b(torch.tanh(a)))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(self.Block() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        for factor, block in zip(h, self.blocks, strict=True):
+            x = block.reference(x, factor)
+        return x
+
+
+@trap
 class SummedAttentionIsNoStream(WithABlock):
     """The attention weights of the steps so far, as in Tacotron."""
 
@@ -383,3 +443,29 @@ class SummedAttentionIsNoStream(WithABlock):
 
     def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
         return self.block.reference(self.attended(x), h[0])
+
+
+@trap
+class SkipsThatOneLoopAdds(Trap):
+    """A graph U-Net: one line adds all skips, the inner ones in the branches of the outer, so it is long."""
+
+    expected = (Expected("block"),)
+    long = ("<root>",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Block()
+        self.down = nn.ModuleList(linear() for _ in range(3))
+        self.up = nn.ModuleList(linear() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        skips = [x := torch.relu(down(x)) for down in self.down]
+        for skip, up in zip(skips[-2::-1], self.up, strict=True):
+            x = torch.tanh(up(skip + x))
+        return self.block(x)
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        skips = [x := torch.relu(down(x)) for down in self.down]
+        for skip, up in zip(skips[-2::-1], self.up, strict=True):
+            x = torch.tanh(up(skip + (h[1] if len(h) > 1 else 1.0) * x))
+        return self.block.reference(x, h[0])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.traps.base import DIM, PROJECTION, Block, Trap, each, linear, trap
+from tests.traps.base import DIM, PROJECTION, Block, Expected, Trap, WithABlock, each, linear, trap
 
 
 class Shortcut(Trap):
@@ -320,3 +320,128 @@ class HalvesOfAFlow(Trap):
 
     def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
         return self.flows(self.block.reference(x, h[0]))
+
+
+class Modulated(nn.Module):
+    """SPADE: a norm whose scale and shift are made of a map of labels, and may be normed themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.shared = nn.InstanceNorm2d(DIM), nn.Conv2d(3, DIM, 3, padding=1)
+        self.scale = nn.Sequential(nn.Conv2d(DIM, DIM, 3, padding=1), nn.InstanceNorm2d(DIM))
+        self.shift = nn.Conv2d(DIM, DIM, 3, padding=1)
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        x = self.norm(x.contiguous())
+        labels = torch.relu(self.shared(F.interpolate(labels, size=x.shape[2:])))
+        return x * (1 + self.scale(labels)) + self.shift(labels)
+
+
+class ModulatedBlock(nn.Module):
+    """A block of a GauGAN whose shortcut is modulated too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(Modulated() for _ in range(3))
+        self.a, self.b, self.shortcut = (nn.Conv2d(DIM, DIM, n, padding=n // 2) for n in (3, 3, 1))
+
+    def operands(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        branch = self.a(F.leaky_relu(self.norms[0](x, labels)))
+        branch = self.b(F.leaky_relu(self.norms[1](branch, labels)))
+        return self.shortcut(self.norms[2](x, labels)), branch
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        skip, branch = self.operands(x, labels)
+        return skip + branch
+
+
+@trap
+class AModulatedShortcut(Trap):
+    """The state passes a norm that labels modulate, of which it was computed itself at the start."""
+
+    expected = (Expected("blocks.0", "projection", depth=2), Expected("blocks.1", "projection", depth=2))
+    shape = (2, 3, 16, 16)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, DIM, 3, padding=1)
+        self.blocks = nn.ModuleList(ModulatedBlock() for _ in range(2))
+
+    def forward(self, labels: Tensor) -> Tensor:
+        x = self.first(F.interpolate(labels, size=(4, 4)))
+        for block in self.blocks:
+            x = F.interpolate(block(x, labels), scale_factor=2.0)
+        return x
+
+    def reference(self, labels: Tensor, *, h: Sequence[float]) -> Tensor:
+        x = self.first(F.interpolate(labels, size=(4, 4)))
+        for factor, block in zip(h, self.blocks, strict=True):
+            skip, branch = block.operands(x, labels)  # type: ignore[operator]
+            x = F.interpolate(skip + factor * branch, scale_factor=2.0)
+        return x
+
+
+@trap
+class SeparableShortcut(Shortcut):
+    """GhostNet: a depthwise convolution and one of size 1, with norms and without an activation, are one map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        depthwise, pointwise = nn.Conv2d(DIM, DIM, 3, 2, 1, groups=DIM), nn.Conv2d(DIM, DIM, 1)
+        self.fit = nn.Sequential(depthwise, nn.BatchNorm2d(DIM), pointwise, nn.BatchNorm2d(DIM))
+        self.down = nn.Conv2d(DIM, DIM, 3, 2, 1, groups=DIM)
+
+    def skip(self, x: Tensor) -> Tensor:
+        return self.fit(x)
+
+    def branch(self, x: Tensor) -> Tensor:
+        return self.f(self.down(x))
+
+
+@trap
+class TwoMapsAreNoShortcut(WithABlock):
+    """With an activation between them they are a branch of their own, as the towers of an Inception are."""
+
+    shape = (2, DIM, 8, 8)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Sequential(nn.Conv2d(DIM, DIM, 3, padding=1, groups=DIM), nn.ReLU(), nn.Conv2d(DIM, DIM, 1))
+        self.other = nn.Sequential(*(nn.Conv2d(DIM, DIM, 3, padding=1) for _ in range(3)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.block(x)
+        return self.one(x) + self.other(x)
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        x = self.block.reference(x, h[0])
+        return self.one(x) + self.other(x)
+
+
+@trap
+class ValuesAreNoShortcut(WithABlock):
+    """EfficientFormerV2: attention whose values have a depthwise convolution of their own is one branch."""
+
+    expected = each("block", "<root>")
+    shape = (2, DIM, 8, 8)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stride = nn.Conv2d(DIM, DIM, 3, 2, 1, groups=DIM)
+        self.query, self.key, self.value, self.out = (nn.Conv2d(DIM, DIM, 1) for _ in range(4))
+        self.local = nn.Conv2d(DIM, DIM, 3, 1, 1, groups=DIM)
+
+    def attend(self, x: Tensor) -> Tensor:
+        x = self.stride(x)
+        value = self.value(x)
+        scores = self.query(x).flatten(2).mT @ self.key(x).flatten(2)
+        attended = (scores.softmax(-1) @ value.flatten(2).mT).mT.view_as(value)
+        return self.out(F.relu(F.interpolate(attended + self.local(value), scale_factor=2.0)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.block(x)
+        return x + self.attend(x)
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        x = self.block.reference(x, h[0])
+        return x + h[1] * self.attend(x)
