@@ -47,9 +47,9 @@ def truth(value: Any, what: str) -> bool:
 
 
 def _is_no_number(value: Any) -> bool:
-    """What `float` would take, and is none: text, bytes and truth values, also those of NumPy and torch."""
+    """What `float` would take, and is none: text, bytes, truth values and complex numbers, of NumPy and torch too."""
     kind = str(getattr(value, "dtype", "")).removeprefix("torch.")
-    return isinstance(value, (str, bytes, bytearray, memoryview, bool)) or kind == "bool"
+    return isinstance(value, (str, bytes, bytearray, memoryview, bool)) or kind.startswith(("bool", "complex"))
 
 
 def brief(value: Any) -> str:

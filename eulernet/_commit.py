@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-_LOCK = threading.RLock()  # one commit at a time; a forward in another thread does not wait for it
+# One commit at a time, and none while h is read to be changed. A forward in another thread does not wait for it.
+LOCK = threading.RLock()
 
 
 class Change(Protocol):
@@ -30,7 +31,7 @@ def commit(changes: Sequence[Change]) -> None:
 
     Whatever is raised in between, an interrupt included, what was there before is put back, and it is raised further.
     """
-    with _LOCK, _disable_current_modes():  # a mode of the caller's would take what is written for something else
+    with LOCK, _disable_current_modes():  # a mode of the caller's would take what is written for something else
         undo = [change.before() for change in changes]  # takes memory, so before anything is changed
         try:
             for change in changes:

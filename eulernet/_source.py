@@ -166,14 +166,15 @@ def span_of(node: ast.expr, first: int) -> Span:
 
 
 def _once_a_function(compute: Callable[[FunctionType], T]) -> Callable[[FunctionType], T]:
-    """Keeps what was computed for a function, and does not keep the function alive."""
-    kept: weakref.WeakKeyDictionary[FunctionType, T] = weakref.WeakKeyDictionary()
+    """Keeps what was computed for a function as long as it has its code, and keeps neither alive."""
+    kept: weakref.WeakKeyDictionary[FunctionType, tuple[weakref.ref[CodeType], T]] = weakref.WeakKeyDictionary()
 
     @wraps(compute)
     def look_up(function: FunctionType) -> T:
-        if function not in kept:
-            kept[function] = compute(function)
-        return kept[function]
+        of, value = kept.get(function, (None, None))
+        if of is None or of() is not function.__code__:  # IPython's autoreload gives a function other code
+            kept[function] = weakref.ref(function.__code__), (value := compute(function))
+        return value  # type: ignore[return-value]
 
     return look_up
 

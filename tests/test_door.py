@@ -18,7 +18,7 @@ from eulernet._patch.subclass import restore
 from eulernet._source import Span
 from eulernet.cli import _example_inputs
 from eulernet.functional import euler_step, euler_step_bn, euler_step_norm
-from tests.helpers.blocks import Block, Named, NamedByItsClass, chain
+from tests.helpers.blocks import Block, Loop, Named, NamedByItsClass, chain
 from tests.helpers.refusals import refused
 
 X = torch.ones(2, 8)
@@ -53,6 +53,8 @@ NO_NUMBERS = [
     float("inf"),
     10**400,
     1j,
+    np.complex64(1 + 1j),
+    torch.tensor(1 + 0j),
     np.ones(3),
     torch.ones(3),
     Unshowable(),
@@ -370,13 +372,26 @@ def test_a_pickle_without_its_factors_is_refused(kept: Any) -> None:
 # ---------------------------------------------------------------------------------------------------------------- names
 
 
-@pytest.mark.parametrize("name", ["_euler", "_euler_steps", "_euler_step", "_euler_function_0", "_euler_of_mine"])
+@pytest.mark.parametrize(
+    "name", ["_euler", "_euler_steps", "_euler_slots", "_euler_step", "_euler_function_0", "_euler_of_mine"]
+)
 def test_an_attribute_with_a_name_of_eulernets_is_refused(name: str) -> None:
     model = chain(Block(), Named(name))
     refused(model, lambda: patch(model), rf"1 \(Named\) has {name} of its own.*exclude='1'\)$")
     assert len(eulernet.steps(patch(model, exclude="1"))) == 1
     eulernet.unpatch(model)
     assert getattr(model[1], name) == "the owner's"
+
+
+def test_an_attribute_of_a_layer_of_a_loop_with_a_name_of_eulernets_is_refused() -> None:
+    model = Loop()
+    for name in ("_euler_slots", "_euler_of_mine"):
+        setattr(model.layers[1], name, "the owner's")
+        words = r"layers\.1 \(Linear\) has _euler_.* of its own.*exclude=\['layers\.0', 'layers\.1'\]\)$"
+        for options in ({}, {"exclude": "layers.1"}):  # which is asked whether it is the layer of now, all the same
+            refused(model, lambda: patch(model, **options), words)  # noqa: B023
+        delattr(model.layers[1], name)
+    assert [step.h for step in eulernet.steps(patch(patch(model), h=0.25))] == [0.25, 0.25]
 
 
 def test_an_attribute_of_the_class_with_a_name_of_eulernets_is_refused() -> None:

@@ -104,8 +104,8 @@ def test_each_model_of_hugging_face_is_patched(kind: str, record_property: Calla
         return
     specimen.fails_as(CANNOT, kind)
     specimen.rounded = kind in ROUNDED
-    steps, folded = check(specimen)
-    covered = Covered("Hugging Face", kind, kind, len(steps), len(steps.long), len(steps.unsupported), folded)
+    found, folded = check(specimen)
+    covered = Covered("Hugging Face", kind, kind, len(found), len(found.long), len(found.unsupported), folded)
     record_property("coverage", tuple(covered))  # xdist sends builtin types only
 
 

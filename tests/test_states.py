@@ -1,5 +1,7 @@
 """Models in less usual states: each is patched as it should be, or refused by name with what to do; never by half."""
 
+import atexit
+import copy
 import os
 import subprocess
 import sys
@@ -343,6 +345,40 @@ def test_a_model_on_the_meta_device_is_patched_and_gets_its_weights_later() -> N
     refused(plain, lambda: patched(plain), r"tensor\.to\('meta'\)")
 
 
+SHARED: list[bool] = []
+
+
+class Copies(nn.Module):
+    """Copies what it holds and what it is given, as a model does that keeps its cache of before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        held = {"length": torch.tensor([3]), "x": x, "also x": x, "f": self.f}
+        twin: Any = copy.deepcopy(held)
+        SHARED.extend([twin["x"] is twin["also x"] is not x, isinstance(twin["f"].weight, nn.Parameter)])
+        SHARED.extend(twin[key].fake_mode is x.fake_mode for key in ("x", "length") if isinstance(x, FakeTensor))
+        return x + self.f(twin["x"])
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_copy_that_a_model_makes_of_its_tensors_copies_no_mode_of_fake_ones(device: str) -> None:
+    """Such a mode counts references to storages by hand: a copy of it frees them again."""
+    SHARED.clear()
+    model = eulernet.patch(Copies().to(device), 0.5, example_inputs=X.to(device))
+    assert all(SHARED) and len(SHARED) >= 8
+    if device == "cpu":
+        torch.testing.assert_close(model(X), X + 0.5 * model.f(X))
+
+
+def test_a_copy_that_a_model_makes_of_what_it_computed_fails_as_ever() -> None:
+    steps = eulernet.find_steps(nn.Sequential(Copies(), Copies()), example_inputs=X)
+    assert [step.name for step in steps] == ["0", "1"]
+    assert "not traced" in str(steps.notes) and "created explicitly by the user" in str(steps.notes)
+
+
 # ------------------------------------------------------------------------------------------------------------ notebooks
 
 CLASS = """
@@ -371,10 +407,11 @@ def cell() -> Iterator[Callable[[str], Any]]:
         shell.InteractiveTB.set_mode(mode="Minimal")
 
         def run(source: str) -> Any:
-            result = shell.run_cell(source, silent=True)
+            result = shell.run_cell(source)  # not silent, which reloads nothing
             return result.error_before_exec or result.error_in_exec
 
         yield run
+        atexit.unregister(shell.atexit_operations)  # which writes into its folder
         sys.modules["__main__"] = main
         InteractiveShell.clear_instance()
         os.environ.pop("IPYTHONDIR")
@@ -393,3 +430,63 @@ def test_a_class_of_a_notebook_is_patched_or_its_cell_is_named(cell: Callable[[s
     error = cell(PATCH)
     assert isinstance(error, eulernet.EulernetError)
     assert "in a cell without %%time or another magic around the class" in str(error)
+
+
+RELOADED = """
+import torch
+
+def add(x, y):
+    return x + y
+
+class B(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.f = torch.nn.Linear(4, 4)
+    def forward(self, x):
+        return x + {times} * self.f(x)
+
+class C(B):
+    def forward(self, x):
+        return add({inside}, self.f(x))
+"""
+
+
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+)
+@pytest.mark.parametrize("whole", [True, False], ids=["whole module", "function by function"])
+@pytest.mark.parametrize("name", ["B", "C"])
+def test_a_class_that_autoreload_changes_is_patched_again_or_named(
+    name: str, whole: bool, cell: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    ipython = pytest.importorskip("IPython", minversion=None if whole else "9")  # earlier ones know the first way only
+    full = " --full" if whole and ipython.version_info >= (9,) else ""
+    module = f"reloaded_{name.lower()}_{whole}"
+    file = tmp_path / f"{module}.py"
+    written: list[None] = []
+
+    def write(**values: str) -> None:
+        file.write_text(RELOADED.format(**{"times": "1", "inside": "x", **values}))
+        written.append(None)
+        os.utime(file, (1e9 + 10 * len(written),) * 2)
+
+    def check(source: str) -> None:
+        error = cell(source)
+        assert error is None, error
+
+    write()
+    check(f"%load_ext autoreload\n%autoreload 2{full}\nimport {module} as net\nm, plain = net.{name}(), net.{name}()")
+    check("plain.load_state_dict(m.state_dict())\neulernet.patch(m, 0.5, example_inputs=x)")
+    check("assert torch.equal(m(x), torch.add(x, m.f(x), alpha=0.5))")
+    again = "eulernet.patch(m, eulernet.steps(m), example_inputs=x)"
+    write(times="3", inside="2 * x")
+    error = cell("m(x)")
+    assert isinstance(error, eulernet.EulernetError), error
+    assert f"{module}.{name}: forward was changed after the model was patched" in str(error)
+    assert f"{'Patch it again' if whole else 'kernel), and patch it'}: eulernet.patch(model, h=eulernet" in str(error)
+    if not whole:  # what runs now stands in no file
+        assert "restart Python or the notebook's kernel" in str(cell(again))
+    else:
+        check(f"{again}\ntorch.testing.assert_close(m(x), plain(x) - 0.5 * {3 if name == 'B' else 1} * m.f(x))")
+    check("eulernet.unpatch(m)\nassert torch.equal(m(x), plain(x))")

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 import eulernet
 from eulernet._find import apart
@@ -174,6 +175,111 @@ def test_each_addition_takes_the_old_h_or_the_new_one_of_another_thread() -> Non
 
     together(set_on, run_on)
     assert seen <= {1.0 + 1.0, *(a + b for a in (1.0, 2.0) for b in (1.0, 16.0, 32.0))}
+
+
+def test_a_model_that_another_thread_unpatches_is_set_or_is_said_to_be_not_patched() -> None:
+    for _ in range(20):
+        model = eulernet.patch(chain(), 0.5, example_inputs=X)
+        said: list[str] = []
+
+        def set_on(model: nn.Module = model, said: list[str] = said) -> None:
+            try:
+                while not said:
+                    eulernet.set_h(model, 0.25)
+            except eulernet.EulernetError as error:
+                said.append(str(error))
+
+        def unpatch(model: nn.Module = model) -> None:
+            time.sleep(1e-3)
+            eulernet.unpatch(model)
+
+        together(set_on, unpatch)
+        assert "is not patched; call eulernet.patch" in said[0]
+        assert torch.equal(model(X), chain()(X))
+
+
+class Meddling(nn.Module):
+    """A branch in the middle of which another thread does something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(8, 8)
+        self.meanwhile: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.meanwhile is not None:
+            together(self.meanwhile)
+        return self.f(x)
+
+
+class Parallel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.branches = nn.LayerNorm(8), nn.ModuleList([Meddling(), Meddling(), Meddling()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """In one expression."""
+        y = self.norm(x)
+        return x + self.branches[0](y) + self.branches[1](y) + self.branches[2](y)
+
+
+class InStatements(Parallel):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        out = x + self.branches[0](y)
+        out = self.branches[1](y) + out
+        out += self.branches[2](y)
+        return out
+
+
+class InALoop(Parallel):
+    def forward(self, x: Tensor) -> Tensor:
+        y, out = self.norm(x), x
+        for branch in self.branches:
+            out = out + branch(y)
+        return out
+
+
+class InAFunction(Parallel):
+    def forward(self, x: Tensor) -> Tensor:
+        return added(x, self.norm(x), *self.branches)
+
+
+def added(x: Tensor, y: Tensor, *branches: nn.Module) -> Tensor:
+    out = x + branches[0](y)
+    for branch in branches[1:]:
+        out = out + branch(y)
+    return out
+
+
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("kind", [Parallel, InStatements, InALoop, InAFunction])
+def test_all_branches_of_a_step_take_one_h_whatever_another_thread_sets(kind: type[Parallel], learned: bool) -> None:
+    x = torch.linspace(-1, 1, 16, dtype=torch.float64).view(2, 8)
+    model = eulernet.patch(nn.Sequential(kind(), kind()).double(), 0.5, example_inputs=x, trainable=learned)
+    assert [step.kind for step in eulernet.steps(model)] == ["parallel"] * 2
+
+    def by_hand(h: float) -> Tensor:
+        out = x
+        for block in model:
+            y = block.norm(out)  # type: ignore[operator, union-attr]
+            out = out + h * sum(branch.f(y) for branch in block.branches)  # type: ignore[union-attr]
+        return out
+
+    for number in range(3):
+        eulernet.set_h(model, 0.5)
+        branch = model[-1].branches[number]  # type: ignore[union-attr]
+        branch.meanwhile = lambda: eulernet.set_h(model, 0.25)
+        torch.testing.assert_close(model(x), by_hand(0.5))
+        branch.meanwhile = None
+        torch.testing.assert_close(model(x), by_hand(0.25))
+    counter = CompileCounter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for h in (0.25, 0.125, 0.5):
+        eulernet.set_h(model, h)
+        torch.testing.assert_close(compiled(x), by_hand(h))
+    assert counter.frame_count == 1
+    torch._dynamo.reset()
 
 
 def test_the_stand_in_for_a_missing_gpu_outlives_the_thread_of_the_trace(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,9 +32,9 @@ def test_each_model_of_timm_is_patched(name: str, record_property: Callable[[str
             eulernet.patch(specimen.model, example_inputs=specimen.example)
         return
     specimen.fails_as(CANNOT, name)
-    steps, folded = check(specimen)
+    found, folded = check(specimen)
     module = type(specimen.model).__module__.removeprefix("timm.models.")
-    covered = Covered("timm", module, name, len(steps), len(steps.long), len(steps.unsupported), folded)
+    covered = Covered("timm", module, name, len(found), len(found.long), len(found.unsupported), folded)
     record_property("coverage", tuple(covered))  # xdist sends builtin types only
 
 

@@ -37,9 +37,9 @@ def test_each_model_of_torchvision_is_patched(name: str, record_property: Callab
             eulernet.patch(specimen.model, example_inputs=specimen.example)
         return
     specimen.fails_as(CANNOT, name)
-    steps, folded = check(specimen)
+    found, folded = check(specimen)
     family = type(specimen.model).__module__.removeprefix("torchvision.models.")
-    covered = Covered("torchvision", family, name, len(steps), len(steps.long), len(steps.unsupported), folded)
+    covered = Covered("torchvision", family, name, len(found), len(found.long), len(found.unsupported), folded)
     record_property("coverage", tuple(covered))  # xdist sends builtin types only
 
 

@@ -43,7 +43,7 @@ POINTS = int(os.environ.get("EULERNET_POINTS", "9"))
 def locks_are_free_again() -> Iterator[None]:
     """What is raised at the line of a with statement, as it ends, keeps its lock. No interrupt comes there."""
     yield
-    for lock in (_commit._LOCK, apart._LOCK):
+    for lock in (_commit.LOCK, apart._LOCK):
         while lock._is_owned():  # type: ignore[attr-defined]
             lock.release()
 

@@ -6,10 +6,10 @@ tells them apart is the module that made the branch, the key: the callee of a ca
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from types import CodeType
 from typing import Any
 
@@ -66,9 +66,13 @@ def origin(made: Addition | StepCall, originals: Originals) -> Any:
     return tuple((*place, id(module)) for place, module in zip(places, modules, strict=False))
 
 
-@lru_cache(maxsize=1024)
 def _positions(code: CodeType) -> list[Any]:
-    return list(code.co_positions())
+    if code not in _kept_positions:
+        _kept_positions[code] = list(code.co_positions())
+    return _kept_positions[code]
+
+
+_kept_positions: weakref.WeakKeyDictionary[CodeType, list[Any]] = weakref.WeakKeyDictionary()
 
 
 def site_of(step_call: StepCall, originals: Originals, sites: dict[Any, TracedSite], again: bool = False) -> TracedSite:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 
@@ -61,3 +61,14 @@ def storage_of(tensor: Tensor) -> int:
         return int(tensor.untyped_storage()._cdata)
     except (RuntimeError, NotImplementedError):  # a tensor without storage has no views either
         return -id(tensor)
+
+
+def deepcopied(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
+    """`copy.deepcopy` of a tensor. Torch would copy a fake one's mode too, and free storages that this counts twice."""
+    if not isinstance(tensor, FakeTensor) or not tensor.is_leaf:  # of another torch raises
+        return Tensor.__deepcopy__(tensor, memo)  # type: ignore[no-any-return, no-untyped-call]
+    if id(tensor) not in memo:
+        new = tensor.detach().clone()
+        own = nn.Parameter(new) if isinstance(tensor, nn.Parameter) else new
+        memo[id(tensor)] = own.requires_grad_(tensor.requires_grad)
+    return memo[id(tensor)]  # type: ignore[no-any-return]

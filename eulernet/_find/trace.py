@@ -15,6 +15,7 @@ import sys
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial, update_wrapper
 from pathlib import Path
 from types import CodeType
 from typing import Any, TypeAlias
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from eulernet._find.tensors import is_float, is_made, layers_of, plain, storage_of, tensors_in, version_of
+from eulernet._find.tensors import deepcopied, is_float, is_made, layers_of, plain, storage_of, tensors_in, version_of
 
 # These read a tensor for its shape, dtype or device only: the values of their result do not come from it.
 _SHAPE_ONLY = frozenset(
@@ -138,6 +139,9 @@ class Tracer(TorchFunctionMode):
         self.parameters = {id(t) for module in modules for t in _own(module)}
         self.kept = {id(t) for module in modules for t in tensors_in(vars(module))} - self.parameters
 
+    def __deepcopy__(self, memo: Any) -> Tracer:
+        return self  # whom the hooks of a module lead to that is copied as it runs
+
     # ---- nodes
 
     def new(
@@ -198,6 +202,11 @@ class Tracer(TorchFunctionMode):
     # ---- operations
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__deepcopy__:
+            func, args = (
+                update_wrapper(partial(deepcopied, memo=args[1]), func),
+                args[:1],
+            )  # not made of the other copies
         return self.observe(func, args, kwargs or {}, sys._getframe(1))
 
     def observe(self, func: Any, args: Any, kwargs: Any, frame: Any) -> Any:

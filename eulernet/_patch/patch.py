@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar
 from torch import Tensor, nn
 
 from eulernet._checks import brief, check_model, check_module, each_of, is_sharded
-from eulernet._commit import commit
+from eulernet._commit import LOCK, commit
 from eulernet._errors import EulernetError, EulernetWarning
 from eulernet._find.absorb import absorbing, check_scalable, refusal, scale_parameters
 from eulernet._find.apart import apart
@@ -271,8 +271,10 @@ def set_h(model: Models, h: HLike) -> Models:
 
     A copy of a model, such as the average of its weights, has an h of its own: `set_h([model, average], 0.1)`.
 
-    Another thread may run the model meanwhile: each addition takes the old h or the new one, never a mixture. The
-    additions of one forward pass may differ in which of the two they take.
+    Another thread may run the model meanwhile: each step takes the old h or the new one, and one of several additions
+    (parallel branches, a loop) takes the same in all of them. The steps of one forward pass may differ in which of the
+    two they take. A compiled graph reads h where it adds, and so do additions of one step that stand in several
+    functions: set h between the forward passes there.
 
     Raises:
         EulernetError: the model is not patched, or a value is wrong; then nothing is changed.
@@ -289,17 +291,21 @@ def set_h(model: Models, h: HLike) -> Models:
         [0.5, 0.25]
     """
     models = each_of(model, "set_h")
-    planned = [(one, *plan) for one in models for plan in _planned(one, h)]
-    for one in models:
-        for caution in when_set(one, [(module, factor, value) for of, module, factor, value in planned if of is one]):
-            warnings.warn(caution, EulernetWarning, stacklevel=2)
-    commit([change for _, _, factor, value in planned for change in factor.set(value)])
+    with LOCK:  # another thread may unpatch the model
+        planned = [(one, *plan) for one in models for plan in _planned(one, h)]
+        for one in models:
+            for caution in when_set(
+                one, [(module, factor, value) for of, module, factor, value in planned if of is one]
+            ):
+                warnings.warn(caution, EulernetWarning, stacklevel=2)
+        commit([change for _, _, factor, value in planned for change in factor.set(value)])
     return model
 
 
 def assign(model: nn.Module, h: HLike) -> None:
     """`set_h` without its warnings."""
-    commit([change for _, factor, value in _planned(model, h) for change in factor.set(value)])
+    with LOCK:
+        commit([change for _, factor, value in _planned(model, h) for change in factor.set(value)])
 
 
 def _planned(model: nn.Module, h: HLike) -> list[tuple[nn.Module, Factor, float]]:
@@ -393,7 +399,10 @@ def _changes(
             for s in f.sites if f.host is module and f.module is not module else ():
                 if s.location.targets in places:
                     keys.setdefault(f.module, {})[places[s.location.targets]] = slots.get(f.step.index)
-        check_names(module, mine[0].step)
+        check_names(module, mine[0].step, mine[0].step.name)
+        keyed = [f for f in everything if f.host is module and f.module in keys]
+        for f in keyed:
+            check_names(f.module, f.step, [other.step.name for other in keyed])
         cls = patched_class(original_class(module), tuple(plan.values()))
         changes.append(_Change(module, cls, mine, [hs[f.step.index] for f in mine], places, keys))
     layers = {id(c.module) for c in changes if isinstance(c.module, nn.TransformerEncoderLayer)}

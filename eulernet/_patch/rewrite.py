@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import ast
 import copy
+from collections import Counter
+from collections.abc import Sequence
 from types import FunctionType
 from typing import Any
 
@@ -23,6 +25,7 @@ from eulernet._run.patched import (
     EPILOGUE,
     EPILOGUE_IN_PLACE,
     FUNCTION,
+    HOLD,
     MATERIALIZE,
     PROBE,
     SCALE,
@@ -46,12 +49,14 @@ from eulernet._source import (
 _RECEIVER = "_euler_self"  # the first parameter that a free function gets
 
 
-def rewrite(function: FunctionType, edits: dict[Span, tuple[str, int]], free: bool) -> FunctionType:
+def rewrite(
+    function: FunctionType, edits: dict[Span, tuple[str, int]], free: bool, slots: Sequence[int | None]
+) -> FunctionType:
     """The function with each addition ("step", place) made a step, each call ("call", k) led to a rewritten function.
 
     ("via", k) is a call whose callee is asked for when it is called.
 
-    A `free` function gets the module as a first parameter of its own.
+    A `free` function gets the module as a first parameter of its own. `slots` has the step's number for each place.
     """
     tree, statement, definition = definition_of(function)
     copied = copy.deepcopy(statement)
@@ -83,7 +88,8 @@ def rewrite(function: FunctionType, edits: dict[Span, tuple[str, int]], free: bo
         if span.add_norm and not any(stands_at(sum_, span, first) for sum_ in _assigned(mine.body)):
             _unset(_normed_name(place), mine.body)  # the addition stands in an `if`
     keys = _keep_keys(mine, edits, first)
-    editor = _Editor(edits, function, receiver, keys)
+    held = _hold_factors(mine, edits, slots, receiver, first)
+    editor = _Editor(edits, function, receiver, keys, held)
     visited = [editor.visit(node) for node in mine.body]
     mine.body = [s for result in visited for s in (result if isinstance(result, list) else [result])]
     code = compiled(tree, statement, ast.fix_missing_locations(copied), function)
@@ -116,11 +122,8 @@ def _keep_keys(definition: ast.FunctionDef, edits: dict[Span, tuple[str, int]], 
             continue
         nodes = list(ast.walk(definition))
         call = next(n for n in nodes if isinstance(n, ast.Call) and stands_at(n, span.key, first))
-        sum_ = next(
-            n for n in nodes if isinstance(n, ast.BinOp | ast.AugAssign | ast.Call) and stands_at(n, span, first)
-        )
-        loops = (n.body for n in nodes if isinstance(n, ast.For | ast.AsyncFor | ast.While))
-        bodies = [definition.body, *loops]  # the outer ones first
+        sum_ = _sum_at(definition, span, first)
+        bodies = [definition.body, *_loops(definition)]  # the outer ones first
         inside = [[n for statement in body for n in ast.walk(statement)] for body in bodies]
         number = max(i for i, held in enumerate(inside) if call in held and sum_ in held)
         elsewhere = {id(n) for scope in without_variables(definition) for n in ast.walk(scope)}
@@ -131,10 +134,50 @@ def _keep_keys(definition: ast.FunctionDef, edits: dict[Span, tuple[str, int]], 
     return keys
 
 
+def _hold_factors(
+    definition: ast.FunctionDef,
+    edits: dict[Span, tuple[str, int]],
+    slots: Sequence[int | None],
+    receiver: str,
+    first: int,
+) -> dict[int, str]:
+    """The places of steps that are added to more than once in the function, with the variable that holds their h.
+
+    It is read where the function begins, so that whoever sets another h meanwhile has no part in the step.
+    """
+    steps = [(span, place) for span, (kind, place) in edits.items() if kind == "step" and span.key is None]
+    spans = [(span, place) for span, place in steps if span.skip != TO_BE_SEEN]
+    number = Counter(slots[place] for _, place in spans)
+    looped = {id(n) for body in _loops(definition) for statement in body for n in ast.walk(statement)}
+    held = {
+        place: f"_euler_h_{slots[place]}"
+        for span, place in spans
+        if number[slots[place]] > 1 or id(_sum_at(definition, span, first)) in looped
+    }
+    for name, slot in {name: slots[place] for place, name in held.items()}.items():
+        method = ast.Attribute(ast.Name(receiver, ast.Load()), HOLD, ast.Load())
+        _begin(name, ast.Call(method, [ast.Constant(slot)], []), definition.body)
+    return held
+
+
+def _sum_at(definition: ast.FunctionDef, span: Span, first: int) -> ast.AST:
+    sums = ast.BinOp | ast.AugAssign | ast.Call
+    return next(n for n in ast.walk(definition) if isinstance(n, sums) and stands_at(n, span, first))
+
+
+def _loops(definition: ast.FunctionDef) -> list[list[ast.stmt]]:
+    return [n.body for n in ast.walk(definition) if isinstance(n, ast.For | ast.AsyncFor | ast.While)]
+
+
 def _unset(name: str, body: list[ast.stmt]) -> None:
-    """The variable is None at the start of these statements, after a docstring."""
+    """The variable is None at the start of these statements."""
+    _begin(name, ast.Constant(None), body)
+
+
+def _begin(name: str, value: ast.expr, body: list[ast.stmt]) -> None:
+    """The variable has that value at the start of these statements, after a docstring."""
     at = 1 if isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant) and len(body) > 1 else 0
-    unset = ast.Assign([ast.Name(name, ast.Store())], ast.Constant(None))
+    unset = ast.Assign([ast.Name(name, ast.Store())], value)
     line = body[at].lineno
     unset.lineno, unset.end_lineno, unset.col_offset, unset.end_col_offset = line, line, 0, 0
     body.insert(at, ast.fix_missing_locations(unset))
@@ -146,10 +189,16 @@ def _assigned(body: list[ast.stmt]) -> list[ast.BinOp]:
 
 class _Editor(ast.NodeTransformer):
     def __init__(
-        self, edits: dict[Span, tuple[str, int]], function: FunctionType, receiver: str, keys: dict[int, list[int]]
+        self,
+        edits: dict[Span, tuple[str, int]],
+        function: FunctionType,
+        receiver: str,
+        keys: dict[int, list[int]],
+        held: dict[int, str],
     ) -> None:
         self.keys = keys
-        self.keyed = {place for span, (_, place) in edits.items() if span.key is not None}
+        keyed = {place: _key_name(place) for span, (_, place) in edits.items() if span.key is not None}
+        self.variables = {**keyed, **held}  # which say what h an addition takes
         self.edits = edits
         self.skips = {span.skip: place for span, (_, place) in edits.items() if isinstance(span.skip, Span)}
         self.function = function
@@ -307,8 +356,8 @@ class _Editor(ast.NodeTransformer):
         return (name.endswith("_") and not name.endswith("__")) or name.strip("_") in ("iadd", "isub")
 
     def _call(self, method: str, operands: list[ast.expr], index: int, keywords: list[ast.keyword]) -> ast.Call:
-        if index in self.keyed:
-            keywords = [*keywords, ast.keyword("key", ast.Name(_key_name(index), ast.Load()))]
+        if (variable := self.variables.get(index)) is not None:
+            keywords = [*keywords, ast.keyword("key", ast.Name(variable, ast.Load()))]
         return ast.Call(self._attribute(method), [*operands, ast.Constant(index)], keywords)
 
     def _attribute(self, name: str) -> ast.Attribute:

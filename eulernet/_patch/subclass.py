@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import types
 import weakref
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from eulernet._run.patched import (
     FACTORS,
     FUNCTION,
     KEYS,
+    OBSERVED,
     SLOTS,
     STEPS,
     Become,
@@ -31,7 +33,17 @@ from eulernet._run.patched import (
     original_class,
     places_of,
 )
-from eulernet._source import VIA, Span, Target, Unsupported, digest, expression_at, free_function, rebuild
+from eulernet._source import (
+    VIA,
+    Span,
+    Target,
+    Unsupported,
+    definition_of,
+    digest,
+    expression_at,
+    free_function,
+    rebuild,
+)
 
 # Weak, so that a class that was made in a function goes when its last patched model does.
 _classes: weakref.WeakValueDictionary[tuple[type[nn.Module], Plan], type[nn.Module]] = weakref.WeakValueDictionary()
@@ -39,10 +51,10 @@ _classes: weakref.WeakValueDictionary[tuple[type[nn.Module], Plan], type[nn.Modu
 
 def patched_class(original: type[nn.Module], plan: Plan) -> type[nn.Module]:
     """The subclass of a block's class in which the planned additions are steps."""
-    cls = _classes.get((original, plan))
-    if cls is None:
+    cls: Any = _classes.get((original, plan))
+    if cls is None or not cls._euler_is_of_now:
         cls = _classes[original, plan] = _build(original, plan)
-    return cls
+    return cls  # type: ignore[no-any-return]
 
 
 def _build(original: type[nn.Module], plan: Plan) -> type[nn.Module]:
@@ -56,13 +68,17 @@ def _build(original: type[nn.Module], plan: Plan) -> type[nn.Module]:
 
     functions: dict[str, types.FunctionType] = {}
     vias: list[Callable[[Any], Any]] = []
+    slots = tuple(slot for _, slot, *_ in plan)
+    sources: list[tuple[types.FunctionType, Target]] = []
     methods: dict[type, dict[str, Any]] = {}
     for target, edits in tree.items():
         owner = _owner(original, target)
         namespace = methods.setdefault(owner, {})
         value = namespace.get(target.name) or vars(owner)[target.name]
         packages = frozenset(cls.__module__.partition(".")[0] for cls in original.__mro__)
-        change = partial(_rewrite, target=target, edits=edits, called=_Called(functions, vias, packages))
+        change = partial(
+            _rewrite, target=target, edits=edits, called=_Called(functions, vias, packages, slots, sources)
+        )
         namespace[target.name] = rebuild(value, target.path, change)
 
     bases: list[type] = [Patched, original]
@@ -90,7 +106,40 @@ def _build(original: type[nn.Module], plan: Plan) -> type[nn.Module]:
     if not plan:  # one that is made by the class, `type(model)(config)`, is not patched
         namespace |= {FACTORS: (), STEPS: ()}
     cls: type[nn.Module] = _subclass(original, tuple(bases), namespace)
+    for function, target in sources:
+        _watch(cls, function, target)
     return cls
+
+
+def _watch(cls: type[nn.Module], function: types.FunctionType, target: Target) -> None:
+    """Notice where a function gets other code, as by IPython's autoreload: then what it was rewritten from goes."""
+    code = weakref.finalize(function.__code__, _changed, weakref.ref(cls), weakref.ref(function), target)
+    code.atexit = False
+
+
+def _changed(cls_: weakref.ref[Any], function_: weakref.ref[types.FunctionType], target: Target) -> None:
+    """The additions of a class whose source is another one now raise, for they would be those of before."""
+    cls, function = cls_(), function_()
+    if cls is None:
+        return
+    again = "Import it anew (restart Python or the notebook's kernel), and patch it"
+    with contextlib.suppress(EulernetError):  # of source that cannot be read
+        if function is not None and digest(function) == target.digest:  # it stands at other lines, or is profiled
+            return _watch(cls, function, target)
+        if function is None or definition_of(function):
+            again = "Patch it again"
+    error = (
+        f"{cls.__module__}.{cls.__qualname__}: {target.name} was changed after the model was patched (reloaded, or put "
+        f"in the place of the former), and the patched model would run it as it was. {again}: "
+        "eulernet.patch(model, h=eulernet.steps(model), example_inputs=...)"
+    )
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise EulernetError(error)
+
+    for name in OBSERVED:
+        setattr(cls, name, refuse)
+    cls._euler_is_of_now = False
 
 
 def _set_in_dict(name: str) -> Callable[[Any, Any], None]:
@@ -111,11 +160,14 @@ def _subclass(of: type, bases: tuple[type, ...], namespace: dict[str, Any]) -> A
 
 
 class _Called(NamedTuple):
-    """What methods call: rewritten functions by their names, those found at run time, the packages they may be in."""
+    """What methods call: rewritten functions by their names, those found at run time, the packages they may be in; the
+    step's number for each place; and what has been rewritten."""
 
     functions: dict[str, types.FunctionType]
     vias: list[Callable[[Any], Any]]
     packages: frozenset[str]
+    slots: tuple[int | None, ...]
+    sources: list[tuple[types.FunctionType, Target]]
 
 
 def _rewrite(
@@ -130,9 +182,10 @@ def _rewrite(
             "changed. Install the version of the library with which the model was patched, or build the model anew, "
             "load its state_dict, and patch it with h=Steps.from_json(...)."
         )
+    called.sources.append((function, target))
     for span in edits:
         expression_at(function, span, (ast.BinOp, ast.AugAssign, ast.Call))
-    return rewrite(function, _spans(edits, called), free=target.owner is None)
+    return rewrite(function, _spans(edits, called), free=target.owner is None, slots=called.slots)
 
 
 def _spans(edits: dict[Span, Any], called: _Called) -> dict[Span, tuple[str, int]]:
@@ -146,7 +199,7 @@ def _spans(edits: dict[Span, Any], called: _Called) -> dict[Span, tuple[str, int
         if callee.name.startswith(VIA):
             spans[span] = ("via", len(called.vias))
             called.vias.append(lambda function: function)  # keeps the number
-            called.vias[spans[span][1]] = _via(callee, _spans(inner, called))
+            called.vias[spans[span][1]] = _via(callee, _spans(inner, called), called.slots)
             continue
         free = free_function(callee.name, called.packages)
         if free is None:
@@ -158,7 +211,7 @@ def _spans(edits: dict[Span, Any], called: _Called) -> dict[Span, tuple[str, int
     return spans
 
 
-def _via(target: Target, spans: dict[Span, tuple[str, int]]) -> Callable[[Any], Any]:
+def _via(target: Target, spans: dict[Span, tuple[str, int]], slots: tuple[int | None, ...]) -> Callable[[Any], Any]:
     """What gives each function at a call, all of one source, with its addition rewritten."""
     made: dict[int, types.FunctionType] = {}  # by the function's id, as long as it lives: a compiler looks it up here
 
@@ -173,7 +226,7 @@ def _via(target: Target, spans: dict[Span, tuple[str, int]]) -> Callable[[Any], 
                 f"{called} is called where {target.name.removeprefix(VIA)} was when the model was patched; patch it "
                 "again: eulernet.patch(model, h=eulernet.steps(model), example_inputs=...)"
             )
-        made[id(function)] = rewrite(function, spans, free=True)
+        made[id(function)] = rewrite(function, spans, free=True, slots=slots)
         weakref.finalize(function, made.pop, id(function), None).atexit = False
         return made[id(function)]
 
@@ -201,7 +254,9 @@ def restore(original: type[nn.Module], plan: Plan, *args: Any) -> Any:
             "anew, load its state_dict, and patch it with h=Steps.from_json(...)"
         )
     try:
-        cls = patched_class(original, plan)
+        cls = _classes.get((original, plan)) or patched_class(
+            original, plan
+        )  # a copy of what is not of now is not, too
     except Unsupported as reason:
         raise EulernetError(
             f"the plan in the pickle does not fit {original.__module__}.{original.__qualname__}: {reason}. Build the "

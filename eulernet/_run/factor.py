@@ -192,6 +192,19 @@ class LearnedFactor:
         return f"{self.value:.4g}" if self.readable else f"exp({self.name})"
 
 
+class HeldFactor:
+    """The h of a step as it was when a function began that adds to it more than once: the same in all additions."""
+
+    def __init__(self, factor: StepFactor | LearnedFactor, h: float | Tensor) -> None:
+        self.factor = factor
+        self.h = h
+
+    def current(self, module: Any, operand: Any = None) -> float | Tensor:
+        if type(operand) is Proxy:
+            self.factor.current(module, operand)  # which keeps in mind that a graph is made
+        return self.h
+
+
 def _is_freed(tensor: Tensor) -> bool:
     return tensor.device.type != "meta" and tensor.numel() > 0 and tensor.untyped_storage().size() == 0
 

@@ -48,12 +48,14 @@ def add_step_hook(module: Any, hook: StepHook) -> None:
     cls = type(module)
     places = cls._euler_places
 
-    def around(method: Callable[..., Any]) -> Callable[..., Any]:
+    def around(name: str) -> Callable[..., Any]:
         def step(left: Any, right: Any, place: int, alpha: float = 1, key: Any = None) -> Any:
             _, skip_is_left, sign = places[place]
             skip, branch = (left, right) if skip_is_left else (right, left)
             times = sign * alpha if skip_is_left else sign
-            return see(place, key, skip, branch, times, lambda: method(here(), left, right, place, alpha, key))
+            return see(
+                place, key, skip, branch, times, lambda: getattr(cls, name)(here(), left, right, place, alpha, key)
+            )
 
         return step
 
@@ -73,7 +75,7 @@ def add_step_hook(module: Any, hook: StepHook) -> None:
     def before_epilogue(step: Callable[..., Any]) -> Callable[..., Any]:
         return lambda then, left, right, place, key=None: then(step(left, right, place, key=key))
 
-    steps = {name: around(getattr(cls, name)) for name in (STEP, STEP_IN_PLACE)}
+    steps = {name: around(name) for name in (STEP, STEP_IN_PLACE)}
     module.__dict__[DIFFERENCE] = difference
     module.__dict__.update({**steps, SCALE: scale, DEFER: lambda before, branch, place, key=None: before(branch)})
     module.__dict__[DEFER_MUL] = lambda left, right, gamma_first, place, key=None: left * right

@@ -12,14 +12,23 @@ from functools import partial
 from types import MethodType
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from eulernet._checks import brief, check_module, unwrapped
-from eulernet._commit import put_back
+from eulernet._commit import LOCK, put_back
 from eulernet._errors import EulernetError, EulernetWarning
 from eulernet._run import fuse
-from eulernet._run.factor import LearnedFactor, StepFactor, scale, scaled_add, scaled_add_, scaled_difference
+from eulernet._run.factor import (
+    HeldFactor,
+    LearnedFactor,
+    StepFactor,
+    scale,
+    scaled_add,
+    scaled_add_,
+    scaled_difference,
+)
 from eulernet._source import Targets, behind
 from eulernet._step import Step, step_name
 
@@ -32,6 +41,7 @@ DEFER, DEFER_MUL, MATERIALIZE = "_euler_defer", "_euler_defer_mul", "_euler_mate
 FUNCTION = "_euler_function_"  # with a number: a free function that the addition stands in
 CALL_VIA = "_euler_via"  # with a callee and a number: a function that no name leads to
 DIFFERENCE = "_euler_difference"  # with a sum and its skip
+HOLD = "_euler_hold"  # with a step's number: its h, where a function begins that adds several times
 PROBE = "_euler_probe"  # with a value, and where it stands: not in a class, but for a moment in a copy's __dict__
 # Those that a hook on the steps hides, by entries of the module's __dict__ with their names.
 OBSERVED = (STEP, STEP_IN_PLACE, SCALE, EPILOGUE, EPILOGUE_IN_PLACE, ADD_NORM, DEFER, DEFER_MUL, DIFFERENCE)
@@ -56,6 +66,7 @@ class Patched:
     _euler_places: ClassVar[tuple[tuple[int | None, bool, int], ...]]  # the step's number, skip is left, sign
     _euler_vias: ClassVar[tuple[Callable[[Any], Any], ...]]  # each gives a function with its addition rewritten
     _euler_restore: ClassVar[Callable[..., Any]]  # makes the patched class again when a module is unpickled
+    _euler_is_of_now: ClassVar[bool] = True  # whether the source is still what it was
     _euler: list[Factor]
     _euler_steps: list[Step]
 
@@ -78,20 +89,29 @@ class Patched:
             )
         return slots[place]  # type: ignore[no-any-return]
 
-    def _euler_factor(self, place: int, key: Any) -> Factor:
+    def _euler_factor(self, place: int, key: Any) -> Factor | HeldFactor:
+        slot = self._euler_places[place][0]
+        if slot is not None:
+            return self._euler[slot] if key is None else key  # what `_euler_hold` gave
         slot = self._euler_slot(place, key)
         return _ONE if slot is None else self._euler[slot]
 
+    def _euler_hold(self, slot: int) -> Factor | HeldFactor:
+        factor = self._euler[slot]
+        return factor if torch.compiler.is_compiling() else HeldFactor(factor, factor.current(self))
+
     def _euler_step(self, left: Any, right: Any, place: int, alpha: float = 1, key: Any = None) -> Any:
         slot, skip_is_left, sign = self._euler_places[place]
-        h = (self._euler_factor(place, key) if slot is None else self._euler[slot]).current(self, left)
+        one = self._euler[slot] if key is None and slot is not None else self._euler_factor(place, key)
+        h = one.current(self, left)
         if type(left) is fuse.DeferredBranch or type(right) is fuse.DeferredBranch or type(h) is not float:
             return fuse.step(None, left, right, h, skip_is_left, sign * alpha)
         return scaled_add(left, right, h, skip_is_left, sign * alpha)
 
     def _euler_step_(self, left: Any, right: Any, place: int, alpha: float = 1, key: Any = None) -> Any:
         slot, skip_is_left, sign = self._euler_places[place]
-        h = (self._euler_factor(place, key) if slot is None else self._euler[slot]).current(self, left)
+        one = self._euler[slot] if key is None and slot is not None else self._euler_factor(place, key)
+        h = one.current(self, left)
         if type(left) is fuse.DeferredBranch or type(right) is fuse.DeferredBranch:
             return fuse.step(None, left, right, h, skip_is_left, sign * alpha, in_place=True)
         return scaled_add_(left, right, h, skip_is_left, sign * alpha)
@@ -350,7 +370,8 @@ def by_module(model: nn.Module) -> dict[Patched, list[Step]]:
 def bound(model: nn.Module, caller: str) -> list[tuple[Any, Step, Factor]]:
     """The steps of a patched model, each with its module and its factor, in the order of execution."""
     check_module(model, caller)
-    held = [(module, step, module._euler[slot].bound_to(module)) for module, slot, step in slots(model)]
+    with LOCK:
+        held = [(module, step, module._euler[slot].bound_to(module)) for module, slot, step in slots(model)]
     if not held:
         raise EulernetError(
             f"{type(model).__name__} is not patched; call eulernet.patch(model, h=0.1) first "
@@ -370,16 +391,19 @@ def original_class(module: nn.Module) -> type[nn.Module]:
     return cls._euler_original if issubclass(cls, Patched) else cls
 
 
-def check_names(module: nn.Module, step: Step) -> None:
+def check_names(module: nn.Module, step: Step, exclude: str | list[str]) -> None:
     """Raise where a module to be patched has attributes with the names that a patched one gets."""
-    own = {SLOTS, *((FACTORS, STEPS, KEYS, *OBSERVED) if isinstance(module, Patched) else ())}
+    own = {*(FACTORS, STEPS, KEYS, *OBSERVED)} if isinstance(module, Patched) else set()
+    slots = vars(module).get(SLOTS)  # of a key, whose host may be another model's
+    if isinstance(slots, dict) and slots and all(type(place) is int for place in slots):
+        own.add(SLOTS)
     held = {*vars(module), *module._parameters, *module._buffers, *module._modules} - own
     held |= {name for cls in original_class(module).__mro__ for name in vars(cls)}
     if taken := sorted(name for name in held if name.startswith("_euler")):
         raise EulernetError(
             f"{step.name} ({step.module_class}) has {', '.join(taken)} of its own; names that begin with _euler are "
             "those of eulernet's additions to a module. Rename the attribute, or leave the step out: "
-            f"eulernet.patch(model, ..., exclude={step.name!r})"
+            f"eulernet.patch(model, ..., exclude={exclude!r})"
         )
 
 

@@ -225,7 +225,7 @@ def diagnose(
         makes the growth twice what it is without branches (some ten passes).
 
     Raises:
-        EulernetError: no step is found, or the model or `loss_fn` fails on the batch.
+        EulernetError: no step is found, or the model, its backward pass or `loss_fn` fails on the batch.
 
     Example:
         >>> import torch, eulernet

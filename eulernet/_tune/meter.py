@@ -27,6 +27,7 @@ from eulernet._patch.patch import assign, is_patched, patch
 from eulernet._run.hooks import StepInputs, add_step_hook
 from eulernet._run.patched import Patched, by_module
 from eulernet._step import Step
+from eulernet._tune.overwritten import Kept
 
 # From the model's output and the targets to a tensor of one number.
 LossFn = Callable[[Any, Any], Tensor]
@@ -166,7 +167,7 @@ class StepMeter:
             args, kwargs = tree_map(_differentiable, (self.args, self.kwargs))
             loss = self._loss(self._run(_measure, args, kwargs))
             edges = [e for c in self.calls for e in (c.state, c.result) if e is not None]
-            found = torch.autograd.grad(loss, edges, retain_graph=gains, allow_unused=True) if edges else ()
+            found = self._backward(loss, edges, gains) if edges else ()
             norms = iter([None if g is None else _norm(g) for g in found])
             for call in self.calls:
                 call.gradient = next(norms) if call.state is not None else None
@@ -178,6 +179,20 @@ class StepMeter:
             call.state = call.result = None
             call.branches.clear()
         return calls
+
+    def _backward(self, loss: Tensor, edges: list[GradientEdge], retain: bool) -> Sequence[Tensor | None]:
+        try:
+            return torch.autograd.grad(loss, edges, retain_graph=retain, allow_unused=True)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            kept, (args, kwargs) = Kept(self.model), tree_map(_differentiable, (self.args, self.kwargs))
+            kept.during(lambda: self._run(lambda call, seen: kept.see(call.step.name, seen), args, kwargs))
+            raise EulernetError(
+                f"{self.name} cannot be trained on this batch, since its backward fails: "
+                f"{kept.overwritten() or short(error)}. Once loss.backward() runs, call "
+                f"eulernet.{self.caller}(model, batch) again"
+            ) from error
 
     def _loss(self, output: Any) -> Tensor:
         if self.loss_fn is None:

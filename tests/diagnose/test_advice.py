@@ -166,3 +166,58 @@ class Nothing(nn.Module):
 def test_an_output_without_tensors_is_refused() -> None:
     with pytest.raises(EulernetError, match=r"returned no tensor with a gradient.*loss_fn\)"):
         eulernet.diagnose(Nothing(), X)
+
+
+class InPlace(nn.Module):
+    """Its norm keeps x for its gradient, and x is written into."""
+
+    def __init__(self, at_the_step: bool) -> None:
+        super().__init__()
+        self.norm, self.f, self.at_the_step = nn.LayerNorm(4).double(), nn.Linear(4, 4).double(), at_the_step
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.at_the_step:
+            x += self.f(self.norm(x))
+            return x
+        y = self.norm(x)
+        x = x + self.f(y)
+        y.mul_(2)  # which the Linear keeps
+        return x
+
+
+@pytest.mark.parametrize("measure", [eulernet.diagnose, eulernet.calibrate])
+@pytest.mark.parametrize("patched", [False, True])
+def test_a_step_that_writes_into_what_a_gradient_needs_is_named(measure: Any, patched: bool) -> None:
+    model = nn.Sequential(*linear(1, 0.3), InPlace(True), InPlace(True))
+    if patched:
+        eulernet.patch(model, 0.5, example_inputs=X)
+    words = r"Sequential cannot be trained.* 1\.norm \(LayerNorm\) keeps .*\(3, 4\).* step '1' writes into it"
+    with pytest.raises(EulernetError, match=rf"{words}.*x = x \+ f\(x\).*eulernet\.{measure.__name__}\(model, batch"):
+        measure(model, X)
+    with pytest.raises(RuntimeError, match="inplace operation"):
+        model(X).sum().backward()
+
+
+def test_what_else_writes_into_what_a_gradient_needs_is_said() -> None:
+    model = nn.Sequential(*linear(1, 0.3), InPlace(False))
+    with pytest.raises(EulernetError, match=r"1\.f \(Linear\) keeps .* something after it writes into it"):
+        eulernet.diagnose(model, X)
+
+
+def test_a_backward_that_fails_otherwise_is_refused_with_its_reason() -> None:
+    class OneWay(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x * 2
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            raise RuntimeError("there is no way back")
+
+    class Ends(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return OneWay.apply(x)  # type: ignore[no-any-return, no-untyped-call]
+
+    model = nn.Sequential(*linear(1, 0.3), Ends())
+    with pytest.raises(EulernetError, match=r"its backward fails: RuntimeError: there is no way back\. Once loss"):
+        eulernet.diagnose(model, X)

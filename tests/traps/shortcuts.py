@@ -57,6 +57,19 @@ class TransposedConvolutionOnBothSides(Shortcut):
 
 
 @trap
+class ASumInsideABranchThatIsSizedUp(TransposedConvolutionOnBothSides):
+    """The skip is sized up as well: the branch passes no resolution but its own, and the sum inside belongs to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base, self.low_rank = nn.Conv2d(DIM, DIM, 1), nn.Sequential(nn.Conv2d(DIM, 2, 1), nn.Conv2d(2, DIM, 1))
+
+    def branch(self, x: Tensor) -> Tensor:
+        y = self.f(x)
+        return self.up(self.base(y) + self.low_rank(y))
+
+
+@trap
 class PixelsIntoChannels(Shortcut):
     """The way down of a deep-compression autoencoder."""
 
@@ -403,3 +416,32 @@ class TwoMapsAreNoShortcut(WithABlock):
     def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
         x = self.block.reference(x, h[0])
         return self.one(x) + self.other(x)
+
+
+@trap
+class ValuesAreNoShortcut(WithABlock):
+    """EfficientFormerV2: attention whose values have a depthwise convolution of their own is one branch."""
+
+    expected = each("block", "<root>")
+    shape = (2, DIM, 8, 8)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stride = nn.Conv2d(DIM, DIM, 3, 2, 1, groups=DIM)
+        self.query, self.key, self.value, self.out = (nn.Conv2d(DIM, DIM, 1) for _ in range(4))
+        self.local = nn.Conv2d(DIM, DIM, 3, 1, 1, groups=DIM)
+
+    def attend(self, x: Tensor) -> Tensor:
+        x = self.stride(x)
+        value = self.value(x)
+        scores = self.query(x).flatten(2).mT @ self.key(x).flatten(2)
+        attended = (scores.softmax(-1) @ value.flatten(2).mT).mT.view_as(value)
+        return self.out(F.relu(F.interpolate(attended + self.local(value), scale_factor=2.0)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.block(x)
+        return x + self.attend(x)
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        x = self.block.reference(x, h[0])
+        return x + h[1] * self.attend(x)
