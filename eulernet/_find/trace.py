@@ -361,9 +361,6 @@ class DispatchTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return self.tracer.observe(func, args, kwargs or {}, sys._getframe(1))
 
 
-_HOLDERS = frozenset((list, tuple, dict, OrderedDict))
-
-
 def all_modules(model: nn.Module) -> Iterator[nn.Module]:
     """The registered modules, and those that a module keeps unregistered in a list, tuple, dict or attribute."""
     seen: set[int] = set()
@@ -373,12 +370,11 @@ def all_modules(model: nn.Module) -> Iterator[nn.Module]:
         if id(value) in seen:
             continue
         seen.add(id(value))
-        held = value
         if isinstance(value, nn.Module):
             yield value
-            held = vars(value)
-        items = held.values() if isinstance(held, dict) else held
-        pending += [v for v in items if (type(v) in _HOLDERS and v) or isinstance(v, nn.Module)]
+            value = vars(value)
+        items = value.values() if isinstance(value, dict) else value
+        pending += [v for v in items if (type(v) in (list, tuple, dict, OrderedDict) and v) or isinstance(v, nn.Module)]
 
 
 def _own(module: nn.Module) -> Iterator[Tensor]:

@@ -443,29 +443,3 @@ class SummedAttentionIsNoStream(WithABlock):
 
     def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
         return self.block.reference(self.attended(x), h[0])
-
-
-@trap
-class SkipsThatOneLoopAdds(Trap):
-    """A graph U-Net: one line adds all skips, the inner ones in the branches of the outer, so it is long."""
-
-    expected = (Expected("block"),)
-    long = ("<root>",)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.block = Block()
-        self.down = nn.ModuleList(linear() for _ in range(3))
-        self.up = nn.ModuleList(linear() for _ in range(2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        skips = [x := torch.relu(down(x)) for down in self.down]
-        for skip, up in zip(skips[-2::-1], self.up, strict=True):
-            x = torch.tanh(up(skip + x))
-        return self.block(x)
-
-    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
-        skips = [x := torch.relu(down(x)) for down in self.down]
-        for skip, up in zip(skips[-2::-1], self.up, strict=True):
-            x = torch.tanh(up(skip + (h[1] if len(h) > 1 else 1.0) * x))
-        return self.block.reference(x, h[0])
