@@ -80,11 +80,12 @@ class Built:
     file: Path
 
     def __post_init__(self) -> None:
-        self.state = {name: value.clone() for name, value in self.model.state_dict().items()}
+        self.start = [buffer.clone() for buffer in self.model.buffers()]
 
     def run(self, model: nn.Module, train: bool = False) -> list[Tensor | None]:
         """The output, and in train mode the gradients of the input and of every parameter, from one start and seed."""
-        model.load_state_dict(self.state)
+        for buffer, value in zip(model.buffers(), self.start, strict=True):
+            buffer.copy_(value)
         model.train(train).zero_grad()
         inputs = self.inputs.clone().requires_grad_(train)
         torch.manual_seed(0)

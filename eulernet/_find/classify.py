@@ -107,24 +107,38 @@ def _reason(graph: Graph, trace: Trace, addition: Addition, branches: list[set[i
 
 
 def _step_call(graph: Graph, trace: Trace, addition: Addition, results: dict[int, StepCall]) -> StepCall | None:
-    for skip, branch in _pairs(addition):
-        if graph.nodes[skip].shape != graph.nodes[addition.result].shape or _is_series(graph, skip, branch):
-            continue
-        for start in _starts(graph, trace, addition, skip):
-            found = _identity(graph, skip, branch, start) or _parallel(graph, skip, branch, start, results)
-            if not found and addition.op not in FUSED_ADDITIONS:
-                found = _projection(graph, skip, branch, start)
-                if found and _is_aside(graph, addition.result, branch, found.within):
-                    found = None
-                found = found or _multistep(graph, skip, branch, start, results)
-            if found and not _is_score(graph, branch, start):
-                kind, state, within, first = found
-                if kind == "identity" and "sub" in addition.op and _is_centred(graph, addition.result, within):
-                    kind = "decomposition"
-                call = StepCall(addition, kind, skip, branch, skip == addition.left, state, within, first=first)
-                call.sums, call.mixture = graph.gives_sum(addition, skip), addition.op == "lerp"
-                return call
+    pairs = [
+        (skip, branch)
+        for skip, branch in _pairs(addition)
+        if graph.nodes[skip].shape == graph.nodes[addition.result].shape and not _is_series(graph, skip, branch)
+    ]
+    # Mapped skips last: beside the result of a step, `b(x) + (x + a(x))`, a single map is a branch.
+    for mapped in (False, True):
+        for skip, branch in pairs:
+            for start in _starts(graph, trace, addition, skip):
+                if mapped:
+                    found = _mapped(graph, addition, skip, branch, start, results)
+                else:
+                    found = _identity(graph, skip, branch, start) or _parallel(graph, skip, branch, start, results)
+                if found and not _is_score(graph, branch, start):
+                    kind, state, within, first = found
+                    if kind == "identity" and "sub" in addition.op and _is_centred(graph, addition.result, within):
+                        kind = "decomposition"
+                    call = StepCall(addition, kind, skip, branch, skip == addition.left, state, within, first=first)
+                    call.sums, call.mixture = graph.gives_sum(addition, skip), addition.op == "lerp"
+                    return call
     return None
+
+
+def _mapped(
+    graph: Graph, addition: Addition, skip: int, branch: int, start: int, results: dict[int, StepCall]
+) -> Match | None:
+    if addition.op in FUSED_ADDITIONS:
+        return None
+    found = _projection(graph, skip, branch, start)
+    if found and not _is_aside(graph, addition.result, branch, found.within):
+        return found
+    return _multistep(graph, skip, branch, start, results)
 
 
 def _starts(graph: Graph, trace: Trace, addition: Addition, skip: int) -> Iterator[int]:
@@ -208,11 +222,7 @@ def _other_resolutions(graph: Graph, path: dict[int, int], skipped: list[int]) -
     """
     if all(graph.keeps_resolution(node) for node in skipped[:-1]):  # the state itself, or cut out of it
         return set()
-    sizes = {graph.nodes[node].shape[2:] for node in skipped}
-    ups = (n for n in path if n not in skipped and UPSAMPLES.search(graph.nodes[n].op))
-    return {
-        n for n in ups if any(graph.nodes[m].shape[2:] not in sizes for m in (n, *graph.nodes[n].inputs) if m in path)
-    }
+    return graph.other_resolutions(path, skipped)
 
 
 def _gating(graph: Graph, path: dict[int, int]) -> set[int]:

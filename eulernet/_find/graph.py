@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -130,6 +130,14 @@ class Graph:
         """Whether it is its input as it is, but for what is padded or cut off."""
         return self.nodes[node].op in _SAME | _PADS
 
+    def other_resolutions(self, path: Collection[int], skipped: Collection[int]) -> set[int]:
+        """The nodes of a branch that are sized up from, or to, a resolution that its skip has nowhere."""
+        sizes = {self.nodes[node].shape[2:] for node in skipped}
+        ups = (n for n in path if n not in skipped and UPSAMPLES.search(self.nodes[n].op))
+        return {
+            n for n in ups if any(self.nodes[m].shape[2:] not in sizes for m in (n, *self.nodes[n].inputs) if m in path)
+        }
+
     def size(self, node: int) -> int:
         size = 1
         for n in self.nodes[node].shape:
@@ -205,10 +213,36 @@ class Graph:
             elif len(inputs) > 1 and op in ADDITIONS and (modulated := self._modulated(node)) is not None:
                 inputs = (modulated,)
             simple = op in _MATCHING or op in ADDITIONS or POOLS.search(op) or UPSAMPLES.search(op)
-            if len(inputs) != 1 or maps > most or not (simple or self.is_map(node)):
+            if maps > most or not (simple or self.is_map(node)):
                 return
-            node = inputs[0]
+            source = inputs[0] if len(inputs) == 1 else self._normed(node)
+            if source is None:
+                return
+            node = source
             yield node, maps
+
+    def _normed(self, node: int) -> int | None:
+        """What a norm written by hand was given: a product of it with statistics of its own."""
+
+        def is_none(made: int) -> bool:
+            shapes = {self.nodes[i].shape for i in self.state_inputs(made)}
+            return bool(POOLS.search(self.nodes[made].op)) or (made in self.sums and len(shapes) == 1)
+
+        return self.one_source(node, is_none) if self.nodes[node].op in SCALES else None
+
+    def one_source(self, node: int, stops: Callable[[int], bool], most: int = 64) -> int | None:
+        """The one node that all inputs of a node come from without a map, as `x` and its mean do in a norm by hand."""
+        frontier = set(self.state_inputs(node))
+        for _ in range(most):
+            if len(frontier) <= 1:
+                return next(iter(frontier), None)
+            last = max(frontier)  # the nodes are in the order of execution: the latest comes from the others
+            made = self.nodes[last]
+            if not made.inputs or self.is_map(last) or made.op == "embedding" or stops(last):
+                return None
+            frontier.remove(last)
+            frontier.update(self.state_inputs(last))
+        return None
 
     def _modulated(self, node: int) -> int | None:
         """The norm in `norm(x) * (1 + gamma) + beta`, where gamma and beta are not made of `x`."""

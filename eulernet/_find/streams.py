@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from eulernet._find.graph import NORMS, POOLS, UPSAMPLES, Graph, StepCall
+from eulernet._find.graph import NORMS, POOLS, SQUASHES, Graph, StepCall
 from eulernet._find.trace import Addition
 
 _Sums = Mapping[int, StepCall]  # by the node of the result
@@ -96,7 +96,9 @@ def _is_other_half(graph: Graph, call: StepCall, inner: list[StepCall]) -> bool:
     """Whether two streams are changed in turn: the skip is a sum too, of the shape of the step's whose branch it is."""
     holder = next((e for e in inner if call.state in e.within), None)
     alike = holder is not None and graph.nodes[call.state].shape == graph.nodes[holder.state].shape
-    return alike and any(node in graph.sums for node in graph.same(call.skip, 0))
+    # What was squashed since it was summed up is a position, as boxes that are refined are.
+    last = next((n for n in graph.same(call.skip, 0) if n in graph.sums or graph.nodes[n].op in SQUASHES), None)
+    return alike and last in graph.sums
 
 
 class _Own(NamedTuple):
@@ -114,7 +116,8 @@ def _own(graph: Graph, call: StepCall, inner: Iterable[StepCall]) -> _Own | None
         return None
     own = [node for node in way if node != call.state and node not in cut]
     ops = [graph.nodes[node].op for node in own]
-    upsampled = {node for node in own if UPSAMPLES.search(graph.nodes[node].op)}
+    skipped = [node for node, _ in graph.matched(call.skip, 0) if node >= call.state]
+    upsampled = graph.other_resolutions(way, skipped)
     return _Own(
         nothing=not any(graph.is_map(n) for n in own) and not any(op in NORMS or POOLS.search(op) for op in ops),
         resized=bool(upsampled) and not _way(graph, call, cut, without=upsampled),
@@ -168,21 +171,7 @@ def _back(graph: Graph, node: int, ends: _Sums, most: int = 1) -> Iterator[int]:
         last, passed = chain[-1]
         most -= passed
         by_hand = last not in ends and not graph.is_map(last) and len(graph.state_inputs(last)) > 1
-        source = _one_source(graph, last, ends) if by_hand else None
-
-
-def _one_source(graph: Graph, node: int, ends: _Sums, most: int = 64) -> int | None:
-    """The one node that all inputs of a node come from without a map, as `x` and its mean do in a norm by hand."""
-    frontier = set(graph.state_inputs(node))
-    for _ in range(most):
-        if len(frontier) <= 1:
-            return next(iter(frontier), None)
-        last = max(frontier)  # the nodes are in the order of execution: the latest comes from the others
-        if last in ends or not graph.nodes[last].inputs or graph.is_map(last) or graph.nodes[last].op == "embedding":
-            return None
-        frontier.remove(last)
-        frontier.update(graph.state_inputs(last))
-    return None
+        source = graph.one_source(last, ends.__contains__) if by_hand else None
 
 
 def _holds_stream(outer: StepCall, links: Mapping[StepCall, set[StepCall]]) -> bool:

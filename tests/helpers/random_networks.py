@@ -38,38 +38,77 @@ T = TypeVar("T")
 # What a network is put together from; the tests check that a run has met every name of every tuple.
 STREAMS = ("tokens", "conv1d", "conv2d")
 PRECISIONS = ("float64", "float32", "branch in bfloat16", "autocast")
-BLOCKS = ("single", "double", "parallel", "loop", "output module", "inherited", "super", "super and one more step")
+BLOCKS = (
+    *("single", "double", "parallel", "broadcast", "loop", "layers", "output module"),
+    *("inherited", "super", "super and one more step"),
+)
+LAYERS = ("of a list", "by number", "zipped", "in pairs", "in groups", "by sum")
 SITES = (
     *("call", "called again", "checkpoint", "registered twice", "Sequential", "ModuleList", "wrapped", "inline"),
-    *("long", "projection", "siblings", "fusion", "plain", "gated"),
+    *("long", "projection", "siblings", "fusion", "plain", "gated", "decoder", "hyper-connections"),
 )
-GATED = ("mix", "from the state", "from the candidate", "lerp", "addcmul by a gate", "in place by a gate")
-SHORTCUTS = ("input", "dropout", "clone", "activation", "cast", "normed", "scaled", "None or map", "Identity or map")
-MAPS = ("map", "map and norm", "norm and map", "pool and map", "slice and pad")
+GATED = (
+    *("mix", "from the state", "subtracted from the state", "from the candidate", "lerp", "addcmul by a gate"),
+    *("in place by a gate", "scripted mix"),
+)
+SHORTCUTS = (
+    *("input", "dropout", "clone", "activation", "cast", "normed", "scaled", "fitted"),
+    *("None or map", "Identity or map"),
+)
+FITS = (
+    *("flip", "roll", "index_select", "gather", "repeat", "tile"),
+    *("interpolate", "conv_transpose", "pixel_shuffle", "pixel_unshuffle"),
+)
+MAPS = ("map", "map and norm", "norm and map", "pool and map", "slice and pad", "weight norm")
 BODIES = ("one module", "statements", "one expression", "method", "private")
 MIXERS = {
-    "tokens": ("attention", "MultiheadAttention", "GRU", "token mixing"),
-    "conv1d": ("depthwise", "pooling", "channels last"),
-    "conv2d": ("depthwise", "pooling", "channels last"),
+    "tokens": ("attention", "talking heads", "MultiheadAttention", "GRU", "token mixing", "vmap"),
+    "conv1d": ("depthwise", "pooling", "channels last", "vmap"),
+    "conv2d": ("depthwise", "pooling", "channels last", "vmap"),
 }
-INNER = ("none", "LoRA", "feed-through", "siblings in a branch", "split", "pooling residual", "response norm", "nested")
-BEFORE = ("nothing", "position", "expanded position", "mask", "noise", "gate", "doubling", "argument")
+NORMS = ("norm of nn", "norm by hand", "frozen norm")
+INNER = (
+    *("none", "LoRA", "feed-through", "siblings in a branch", "split", "pooling residual", "response norm", "nested"),
+    "gate of two maps",
+)
+BEFORE = (
+    *("nothing", "position", "expanded position", "position from a table", "mask", "noise", "gate", "doubling"),
+    *("argument", "mixed by a gate", "weighted by scores"),
+)
 STEMS = ("map to the stream", "position embedding", "class token", "queries")
 AFTER = ("nothing again", "activation after", "activation in place", "norm after")
 FORMS = (
     *("a + b", "torch.add", "operator.add", "Tensor.add", "alpha", "a - b", "torch.sub", "views", "lines", "walrus"),
     *("conditional", "alias", "function", "function with dropout", "method add", "static method", "nested function"),
     *("lambda", "comprehension", "Add module", "FloatFunctional", "slice +=", "slice =", "slice add_", "slice and cat"),
-    *("sum", "reduce", "sum of a stack", "addcmul", "lambda in an attribute"),
+    *("function in an attribute", "partial", "function in a dict", "decorated function", "callable object"),
+    *("class method", "kept method"),
+    *("sum", "reduce", "sum of a stack", "addcmul", "index_add", "lerp by a number", "lambda in an attribute"),
+    *("scripted function", "autograd function"),
     *("skip +=", "skip -=", "skip add_", "operator.iadd", "function in place", "branch +=", "branch add_"),
+)
+FUSED = ("addcmul", "index_add", "lerp by a number")  # on a mapped skip they are no steps; one dtype
+BY_DIFFERENCE = (
+    *FUSED,
+    *("sum", "reduce", "sum of a stack", "lambda in an attribute", "scripted function", "autograd function"),
 )
 PARALLEL = ("in one expression", "in turn", "branches first", "in place", "sum of branches first", "three")
 DOUBLE = ("one after the other", "two on one line", "two in one expression")
-FORWARDS = ("plain forward", "decorated", "not called self", "extra arguments", "nested decorators")
+FORWARDS = (
+    *("plain forward", "decorated", "not called self", "extra arguments", "nested decorators", "kept in a default"),
+)
 FEATURES = frozenset(
     (*STREAMS, *PRECISIONS, *STEMS, *BLOCKS, *SITES, *SHORTCUTS, *MAPS, *BODIES, *INNER, *BEFORE, *AFTER, *FORMS)
-) | {*PARALLEL, *DOUBLE, *GATED, *FORWARDS, *MIXERS["tokens"], *MIXERS["conv1d"], "branch left"}
+) | {
+    *(*PARALLEL, *DOUBLE, *GATED, *FORWARDS, *LAYERS, *FITS, *NORMS, *MIXERS["tokens"], *MIXERS["conv1d"]),
+    "branch left",
+}
 
+DECORATORS = {
+    "decorated": ("decorated",),
+    "nested decorators": ("decorated", "decorated"),
+    "kept in a default": ("kept_in_a_default",),
+}
 HELPERS = {
     "LayerScale": """
 class LayerScale(nn.Module):
@@ -118,6 +157,107 @@ class Attention(nn.Module):
         if self.mask is not None:
             scores = scores + self.mask
         return self.proj((scores.softmax(-1) @ v).transpose(1, 2).reshape(n, t, d))
+""",
+    "TalkingHeads": """
+class TalkingHeads(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.qkv, self.proj, self.talk = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim), nn.Conv2d(2, 2, 1)
+
+    def forward(self, x):
+        n, t, d = x.shape
+        q, k, v = self.qkv(x).reshape(n, t, 3, 2, d // 2).permute(2, 0, 3, 1, 4).unbind(0)
+        scores = q @ k.transpose(-2, -1)
+        scores = scores + self.talk(scores)
+        return self.proj((scores.softmax(-1) @ v).transpose(1, 2).reshape(n, t, d))
+""",
+    "NormByHand": """
+class NormByHand(nn.Module):
+    def __init__(self, shape, dim):
+        super().__init__()
+        self.weight, self.bias, self.dim = nn.Parameter(torch.ones(shape)), nn.Parameter(torch.zeros(shape)), dim
+
+    def forward(self, x):
+        u = x.mean(self.dim, keepdim=True)
+        s = (x - u).pow(2).mean(self.dim, keepdim=True)
+        return self.weight * ((x - u) / torch.sqrt(s + 1e-2)) + self.bias
+""",
+    "FrozenNorm": """
+class FrozenNorm(nn.Module):
+    def __init__(self, shape):
+        super().__init__()
+        self.register_buffer("scale", torch.ones(shape))
+        self.register_buffer("shift", torch.full(shape if isinstance(shape, tuple) else (shape,), 0.1))
+
+    def forward(self, x):
+        return x * self.scale + self.shift
+""",
+    "GateOfTwoMaps": """
+class GateOfTwoMaps(nn.Module):
+    def __init__(self, encode, w, u):
+        super().__init__()
+        self.encode, self.w, self.u = encode, w, u
+
+    def forward(self, x):
+        s = torch.tanh(self.encode(x))
+        return torch.sigmoid((self.w(x) + self.u(s)) / 2) * s
+""",
+    "WeightedByScores": """
+class WeightedByScores(nn.Module):
+    def __init__(self, encode, w, u, v, dim):
+        super().__init__()
+        self.encode, self.w, self.u, self.v, self.dim = encode, w, u, v, dim
+
+    def forward(self, x):
+        k = torch.relu(self.encode(x))
+        scores = self.v(torch.tanh(self.w(x) + self.u(k)))
+        return scores.softmax(self.dim) * k
+""",
+    "Hyper": """
+class Hyper(nn.Module):
+    <<h0 = 1.0>>
+    def __init__(self, layer, dim, depends):
+        super().__init__()
+        self.layer, self.depends = layer, nn.Linear(dim, 4) if depends else None
+        self.mix, self.beta = nn.Parameter(torch.ones(4, 3)), nn.Parameter(torch.ones(3, 1, 1))
+
+    def forward(self, streams):
+        if self.depends is None:
+            mixed = torch.einsum("st,ntld->nsld", self.mix, streams)
+        else:
+            mix = self.mix + torch.tanh(self.depends(streams.mean(2))).transpose(1, 2)
+            mixed = torch.einsum("nst,ntld->nsld", mix, streams)
+        return mixed[:, 1:] + <<self.h0 * >>(self.beta * self.layer(mixed[:, 0])[:, None])  # step
+""",
+    "Decoder": """
+class DecoderLayer(nn.Module):
+    <<h0 = h1 = 1.0>>
+    def __init__(self, dim):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(dim, 2, batch_first=True)
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, 2 * dim), nn.ReLU(), nn.Linear(2 * dim, dim))
+
+    def forward(self, x, positions):
+        query = x + positions
+        x = self.norm1(x + <<self.h0 * >>self.attention(query, query, x, need_weights=False)[0])  # step
+        return self.norm2(x + <<self.h1 * >>self.mlp(x))  # step
+
+
+class Decoder(nn.Module):
+    def __init__(self, dim, layers):
+        super().__init__()
+        self.layers = nn.ModuleList(DecoderLayer(dim) for _ in range(layers))
+        self.heads = nn.ModuleList(nn.Linear(dim, 4) for _ in range(layers))
+        self.embed = nn.Sequential(nn.Linear(4, dim), nn.ReLU(), nn.Linear(dim, dim))
+        self.boxes = nn.Parameter(torch.zeros(1, TOKENS, 4))
+
+    def forward(self, x):
+        boxes = self.boxes.expand(x.shape[0], -1, -1)
+        for layer, head in zip(self.layers, self.heads):
+            x = layer(x, self.embed(boxes))
+            boxes = torch.sigmoid(head(x) + boxes)
+        return x
 """,
     "Permuted": """
 class Permuted(nn.Module):
@@ -226,6 +366,10 @@ class Gated(nn.Module):
             return <<by_difference(>>(1 - z) * n + z * s<<, s, self.h0)>>  # step
         if self.spelling == "from the state":
             return s + <<self.h0 * >>((1 - z) * (n - s))  # step
+        if self.spelling == "subtracted from the state":
+            return s - <<self.h0 * >>((1 - z) * (s - n))  # step
+        if self.spelling == "scripted mix":
+            return <<by_difference(>>scripted_mix(s, n, z)<<, s, self.h0)>>  # step
         if self.spelling == "from the candidate":
             return <<by_difference(>>(s - n) * z + n<<, s, self.h0)>>  # step
         if self.spelling == "lerp":
@@ -244,6 +388,48 @@ class Gated(nn.Module):
 <<    if (y.dtype, y.stride()) == (s.dtype, s.stride()):>>
 <<        return torch.lerp(s, y, h)>>
 <<    return (y + (y - s) * (h - 1)).to(y.dtype)>>
+""",
+    "scripted_mix": """
+def plain_mix(s, n, z):
+    return (1 - z) * n + z * s
+
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    scripted_mix = torch.jit.script(plain_mix)
+""",
+    "scripted_add": """
+def plain_add(a, b):
+    return a + b
+
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    scripted_add = torch.jit.script(plain_add)
+""",
+    "AddByHand": """
+class AddByHand(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, a, b):
+        ctx.shapes = a.shape, b.shape
+        return a + b
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, grad
+""",
+    "weight_normed": """
+def weight_normed(layer):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.nn.utils.weight_norm(layer)
+""",
+    "kept_in_a_default": """
+def kept_in_a_default(function):
+    def wrapper(*args, __function=function, **kwargs):
+        return __function(*args, **kwargs)
+
+    return functools.update_wrapper(wrapper, function)
 """,
     "SliceAndPad": """
 class SliceAndPad(nn.Module):
@@ -266,6 +452,7 @@ def decorated(function):
 
 HEADER = """import functools
 import operator
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -382,9 +569,8 @@ class _Class:
     def template(self) -> str:
         own = [step.attribute for step in self.steps if not step.path]
         extra = ", *args, scale=None, **kwargs" if self.forward_style == "extra arguments" else ""
-        decorators = {"decorated": 1, "nested decorators": 2}.get(self.forward_style, 0)
         forward = [
-            *["@decorated"] * decorators,
+            *(f"@{name}" for name in DECORATORS.get(self.forward_style, ())),
             f"def forward(self{self.arguments}{extra}):",
             *(f"    {line}" for line in self.forward),
         ]
@@ -452,6 +638,11 @@ class _Writer:
         return f"{self.conv}({a}, {b}, 3, {stride}, 1)" if self.maybe() else f"{self.conv}({a}, {b}, 1, {stride})"
 
     def norm(self, width: str) -> str:
+        kind = self.pick(NORMS)
+        if kind == "norm by hand":
+            return f"{self.helper('NormByHand')}({self.scale_shape(width)}, {-1 if self.tokens else 1})"
+        if kind == "frozen norm":
+            return f"{self.helper('FrozenNorm')}({self.scale_shape(width)})"
         if self.tokens:
             # Under autocast an RMSNorm warns that its input and its weight differ in dtype.
             return f"nn.{self.choose('LayerNorm', *(['RMSNorm'] if self.precision != 'autocast' else []))}({width})"
@@ -467,10 +658,16 @@ class _Writer:
         return _Op("{m}({x})", f"nn.{name}()", saved=saved)
 
     def mixer(self, width: str) -> _Op:
-        match self.pick(MIXERS[self.stream]):
+        # A mapped convolution is not cast as a whole.
+        match self.pick(MIXERS[self.stream], *(["vmap"] if self.precision == "autocast" else [])):
             case "attention":
                 flags = ", ".join(f"{name}={self.maybe()}" for name in ("rotary", "bias", "mask"))
                 return _Op("{m}({x})", f"{self.helper('Attention')}({width}, {flags})")
+            case "talking heads":
+                return _Op("{m}({x})", f"{self.helper('TalkingHeads')}({width})")
+            case "vmap":
+                one = f"nn.Linear({width}, {width})" if self.tokens else f"{self.conv}({width}, {width}, 1)"
+                return _Op("torch.func.vmap({m})({x})", one)
             case "MultiheadAttention":
                 module = f"nn.MultiheadAttention({width}, 2, batch_first=True)"
                 return _Op("{m}({x}, {x}, {x}, need_weights=False)[0]", module)
@@ -504,6 +701,7 @@ class _Writer:
                 + ("-1, 1)" if self.tokens else f"1, {tuple(range(2, 2 + self.space))})")
             ),
             "nested": lambda: f"Inner({self.linear(width, width)})",
+            "gate of two maps": lambda: f"GateOfTwoMaps({', '.join(self.linear(width, width) for _ in range(3))})",
         }.get(choice)
         if module is None:
             return []
@@ -621,15 +819,17 @@ class _Writer:
                 return f"nn.Sequential({self.norm('dim')}, {one})"
             case "pool and map":
                 return f"nn.Sequential({self.pool}(2, 2, ceil_mode=True), {self.conv}(dim, out, 1))"
+            case "weight norm":
+                return f"{self.helper('weight_normed')}({one})"
             case _:
                 pads = "(0, out - dim)" if self.tokens else f"({'0, 0, ' * self.space}0, out - dim)"
                 return f"{self.helper('SliceAndPad')}({pads}, {1 if self.tokens else 2})"
 
     def addition(self, cls: _Class, skip: str, branch: _Branch, kind: str, skip_writable: bool = False) -> list[str]:
         """Statements that leave the step's result in x."""
-        excluded = [] if self.precision in ("float64", "float32") else ["sum of a stack", "addcmul"]
-        if kind != "identity":  # what a fused operation adds to a mapped skip is no step
-            excluded.append("addcmul")
+        excluded = [] if self.precision in ("float64", "float32") else ["sum of a stack", *FUSED]
+        if kind != "identity":
+            excluded += FUSED
         form = self.pick(FORMS, *excluded, *([] if branch.writable else FORMS[-2:]))
         into = skip if skip_writable else f"({skip}).clone()"
         f = branch.value
@@ -658,7 +858,7 @@ class _Writer:
         remember = ["dtype = x.dtype"] if back else []
         unique = f"merge{next(self.names)}"
         a, b = ("<<h * >>b", "a") if flip else ("a", "<<h * >>b")
-        if form in ("sum", "reduce", "sum of a stack", "addcmul", "lambda in an attribute"):
+        if form in BY_DIFFERENCE:
             return [self.by_difference(cls, form, skip, f, h, flip) + mark]
         match form:
             case "a + b":
@@ -688,6 +888,31 @@ class _Writer:
                 name = self.function(cls, form)
                 extra = ", 0.2, self.training" if "dropout" in name else ""
                 return [f"x = {name}({into if 'place' in form else skip}, {f}{extra}<<, self.{h}>>)"]
+            case "function in an attribute" | "partial":
+                name = self.function(cls, "function")
+                cls.init.append(f"self.{unique} = {f'functools.partial({name})' if form == 'partial' else name}")
+                return [f"x = self.{unique}({skip}, {f}<<, self.{h}>>)"]
+            case "function in a dict":
+                self.functions.append(f"{unique.upper()} = {{'add': {self.function(cls, 'function')}}}")
+                return [f"x = {unique.upper()}['add']({skip}, {f}<<, self.{h}>>)"]
+            case "decorated function":
+                self.helper("decorated")
+                self.functions.append(f"@decorated\ndef {unique}(a, b<<, h>>):\n    return {a} + {b}{mark}")
+                return [f"x = {unique}({skip}, {f}<<, self.{h}>>)"]
+            case "callable object":
+                method = f"    def __call__(self, a, b<<, h>>):\n        return {a} + {b}{mark}"
+                self.functions.append(f"class {unique.title()}:\n{method}")
+                cls.init.append(f"self.{unique} = {unique.title()}()")
+                return [f"x = self.{unique}({skip}, {f}<<, self.{h}>>)"]
+            case "class method":
+                method = f"    @classmethod\n    def add(cls, a, b<<, h>>):\n        return {a} + {b}{mark}"
+                self.functions.append(f"class {unique.title()}:\n{method}")
+                return [f"x = {unique.title()}.add({skip}, {f}<<, self.{h}>>)"]
+            case "kept method":
+                a, b = a.replace("h *", f"self.{h} *"), b.replace("h *", f"self.{h} *")
+                cls.methods.append(f"def {unique}(self, a, b):\n    return {a} + {b}{mark}")
+                cls.init.append(f"self.kept_{unique} = self.{unique}")
+                return [f"x = self.kept_{unique}({skip}, {f})"]
             case "method add":
                 a, b = a.replace("h *", f"self.{h} *"), b.replace("h *", f"self.{h} *")
                 cls.methods.append(f"def {unique}(self, a, b):\n    return {a} + {b}{mark}")
@@ -733,11 +958,17 @@ class _Writer:
         pair = f"{f}, {named}" if flip else f"{named}, {f}"
         if form == "lambda in an attribute":
             cls.init.append(f"self.{name}_plus = lambda a, b: a + b")
+        if form in ("scripted function", "autograd function"):
+            self.helper("scripted_add" if form == "scripted function" else "AddByHand")
         expression = {
             "sum": f"sum(({pair}))",
             "reduce": f"functools.reduce(operator.add, [{pair}])",
             "sum of a stack": f"torch.stack(({pair})).sum(0)",
             "addcmul": f"torch.addcmul({named}, {f}, torch.ones((), dtype=x.dtype))",
+            "index_add": f"torch.index_add({named}, 0, torch.arange(len(x)), {f})",
+            "lerp by a number": f"torch.lerp({pair}, {0.75 if flip else 0.25})",
+            "scripted function": f"scripted_add({pair})",
+            "autograd function": f"AddByHand.apply({pair})",
             "lambda in an attribute": f"self.{name}_plus({pair})",
         }[form]
         return f"x = <<by_difference(>>{expression}<<, {name}, self.{h})>>"
@@ -767,9 +998,17 @@ class _Writer:
 
     def before(self, cls: _Class) -> list[str]:
         """An addition to the state that is not a step."""
-        choice = self.pick(BEFORE)
+        choice = self.pick(BEFORE, *([] if self.tokens else ["position from a table"]))
+        maps = lambda n: ", ".join(self.linear("dim", "dim") for _ in range(n))  # noqa: E731
         if choice in ("position", "expanded position"):
             cls.init.append(f"self.position = nn.Parameter(torch.zeros({self.full_shape('dim')}))")
+        if choice == "position from a table":
+            cls.init.append("self.table = nn.Embedding(TOKENS, dim)")
+        if choice == "mixed by a gate":
+            cls.init.append(f"self.mixed = {self.helper('GateOfTwoMaps')}({maps(3)})")
+        if choice == "weighted by scores":
+            one, along = ("nn.Linear(dim, 1)", 1) if self.tokens else (f"{self.conv}(dim, 1, 1)", 2)
+            cls.init.append(f"self.weighted = {self.helper('WeightedByScores')}({maps(3)}, {one}, {along})")
         if choice == "argument":
             cls.arguments = ", x, pos"
         return {
@@ -781,6 +1020,9 @@ class _Writer:
             "gate": ["x = x + x * torch.sigmoid(x)"],
             "doubling": ["x = x + x"],
             "argument": ["x = x + pos.expand_as(x)"],
+            "position from a table": ["x = x + self.table(torch.arange(TOKENS)).expand_as(x)"],
+            "mixed by a gate": ["x = self.mixed(x)"],
+            "weighted by scores": ["x = self.weighted(x)"],
         }[choice]
 
     def after(self, cls: _Class, name: str, width: str, fresh: bool = True) -> list[str]:
@@ -802,8 +1044,8 @@ class _Writer:
         if cls.forward:
             cls.forward.append("return x")
             self.features.add(cls.forward_style)
-            if "decorat" in cls.forward_style:
-                self.helper("decorated")
+            for name in DECORATORS.get(cls.forward_style, ()):
+                self.helper(name)
         self.classes.append(cls.template())
         return cls
 
@@ -812,6 +1054,8 @@ class _Writer:
 
     def step(self, cls: _Class, name: str, shortcut: str = "input") -> list[str]:
         """Statements that take x through one step."""
+        if shortcut == "fitted":
+            return self.fitted(cls, name)
         lines, skip, kind, writable = self.shortcut(cls, name, shortcut)
         width, stride = "dim", "1"
         if kind == "either":
@@ -819,6 +1063,43 @@ class _Writer:
         branch = self.branch(cls, name, "dim", width, stride, deep=kind != "identity", nested=kind == "identity")
         added = self.addition(cls, skip, branch, kind, skip_writable=writable)
         return [*lines, *branch.lines, *added, *self.after(cls, name, width)]
+
+    def fitted(self, cls: _Class, name: str) -> list[str]:
+        """A step whose skip and branch are fitted to another shape in one way, and what restores the shape."""
+        choice = self.pick(FITS, *{"tokens": FITS[6:], "conv1d": FITS[8:], "conv2d": ()}[self.stream])
+        channels, axis = (-1 if self.tokens else 1), self.choose(1, 2)
+        twice = "1, 1, 2" if self.tokens else f"1, 2{', 1' * self.space}"
+        order = f"self.{name}_order"
+        if choice in ("index_select", "gather"):
+            view = f"torch.arange(dim - 1, -1, -1).view({self.scale_shape('dim')})"
+            cls.init.append(f"self.register_buffer('{name}_order', {view}, persistent=False)")
+        if choice == "conv_transpose":
+            one = f"nn.ConvTranspose{self.space}d(dim, dim, 2, 2)"
+            cls.init += [f"self.{name}_{end} = {one}" for end in ("skip_up", "branch_up")]
+        fit = {
+            "flip": f"{{x}}.flip({axis})",
+            "roll": f"{{x}}.roll(1, {axis})",
+            "index_select": f"{{x}}.index_select({channels}, {order}.flatten())",
+            "gather": f"{{x}}.gather({channels}, {order}.expand_as({{x}}))",
+            "repeat": f"{{x}}.repeat({twice})",
+            "tile": f"torch.tile({{x}}, ({twice}))",
+            "interpolate": "F.interpolate({x}, scale_factor=2.0)",
+            "conv_transpose": f"self.{name}_{{end}}_up({{x}})",
+            "pixel_shuffle": "F.pixel_shuffle({x}.repeat_interleave(4, dim=1), 2)",
+            "pixel_unshuffle": "F.pixel_unshuffle({x}, 2).unflatten(1, (-1, 4)).mean(2)",
+        }[choice]
+        restored = {
+            "repeat": [f"x = x.unflatten({channels}, (2, -1)).mean({-2 if self.tokens else 1})"],
+            "interpolate": [f"x = F.avg_pool{self.space}d(x, 2)"],
+        }
+        alike = {"tile": "repeat", "conv_transpose": "interpolate", "pixel_shuffle": "interpolate"}
+        lines = ["x = F.interpolate(x, scale_factor=2.0)"] if choice == "pixel_unshuffle" else []
+        skip = fit.replace("{x}", "x").replace("{end}", "skip")
+        branch = self.branch(cls, name, deep=True, last=False)
+        value = fit.replace("{x}", "f").replace("{end}", "branch")
+        added = self.addition(cls, skip, _Branch([], value, writable=True), "projection")
+        after = restored.get(alike.get(choice, choice), [])
+        return [*lines, *branch.lines, f"f = {branch.value}", *added, *after, *self.after(cls, name, "dim")]
 
     def block(self, projects: bool = False) -> _Class:
         """A class with one or more steps, built as `Block(dim, out, drop)`; `projects`: `out` may differ from `dim`."""
@@ -834,8 +1115,12 @@ class _Writer:
                 self.double(cls)
             case "parallel":
                 self.parallel(cls)
+            case "broadcast":
+                self.broadcast(cls)
             case "loop":
                 self.loop(cls)
+            case "layers":
+                self.layers(cls)
             case "output module":
                 self.output_module(cls)
             case choice:
@@ -891,11 +1176,79 @@ class _Writer:
         h = cls.factor("identity", calls=n)
         cls.forward += ["for body in self.bodies:", f"    x = x + <<self.{h} * >>body(x)  # step"]
 
+    def layers(self, cls: _Class) -> None:
+        """One line of a loop that adds for several layers: a step of each, named by the module that made its branch."""
+        way, n = self.pick(LAYERS), 2 + self.below(2)
+        linear = lambda: self.linear("dim", "dim")  # noqa: E731
+        layers = [
+            f"nn.Sequential({self.norm('dim')}, {linear()}, nn.GELU())" if self.maybe() else linear() for _ in range(n)
+        ]
+        names, calls = [f"bodies.{i}" for i in range(n)], [1] * n
+        keyed = "<<for body in self.bodies: body.h0 = 1.0>>"
+        if way == "in groups":
+            cls.init += [f"layers = [{', '.join(layers)}]", "self.bodies = nn.ModuleList([*layers, *layers[:1]])"]
+            calls[0] = 2
+        elif way == "in pairs":
+            pairs = [f"nn.ModuleList([{layer}, {linear()}])" for layer in layers]
+            cls.init.append(f"self.bodies = nn.ModuleList([{', '.join(pairs)}])")
+            keyed = "<<for a, b in self.bodies: a.h0 = b.h0 = 1.0>>"
+            names, calls = [f"bodies.{i}.{j}" for i in range(n) for j in range(2)], [1] * 2 * n
+        else:
+            cls.init.append(f"self.bodies = nn.ModuleList([{', '.join(layers)}])")
+        if way == "zipped":
+            cls.init.append(f"self.firsts = nn.ModuleList([{', '.join(linear() for _ in range(n))}])")
+        if way == "by sum":
+            self.helper("by_difference")
+        cls.init.append(keyed)
+        cls.forward += {
+            "by number": [
+                "for i in range(len(self.bodies)):",
+                "    f = torch.tanh(self.bodies[i](x))",
+                "    x = <<self.bodies[i].h0 * >>f + x  # step",
+            ],
+            "zipped": [
+                "for first, body in zip(self.firsts, self.bodies):",
+                "    x = x + <<body.h0 * >>body(F.silu(first(x)))  # step",
+            ],
+            "in pairs": [
+                "for a, b in self.bodies:",
+                "    x = <<a.h0 * >>a(x) + x  # step",
+                "    x = torch.add(x, <<b.h0 * >>b(x))  # step",
+            ],
+            "by sum": [
+                "for body in self.bodies:",
+                "    x = <<by_difference(>>sum((x, body(x)))<<, x, body.h0)>>  # step",
+            ],
+        }.get(way, ["for body in self.bodies:", "    x = x + <<body.h0 * >>body(x)  # step"])
+        cls.steps += [_Local(name, "h0", "identity", c) for name, c in zip(names, calls, strict=True)]
+
+    def broadcast(self, cls: _Class) -> None:
+        """A branch that is pooled, and broadcast to the state's shape where it is added."""
+        one = "nn.Linear(dim, dim)" if self.tokens else f"{self.conv}(dim, dim, 1)"
+        cls.init.append(f"self.context = nn.Sequential({one}, nn.SiLU(), {one})")
+        over = 1 if self.tokens else tuple(range(2, 2 + self.space))
+        f = f"<<self.{cls.factor('identity')} * >>self.context(x.mean({over}, keepdim=True))"
+        cls.forward += self.choose(
+            [f"x = x + {f}  # step"],
+            [f"x = torch.add({f}, x)  # step"],
+            ["y = x.clone()", f"y += {f}  # step", "x = y"],
+            [f"x = x + ({f}).expand_as(x)  # step"],
+        )
+
     def output_module(self, cls: _Class) -> None:
         """A branch that the caller begins and a module of its own ends, as in BERT."""
         output = self.new_class("Output", signature=", dim, drop", arguments=", hidden, residual")
         branch = self.branch(output, "dense")
-        output.forward += ["x = hidden", *branch.lines, *self.addition(output, "residual", branch, "identity")]
+        output.forward += ["x = hidden", *branch.lines]
+        if self.maybe():
+            adds = self.new_class("AddAfter", signature=", dim, drop", arguments=", f, x")
+            adds.forward += self.addition(adds, "x", _Branch([], "f", writable=False), "identity")
+            self.finish(adds)
+            output.init.append(f"self.adds = {adds.name}(dim, drop)")
+            output.forward.append(f"x = self.adds({branch.value}, residual)")
+            output.steps += [step.inside("adds") for step in adds.steps]
+        else:
+            output.forward += self.addition(output, "residual", branch, "identity")
         output.forward += self.after(output, "sum", "dim")
         self.finish(output)
         start = self.branch(cls, "body", last=False)
@@ -960,7 +1313,8 @@ class _Writer:
 
     def site(self, cls: _Class, name: str, width: int, trunk: bool = True) -> int:
         """Statements of `cls` that take x on, and x's new width; outside the trunk the width stays."""
-        excluded = [] if trunk else ["inline", "projection", "fusion"]
+        excluded = [] if trunk else ["inline", "projection", "fusion", "hyper-connections"]
+        excluded += ["decoder", "hyper-connections"] if not self.tokens else []
         choice = self.pick(SITES, *excluded, *([] if self.stream == "conv2d" else ["fusion"]))
         path, w, out = f"self.{name}", str(width), 12 - width
         match choice:
@@ -994,10 +1348,24 @@ class _Writer:
                 mixed = self.precision == "autocast"  # where only the arithmetic takes two dtypes
                 spelling = self.pick(GATED, *(["lerp", "addcmul by a gate", "in place by a gate"] if mixed else []))
                 self.helper("by_difference")
+                self.helper("scripted_mix")
                 layers = f"{self.linear(w, w)}, {self.linear(w, w)}"
                 cls.init.append(f"{path} = {self.helper('Gated')}({layers}, {spelling!r})")
                 cls.forward.append(f"x = {path}(x)")
                 cls.steps.append(_Local(name, "h0", "gated"))
+                return width
+            case "decoder":
+                n = 1 + self.below(2)
+                cls.init.append(f"{path} = {self.helper('Decoder')}({w}, {n})")
+                cls.forward.append(f"x = {path}(x)")
+                cls.steps += [_Local(f"{name}.layers.{i}", f"h{j}", "identity") for i in range(n) for j in range(2)]
+                return width
+            case "hyper-connections":
+                layers = [f"nn.Sequential({self.norm(w)}, {self.linear(w, w)}, nn.GELU())" for _ in range(2)]
+                layers = [f"{self.helper('Hyper')}({layer}, {w}, {self.maybe()})" for layer in layers]
+                cls.init.append(f"{path} = nn.Sequential({', '.join(layers)})")
+                cls.forward.append(f"x = {path}(torch.stack([x] * 3, 1)){self.choose('.sum(1)', '.mean(1)', '[:, 0]')}")
+                cls.steps += [_Local(f"{name}.{i}", "h0", "projection") for i in range(2)]
                 return width
         block = self.some_block(choice in ("projection", "fusion"), trunk)
         call = self.call(cls, block, path, width)

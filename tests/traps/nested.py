@@ -217,6 +217,37 @@ class RefinedPositions(Trap):
 
 
 @trap
+class RefinedPositionsAsWideAsTheState(RefinedPositions):
+    """No reversible network, whose other half has the state's shape as well: its sums are not squashed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(nn.Linear(DIM, DIM) for _ in range(2))
+        self.embed = nn.Sequential(nn.Linear(DIM, DIM), nn.ReLU(), nn.Linear(DIM, DIM))
+
+    def inputs(self) -> tuple[Any, ...]:
+        return torch.randn(2, 5, DIM), torch.rand(2, 5, DIM)
+
+
+@trap
+class ANormByHandInAProjection(Trap):
+    """A layer norm written out before the map that fits the shape."""
+
+    expected = PROJECTION
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch = mlp()
+        self.shortcut = nn.Sequential(HandNorm(), nn.Linear(DIM, DIM, bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.shortcut(x) + self.branch(x)
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        return self.shortcut(x) + h[0] * self.branch(x)
+
+
+@trap
 class FrozenBatchNormInAProjection(Trap):
     """``x * scale + bias`` after the map that fits the shape."""
 

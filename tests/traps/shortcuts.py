@@ -57,6 +57,19 @@ class TransposedConvolutionOnBothSides(Shortcut):
 
 
 @trap
+class ASumInsideABranchThatIsSizedUp(TransposedConvolutionOnBothSides):
+    """The skip is sized up as well: the branch passes no resolution but its own, and the sum inside belongs to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base, self.low_rank = nn.Conv2d(DIM, DIM, 1), nn.Sequential(nn.Conv2d(DIM, 2, 1), nn.Conv2d(2, DIM, 1))
+
+    def branch(self, x: Tensor) -> Tensor:
+        y = self.f(x)
+        return self.up(self.base(y) + self.low_rank(y))
+
+
+@trap
 class PixelsIntoChannels(Shortcut):
     """The way down of a deep-compression autoencoder."""
 

@@ -55,6 +55,15 @@ class ParallelStatements(Parallel):
 
 
 @trap
+class ParallelFromTheLeft(Parallel):
+    """``a(x) + (x + b(x))``: what is a single map beside a deeper branch is a branch as well, and no mapped skip."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        return self.a(y) + (x + self.b(y))
+
+
+@trap
 class ParallelSummedFirst(Parallel):
     """``a(x) + b(x) + x`` (GPT-J): the first addition is a sum of siblings, the second is the step."""
 
