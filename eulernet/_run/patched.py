@@ -10,8 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
-from types import CodeType
-from types import MethodType
+from types import CodeType, MethodType
 from typing import Any, ClassVar
 
 import torch
