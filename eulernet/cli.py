@@ -175,8 +175,11 @@ def _build(spec: str, build: Callable[[], nn.Module]) -> nn.Module:
                 if "meta" not in str(error):
                     raise
                 model = build()  # its constructor reads numbers, as those of torchvision's RegNets do
-    except Exception as error:
-        raise EulernetError(f"building {spec} failed: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:
+        raise EulernetError(
+            f"building {spec} failed: {type(error).__name__}: {error}. A model of your own is built by a function "
+            "without arguments: def build(): return Model(), then eulernet inspect package.module:build"
+        ) from error
     if not isinstance(model, nn.Module):
         raise EulernetError(f"{spec} gave a {type(model).__name__}; it must return the model, a torch.nn.Module")
     return model
@@ -236,8 +239,11 @@ def _own(module_name: str, path: str) -> Callable[[], nn.Module]:
             f"there is no module {error.name!r} to import from {os.getcwd()}; a model of a library is written "
             "timm:NAME, torchvision:NAME or hf:TYPE"
         ) from None
-    except Exception as error:
-        raise EulernetError(f"importing {module_name} failed: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:  # the latter of a script that reads its arguments
+        raise EulernetError(
+            f"importing {module_name} failed: {type(error).__name__}: {error}. It must define the model, and run "
+            'nothing but below if __name__ == "__main__":'
+        ) from error
     for attribute in path.split("."):
         if not hasattr(found, attribute):
             names = [n for n in dir(found) if not n.startswith("_")]

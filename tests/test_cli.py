@@ -307,6 +307,13 @@ def test_own_module_that_cannot_be_imported(run: Run, module: Callable[[str], st
     assert f"importing {name} failed: No module named 'package_that_is_missing'" in out
 
 
+@pytest.mark.parametrize("source", ["import sys\nsys.exit()", "import sys\ndef build():\n    sys.exit()"])
+def test_own_code_that_ends_the_program_ends_in_an_error(run: Run, module: Callable[[str], str], source: str) -> None:
+    out = run("inspect", f"{module(source)}:build", fails=1)
+    assert "failed: SystemExit" in out
+    assert 'if __name__ == "__main__":' in out or "def build(): return Model()" in out
+
+
 @pytest.mark.parametrize(
     ("model", "package", "extra"),
     [

@@ -111,15 +111,14 @@ def _build(original: type[nn.Module], plan: Plan) -> type[nn.Module]:
     return cls
 
 
-def _watch(cls: type[nn.Module], function: types.FunctionType, target: Target) -> None:
+def _watch(cls: Any, function: types.FunctionType, target: Target) -> None:
     """Notice where a function gets other code, as by IPython's autoreload: then what it was rewritten from goes."""
-    code = weakref.finalize(function.__code__, _changed, weakref.ref(cls), weakref.ref(function), target)
-    code.atexit = False
+    of, by = weakref.ref(function), weakref.ref(cls)
+    cls._euler_codes = (*cls._euler_codes, weakref.ref(function.__code__, lambda _: _changed(by(), of(), target)))
 
 
-def _changed(cls_: weakref.ref[Any], function_: weakref.ref[types.FunctionType], target: Target) -> None:
+def _changed(cls: Any, function: types.FunctionType | None, target: Target) -> None:
     """The additions of a class whose source is another one now raise, for they would be those of before."""
-    cls, function = cls_(), function_()
     if cls is None:
         return
     again = "Import it anew (restart Python or the notebook's kernel), and patch it"

@@ -5,11 +5,12 @@ from __future__ import annotations
 import copyreg
 import math
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
-from types import MethodType
+from types import CodeType, MethodType
 from typing import Any, ClassVar
 
 import torch
@@ -66,7 +67,8 @@ class Patched:
     _euler_places: ClassVar[tuple[tuple[int | None, bool, int], ...]]  # the step's number, skip is left, sign
     _euler_vias: ClassVar[tuple[Callable[[Any], Any], ...]]  # each gives a function with its addition rewritten
     _euler_restore: ClassVar[Callable[..., Any]]  # makes the patched class again when a module is unpickled
-    _euler_is_of_now: ClassVar[bool] = True  # whether the source is still what it was
+    _euler_codes: ClassVar[tuple[weakref.ref[CodeType], ...]] = ()  # of its functions, as they were
+    _euler_is_of_now: ClassVar[bool] = True  # whether they still have them
     _euler: list[Factor]
     _euler_steps: list[Step]
 
