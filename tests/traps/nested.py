@@ -66,7 +66,7 @@ class EndsInANorm(nn.Module):
 
     def __init__(self, gated: bool) -> None:
         super().__init__()
-        self.before, self.a, self.b, self.norm = HandNorm(), linear(), linear(), nn.LayerNorm(DIM)
+        self.before, self.a, self.b, self.norm = HandNorm(), mlp(), linear(), nn.LayerNorm(DIM)
         self.gate = linear() if gated else None
 
     def second(self, y: Tensor) -> Tensor:
