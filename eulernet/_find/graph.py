@@ -261,7 +261,8 @@ class Graph:
         norm = min(norms, key=lambda n: self.state_inputs(n)[0])  # of what was there first: gamma may be normed as well
         (given, *_), others = self.state_inputs(norm), [*others, *(n for n in norms if n != norm)]
         made_of, shape = self.ancestors(given, 0, min(others, default=0)), self.nodes[node].shape
-        if not others or any(n in made_of and self.nodes[n].shape == shape for n in others):
+        sums = {n for n in others if n in self.sums and len(self.state_inputs(n)) > 1}
+        if not others or any(self.nodes[n].shape == shape for n in others if n in made_of or n in sums):
             return None
         return None if any(given in self.ancestors(other, 0, given) for other in others) else norm
 
