@@ -245,19 +245,26 @@ class Graph:
         return None
 
     def _modulated(self, node: int) -> int | None:
-        """The norm in `norm(x) * (1 + gamma) + beta`, where gamma and beta are not made of `x`."""
+        """The norm in `norm(x) * (1 + gamma) + beta`, where gamma and beta are not made of `x`.
+
+        A branch that ends in a norm is none: `s + norm(f(s))`, or `s + gate * norm(f(s))`.
+        """
         norms: list[int] = []
         others: list[int] = []
         for addend in self.state_inputs(node):
             factors = self.state_inputs(addend) if self.nodes[addend].op in SCALES else (addend,)
             for factor in factors:
                 *_, source = self.same(factor, 0)
-                (norms if self.nodes[source].op in NORMS else others).append(source)
+                (norms if self.nodes[source].op in NORMS and len(factors) > 1 else others).append(source)
         if not norms:
             return None
         norm = min(norms, key=lambda n: self.state_inputs(n)[0])  # of what was there first: gamma may be normed as well
         (given, *_), others = self.state_inputs(norm), [*others, *(n for n in norms if n != norm)]
-        return norm if others and not any(given in self.ancestors(other, 0, given) for other in others) else None
+        made_of, shape = self.ancestors(given, 0, min(others, default=0)), self.nodes[node].shape
+        sums = {n for n in others if n in self.sums and len(self.state_inputs(n)) > 1}
+        if not others or any(self.nodes[n].shape == shape for n in others if n in made_of or n in sums):
+            return None
+        return None if any(given in self.ancestors(other, 0, given) for other in others) else norm
 
     def _whole(self, parts: tuple[int, ...], start: int, most: float) -> tuple[int, int] | None:
         """What all parts come from by shape-matching maps only, as where the class token is taken apart for pooling."""

@@ -39,7 +39,7 @@ T = TypeVar("T")
 STREAMS = ("tokens", "conv1d", "conv2d")
 PRECISIONS = ("float64", "float32", "branch in bfloat16", "autocast")
 BLOCKS = (
-    *("single", "double", "parallel", "broadcast", "loop", "layers", "output module"),
+    *("single", "double", "fitted", "parallel", "broadcast", "loop", "layers", "output module"),
     *("inherited", "super", "super and one more step"),
 )
 LAYERS = ("of a list", "by number", "zipped", "in pairs", "in groups", "by sum")
@@ -52,8 +52,7 @@ GATED = (
     *("in place by a gate", "scripted mix"),
 )
 SHORTCUTS = (
-    *("input", "dropout", "clone", "activation", "cast", "normed", "scaled", "fitted"),
-    *("None or map", "Identity or map"),
+    *("input", "dropout", "clone", "activation", "cast", "normed", "scaled", "None or map", "Identity or map"),
 )
 FITS = (
     *("flip", "roll", "index_select", "gather", "repeat", "tile"),
@@ -1054,8 +1053,6 @@ class _Writer:
 
     def step(self, cls: _Class, name: str, shortcut: str = "input") -> list[str]:
         """Statements that take x through one step."""
-        if shortcut == "fitted":
-            return self.fitted(cls, name)
         lines, skip, kind, writable = self.shortcut(cls, name, shortcut)
         width, stride = "dim", "1"
         if kind == "either":
@@ -1115,6 +1112,8 @@ class _Writer:
                 self.double(cls)
             case "parallel":
                 self.parallel(cls)
+            case "fitted":
+                cls.forward += self.fitted(cls, "body")
             case "broadcast":
                 self.broadcast(cls)
             case "loop":

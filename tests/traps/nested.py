@@ -61,6 +61,43 @@ class ALocalResidualBelongsToTheBranch(Trap):
         return x
 
 
+class EndsInANorm(nn.Module):
+    """Parallel branches behind a norm by hand, of which the second ends in a norm, with a gate or without one."""
+
+    def __init__(self, gated: bool) -> None:
+        super().__init__()
+        self.before, self.a, self.b, self.norm = HandNorm(), mlp(), linear(), nn.LayerNorm(DIM)
+        self.gate = linear() if gated else None
+
+    def second(self, y: Tensor) -> Tensor:
+        b = self.norm(self.b(y))
+        return b if self.gate is None else torch.tanh(self.gate(y)) * b
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.before(x)
+        return x + self.a(y) + self.second(y)
+
+
+@trap
+class ABranchThatEndsInANormModulatesNone(Trap):
+    """``s + norm(f(s))`` is no norm that is modulated by ``s``: what comes after goes back to the sum."""
+
+    expected = tuple(Expected(f"blocks.{i}", "parallel", depth=4, places=2) for i in range(4))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(*map(EndsInANorm, (False, False, True, True)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(x)
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        for factor, block in zip(h, self.blocks, strict=True):
+            y = block.before(x)
+            x = x + factor * (block.a(y) + block.second(y))
+        return x
+
+
 class TalkingHeads(nn.Module):
     """Attention whose scores are mixed by a residual over the heads."""
 
