@@ -169,6 +169,24 @@ def by_addmm(model: Beside, x: Tensor) -> Tensor:
     return torch.addmm(x, model.a(x), model.a.weight.mT)
 
 
+def by_product(model: Beside, x: Tensor) -> Tensor:
+    """The map is the product itself, as in graph networks that hold their weight as a parameter."""
+    return torch.addmm(x, x, model.a.weight.mT)
+
+
+def by_product_from_the_left(model: Beside, x: Tensor) -> Tensor:
+    return torch.addmm(x, model.a.weight[: len(x), : len(x)], x)
+
+
+def by_batched_product(model: Beside, x: Tensor) -> Tensor:
+    return torch.addbmm(x, x[None], model.a.weight.mT[None])
+
+
+def by_part_of_a_product(model: Beside, x: Tensor) -> Tensor:
+    """GCNII: (1 - beta) x + beta x W."""
+    return torch.addmm(x, x, model.a.weight.mT, beta=0.8, alpha=0.2)
+
+
 def by_index_add(model: Beside, x: Tensor) -> Tensor:
     return torch.index_add(x, 0, torch.arange(len(x)), model.a(x))
 
@@ -182,7 +200,11 @@ def by_script(model: Beside, x: Tensor) -> Tensor:
     return _scripted_sum(x, model.a(x))
 
 
-@pytest.mark.parametrize("form", [by_sum, by_map, by_addmm, by_index_add, by_script])
+PRODUCTS = [by_product, by_product_from_the_left, by_batched_product]
+FORMS = [by_sum, by_map, by_addmm, *PRODUCTS, by_part_of_a_product, by_index_add, by_script]
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_a_step_that_cannot_be_rewritten_is_named(form: Any) -> None:
     """It is patched right or it is named: it is never skipped silently."""
     model, x = Beside(form), torch.randn(4, 6)
@@ -200,6 +222,12 @@ def test_a_step_that_cannot_be_rewritten_is_named(form: Any) -> None:
         torch.testing.assert_close(model(x), y + 0.3 * (form(model, y) - y))
     eulernet.unpatch(model)
     assert torch.equal(model(x), before)
+
+
+@pytest.mark.parametrize("form", PRODUCTS)
+def test_a_product_that_is_added_to_its_operand_is_a_step(form: Any) -> None:
+    found = eulernet.find_steps(Beside(form), example_inputs=torch.randn(4, 6))
+    assert [(step.name, step.kind) for step in found] == [("block", "identity"), ("<root>", "identity")]
 
 
 class Skewed(nn.Module):

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from eulernet._find.gated import gated
 from eulernet._find.graph import SCALES, SQUARES, SQUASHES, UPSAMPLES, Graph, MatchKind, StepCall
 from eulernet._find.streams import number_streams, of_their_skip, steps_of
-from eulernet._find.trace import FUSED_ADDITIONS, SLICES, Addition, Trace
+from eulernet._find.trace import FUSED_ADDITIONS, PRODUCTS, SLICES, Addition, Trace
 from eulernet._step import Reason
 
 
@@ -119,7 +119,8 @@ def _step_call(graph: Graph, trace: Trace, addition: Addition, results: dict[int
                 if mapped:
                     found = _mapped(graph, addition, skip, branch, start, results)
                 else:
-                    found = _identity(graph, skip, branch, start) or _parallel(graph, skip, branch, start, results)
+                    found = _identity(graph, skip, branch, start, addition.op in PRODUCTS)
+                    found = found or _parallel(graph, skip, branch, start, results)
                 if found and not _is_score(graph, branch, start):
                     kind, state, within, first = found
                     if kind == "identity" and "sub" in addition.op and _is_centred(graph, addition.result, within):
@@ -171,13 +172,14 @@ class Match(NamedTuple):
     first: StepCall | None = None
 
 
-def _identity(graph: Graph, skip: int, branch: int, start: int) -> Match | None:
+def _identity(graph: Graph, skip: int, branch: int, start: int, multiplied: bool) -> Match | None:
+    """A skip that is the state as it is, beside a branch with a map in it; a matrix product in the sum is a map."""
     chain = list(graph.same(skip, start))
     ancestors = graph.ancestors(branch, start, chain[-1])
     for state in chain:
-        if state in ancestors and state != branch:
+        if state in ancestors and (state != branch or multiplied):
             path = graph.path(state, branch, ancestors)
-            if graph.mixes(path, state):
+            if multiplied or graph.mixes(path, state):
                 return Match("identity", state, set(path) - {state})
     return None
 

@@ -38,7 +38,8 @@ _SHAPE_FROM_SECOND = frozenset("to type_as expand_as view_as reshape_as".split()
 SLICES = frozenset("getitem narrow select slice chunk split unbind".split())
 # An addition, and what else can add a branch to a skip in one call.
 ADDITIONS = frozenset("add sub subtract radd iadd isub".split())
-FUSED_ADDITIONS = frozenset("addcmul addcdiv index_add scatter_add lerp addmm baddbmm addbmm addmv".split())
+PRODUCTS = frozenset("addmm baddbmm addbmm addmv".split())  # which multiply what they add by a matrix
+FUSED_ADDITIONS = PRODUCTS | frozenset("addcmul addcdiv index_add scatter_add lerp".split())
 # These take a state and give what it becomes.
 CELLS = frozenset(("gru_cell",))
 HANDED_ON = "handed on"
