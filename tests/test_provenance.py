@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+import weakref
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 import eulernet
+from eulernet._find.trace import Tracer
 from tests.traps.base import DIM, linear
 from tests.traps.provenance import (
     Flex,
@@ -127,3 +129,26 @@ def test_what_cannot_be_copied_is_shared() -> None:
     for block in model:
         y = y + 0.3 * block.f(y)
     torch.testing.assert_close(model(X), y)
+
+
+class Forgetful(nn.Module):
+    """Attention of timm: a table of biases is kept in eval mode, and dropped by `train`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tables = {"here": torch.randn(DIM)}
+
+    def train(self, mode: bool = True) -> Forgetful:
+        if mode:
+            self.tables.clear()
+        return super().train(mode)
+
+
+def test_what_the_model_drops_as_it_is_traced_gives_its_id_to_none() -> None:
+    """Else the input may get it, and be taken for a constant of the model: EfficientFormerV2, one time in ten."""
+    model = Forgetful()
+    tracer, kept = Tracer(model), weakref.ref(model.tables["here"])
+    model.train()
+    assert kept() is not None
+    del tracer
+    assert kept() is None

@@ -60,7 +60,7 @@ class Sandbox:
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool, backward: bool = False) -> Trace:
         """Run the copy in eval or train mode, and return the trace; with that of its backward if asked."""
         self.tracer = tracer = Tracer(self.copy)
-        tracer.kept.update(id(t) for fake in self.fakes if (t := fake()) is not None)  # in a cache since an earlier run
+        tracer.keep(t for fake in self.fakes if (t := fake()) is not None)  # in a cache since an earlier run
         handles = []
         for module in self.original:
             handles.append(module.register_forward_pre_hook(tracer.enter, with_kwargs=True))

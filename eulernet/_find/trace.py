@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial, update_wrapper
 from pathlib import Path
@@ -133,12 +133,24 @@ class Tracer(TorchFunctionMode):
         self.inside = False
         self._of: dict[int, int] = {}  # id of a tensor -> its node
         self.alive: list[Tensor] = []  # keeps those ids from being used again
+        self._held: list[Tensor] = []  # likewise, for a model may drop a tensor that it has kept
         self._writes: dict[int, int] = {}  # storage -> the node that last wrote into it
         self._views: dict[Any, int] = {}  # the same view of the same node is one node
         self.functions = _forwards()
         modules = list(all_modules(model))
-        self.parameters = {id(t) for module in modules for t in _own(module)}
-        self.kept = {id(t) for module in modules for t in tensors_in(vars(module))} - self.parameters
+        self.parameters: set[int] = set()
+        self.kept: set[int] = set()
+        self._hold(self.parameters, (t for module in modules for t in _own(module)))
+        self.keep(t for module in modules for t in tensors_in(vars(module)))
+
+    def keep(self, tensors: Iterable[Tensor]) -> None:
+        """The model has these before it runs, and no parameters are among them."""
+        self._hold(self.kept, (t for t in tensors if id(t) not in self.parameters))
+
+    def _hold(self, ids: set[int], tensors: Iterable[Tensor]) -> None:
+        new = list(tensors)
+        ids.update(map(id, new))
+        self._held += new
 
     def __deepcopy__(self, memo: Any) -> Tracer:
         return self  # whom the hooks of a module lead to that is copied as it runs
