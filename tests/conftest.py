@@ -5,8 +5,9 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -49,6 +50,25 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(Launch, "__call__", counted)
     return names
+
+
+@pytest.fixture
+def cover(request: pytest.FixtureRequest, record_property: Callable[[str, object], None]) -> Callable[..., None]:
+    """Notes what a sweep test has verified of a model, where the table is to be written."""
+
+    def note(library: str, group: str, model: str, specimen: Any, steps: Any, folded: int) -> None:
+        if request.config.getoption("--write-coverage") is None:
+            return
+        import eulernet
+        from tests.helpers.zoo import quiet
+
+        with quiet():
+            found = eulernet.find_steps(specimen.model, example_inputs=specimen.example)
+        assert [(step.name, step.kind) for step in found] == [(step.name, step.kind) for step in steps]
+        covered = Covered(library, group, model, len(found), len(found.long), len(found.unsupported), folded)
+        record_property("coverage", tuple(covered))  # xdist sends builtin types only
+
+    return note
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

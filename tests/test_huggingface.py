@@ -6,7 +6,6 @@ import pytest
 
 import eulernet
 from tests.helpers.checks import assert_identical, check, run
-from tests.helpers.coverage import Covered
 from tests.helpers.zoo import hugging_face_model, hugging_face_types
 
 transformers = pytest.importorskip("transformers")
@@ -84,7 +83,7 @@ def _reason(kind: str) -> str | None:
 @pytest.mark.parametrize(
     "kind", [k if k in QUICK else pytest.param(k, marks=pytest.mark.sweep) for k in hugging_face_types()]
 )
-def test_each_model_of_hugging_face_is_patched(kind: str, record_property: Callable[[str, object], None]) -> None:
+def test_each_model_of_hugging_face_is_patched(kind: str, cover: Callable[..., None]) -> None:
     reason = _reason(kind)
     if reason is not None:
         with pytest.raises(RuntimeError, match=reason):
@@ -104,9 +103,8 @@ def test_each_model_of_hugging_face_is_patched(kind: str, record_property: Calla
         return
     specimen.fails_as(CANNOT, kind)
     specimen.rounded = kind in ROUNDED
-    found, folded = check(specimen)
-    covered = Covered("Hugging Face", kind, kind, len(found), len(found.long), len(found.unsupported), folded)
-    record_property("coverage", tuple(covered))  # xdist sends builtin types only
+    steps, folded = check(specimen)
+    cover("Hugging Face", kind, kind, specimen, steps, folded)
 
 
 @pytest.mark.sweep

@@ -10,7 +10,6 @@ from torch import nn
 
 import eulernet
 from tests.helpers.checks import check
-from tests.helpers.coverage import Covered
 from tests.helpers.zoo import TIMM, TIMM_SHRUNK, quiet, timm_model
 
 timm = pytest.importorskip("timm")
@@ -25,17 +24,16 @@ CANNOT = {"channels_last": ["lambda_resnet26t"]}
 
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.sweep) for n in TIMM])
-def test_each_model_of_timm_is_patched(name: str, record_property: Callable[[str, object], None]) -> None:
+def test_each_model_of_timm_is_patched(name: str, cover: Callable[..., None]) -> None:
     specimen = timm_model(name)
     if name in WITHOUT_STEPS:
         with pytest.raises(eulernet.EulernetError, match="no residual step"):
             eulernet.patch(specimen.model, example_inputs=specimen.example)
         return
     specimen.fails_as(CANNOT, name)
-    found, folded = check(specimen)
+    steps, folded = check(specimen)
     module = type(specimen.model).__module__.removeprefix("timm.models.")
-    covered = Covered("timm", module, name, len(found), len(found.long), len(found.unsupported), folded)
-    record_property("coverage", tuple(covered))  # xdist sends builtin types only
+    cover("timm", module, name, specimen, steps, folded)
 
 
 # Classes that no registered model holds, whatever its size.

@@ -6,7 +6,6 @@ import pytest
 
 import eulernet
 from tests.helpers.checks import check
-from tests.helpers.coverage import Covered
 from tests.helpers.zoo import build_torchvision, quiet, torchvision_model, torchvision_names
 
 torchvision = pytest.importorskip("torchvision")
@@ -30,17 +29,16 @@ HUGE = {
     "name",
     [n if n in QUICK else pytest.param(n, marks=pytest.mark.sweep) for n in torchvision_names() if n not in HUGE],
 )
-def test_each_model_of_torchvision_is_patched(name: str, record_property: Callable[[str, object], None]) -> None:
+def test_each_model_of_torchvision_is_patched(name: str, cover: Callable[..., None]) -> None:
     specimen = torchvision_model(name)
     if name.removeprefix("quantized_").startswith(tuple(WITHOUT_STEPS)):
         with pytest.raises(eulernet.EulernetError, match="no residual step"):
             eulernet.patch(specimen.model, example_inputs=specimen.example)
         return
     specimen.fails_as(CANNOT, name)
-    found, folded = check(specimen)
+    steps, folded = check(specimen)
     family = type(specimen.model).__module__.removeprefix("torchvision.models.")
-    covered = Covered("torchvision", family, name, len(found), len(found.long), len(found.unsupported), folded)
-    record_property("coverage", tuple(covered))  # xdist sends builtin types only
+    cover("torchvision", family, name, specimen, steps, folded)
 
 
 @pytest.mark.sweep

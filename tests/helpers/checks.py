@@ -33,7 +33,7 @@ def factor(step: Step) -> float:
 
 
 def check(specimen: Specimen) -> tuple[Steps, int]:
-    """Asserts all that patching promises of a model, and returns what was found in it, and how many can be folded.
+    """Asserts all that patching promises of a model, and returns its steps, and how many of them can be folded.
 
     With h the patched model equals the reference, folded or not; with h = 1 it is bit-identical to the original: in
     eval mode, in channels_last, in train mode with its gradients, under autocast; once unpatched, nothing is left.
@@ -43,11 +43,9 @@ def check(specimen: Specimen) -> tuple[Steps, int]:
         expected = run(original, specimen.inputs)
         model = copy.deepcopy(original)
         before = snapshot(model)
-        found = eulernet.find_steps(model, example_inputs=specimen.example)
-        assert len(found) > 0
         assert eulernet.patch(model, factor, example_inputs=specimen.example) is model
         steps = eulernet.steps(model)
-        assert [(step.name, step.kind) for step in steps] == [(step.name, step.kind) for step in found]
+        assert len(steps) > 0
         assert list(model.state_dict()) == list(original.state_dict())
         check_scaled(original, model, steps, specimen, expected)
         folded = check_folded(original, model, specimen)
@@ -57,7 +55,7 @@ def check(specimen: Specimen) -> tuple[Steps, int]:
         eulernet.unpatch(model)
         assert snapshot(model) == before
         assert_identical(run(model, specimen.inputs), expected)
-    return found, folded
+    return steps, folded
 
 
 def check_scaled(
