@@ -21,8 +21,8 @@ from eulernet._commit import surely
 from eulernet._draws import Draws, own_numbers
 from eulernet._errors import EulernetError
 from eulernet._find.apart import OneDtype, alone, quiet, without_global_hooks
-from eulernet._find.tensors import tensors_in
-from eulernet._find.trace import DispatchTracer, Trace, Tracer, all_modules
+from eulernet._find.tensors import all_modules, tensors_in
+from eulernet._find.trace import DispatchTracer, Trace, Tracer
 from eulernet._step import ROOT
 
 _CACHE = functools._lru_cache_wrapper

@@ -36,7 +36,8 @@ from eulernet._find.sites import (
     step_calls_of,
     without_place,
 )
-from eulernet._find.trace import Trace, all_modules
+from eulernet._find.tensors import all_modules
+from eulernet._find.trace import Trace
 from eulernet._run.patched import restore_class
 from eulernet._source import Unsupported
 from eulernet._step import LEFT_ALONE, ROOT, Outside, Place, Reason, Step, StepKind, Steps, step_name

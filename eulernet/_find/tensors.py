@@ -1,7 +1,8 @@
-"""What the trace asks of a tensor, and of the arguments of an operation."""
+"""What the trace asks of a tensor, of the arguments of an operation, and of a model: the modules that it holds."""
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
@@ -72,3 +73,25 @@ def deepcopied(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
         own = nn.Parameter(new) if isinstance(tensor, nn.Parameter) else new
         memo[id(tensor)] = own.requires_grad_(tensor.requires_grad)
     return memo[id(tensor)]  # type: ignore[no-any-return]
+
+
+def all_modules(model: nn.Module) -> Iterator[nn.Module]:
+    """The registered modules, and those that a module keeps unregistered in a list, tuple, dict or attribute."""
+    seen: set[int] = set()
+    pending: list[Any] = [model]
+    while pending:
+        value = pending.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, nn.Module):
+            yield value
+            value = vars(value)
+        items = value.values() if isinstance(value, dict) else value
+        pending += [v for v in items if (type(v) in (list, tuple, dict, OrderedDict) and v) or isinstance(v, nn.Module)]
+
+
+def own_tensors(module: nn.Module) -> Iterator[Tensor]:
+    """The parameters and buffers that a module itself holds."""
+    yield from module.parameters(recurse=False)
+    yield from module.buffers(recurse=False)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial, update_wrapper
@@ -25,7 +24,17 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from eulernet._find.tensors import deepcopied, is_float, is_made, layers_of, plain, storage_of, tensors_in, version_of
+from eulernet._find.tensors import (
+    all_modules,
+    deepcopied,
+    is_float,
+    is_made,
+    layers_of,
+    plain,
+    storage_of,
+    tensors_in,
+    version_of,
+)
 
 # These read a tensor for its shape, dtype or device only: the values of their result do not come from it.
 _SHAPE_ONLY = frozenset(
@@ -140,7 +149,7 @@ class Tracer(TorchFunctionMode):
         modules = list(all_modules(model))
         self.parameters: set[int] = set()
         self.kept: set[int] = set()
-        self._hold(self.parameters, (t for module in modules for t in _own(module)))
+        self._hold(self.parameters, (t for module in modules for t in own_tensors(module)))
         self.keep(t for module in modules for t in tensors_in(vars(module)))
 
     def keep(self, tensors: Iterable[Tensor]) -> None:
@@ -372,27 +381,6 @@ class DispatchTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return self.tracer.observe(func, args, kwargs or {}, sys._getframe(1))
-
-
-def all_modules(model: nn.Module) -> Iterator[nn.Module]:
-    """The registered modules, and those that a module keeps unregistered in a list, tuple, dict or attribute."""
-    seen: set[int] = set()
-    pending: list[Any] = [model]
-    while pending:
-        value = pending.pop()
-        if id(value) in seen:
-            continue
-        seen.add(id(value))
-        if isinstance(value, nn.Module):
-            yield value
-            value = vars(value)
-        items = value.values() if isinstance(value, dict) else value
-        pending += [v for v in items if (type(v) in (list, tuple, dict, OrderedDict) and v) or isinstance(v, nn.Module)]
-
-
-def _own(module: nn.Module) -> Iterator[Tensor]:
-    yield from module.parameters(recurse=False)
-    yield from module.buffers(recurse=False)
 
 
 def _name(func: Any) -> str:
