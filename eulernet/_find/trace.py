@@ -30,6 +30,7 @@ from eulernet._find.tensors import (
     is_float,
     is_made,
     layers_of,
+    own_tensors,
     plain,
     storage_of,
     tensors_in,
