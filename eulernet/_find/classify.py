@@ -285,9 +285,9 @@ def _are_other_parts(graph: Graph, skipped: list[int], path: dict[int, int]) -> 
     def part(node: int) -> bool:
         return graph.nodes[node].op in SLICES and graph.size(node) < graph.size(state)
 
-    begins = [n for n in path if state in graph.nodes[n].inputs]
+    begins, shape = [n for n in path if state in graph.nodes[n].inputs], graph.nodes[skip].shape
     # A branch of one stream that is added to all of them, as in hyper-connections, does not begin at other parts.
-    return part(skip) and all(part(n) and n != skip and graph.size(n) >= graph.size(skip) for n in begins)
+    return part(skip) and all(part(n) and n != skip and graph.nodes[n].shape == shape for n in begins)
 
 
 def _parallel(graph: Graph, skip: int, branch: int, start: int, results: dict[int, StepCall]) -> Match | None:

@@ -96,7 +96,7 @@ PACKAGES = {
         residual("ARMAConv", 8, 8),
         Case(Call("torch_geometric.nn.DeepGCNLayer", Call("torch_geometric.nn.GENConv", 8, 8),
             Call("torch.nn.LayerNorm", 8), Call("torch.nn.ReLU")), (NODES, EDGES), 1),
-        Case(Call("torch_geometric.nn.GraphUNet", 8, 8, 4, 2), (NODES, EDGES), 0, missed=1),
+        Case(Call("torch_geometric.nn.GraphUNet", 8, 8, 4, 2), (NODES, EDGES), 0, long=1),
         Case(Call("torch_geometric.nn.GPSConv", 8, Call("torch_geometric.nn.GCNConv", 8, 8), heads=2), (NODES, EDGES),
             3),
         Case(Call("torch_geometric.nn.GCN", 8, 8, 2), (NODES, EDGES), 0),

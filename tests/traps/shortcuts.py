@@ -445,3 +445,27 @@ class ValuesAreNoShortcut(WithABlock):
     def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
         x = self.block.reference(x, h[0])
         return x + h[1] * self.attend(x)
+
+
+@trap
+class TokenAndOthers(WithABlock):
+    """ViViT with MOSS: the class token is the skip, and the branch is pooled from all other tokens."""
+
+    expected = (Expected("block", depth=2), Expected(kind="projection", depth=2))
+    shape = (2, 5, DIM)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = linear()
+
+    def operands(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        token, others = x[:, :1], x[:, 1:]
+        return token.squeeze(1), F.relu(self.f(others)).mean(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        token, pooled = self.operands(self.block(x))
+        return token + pooled
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        token, pooled = self.operands(self.block.reference(x, h[0]))
+        return token + h[1] * pooled
