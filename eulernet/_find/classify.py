@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from eulernet._find.gated import gated
-from eulernet._find.graph import SCALES, SQUARES, SQUASHES, UPSAMPLES, Graph, MatchKind, StepCall
+from eulernet._find.graph import REARRANGES, SCALES, SQUARES, SQUASHES, UPSAMPLES, VIEWS, Graph, MatchKind, StepCall
 from eulernet._find.streams import number_streams, of_their_skip, steps_of
 from eulernet._find.trace import FUSED_ADDITIONS, PRODUCTS, SLICES, Addition, Trace
 from eulernet._step import Reason
@@ -277,9 +277,12 @@ def _is_score(graph: Graph, branch: int, start: int) -> bool:
 
 
 def _are_other_parts(graph: Graph, skipped: list[int], path: dict[int, int]) -> bool:
-    """Whether the skip is one part of what it has in common with the branch, which begins at others: Res2Net, flows."""
+    """Whether the skip is one part of the state, or of a view of it, and the branch begins at others: Res2Net, flows.
+
+    A part of what a map gives is a map of its own, as in a CSP layer that has one convolution for both its ways.
+    """
     *rest, skip, state = skipped
-    while rest and skip in path:
+    while rest and graph.nodes[skip].op in REARRANGES | VIEWS and skip in path:
         skip, state = rest.pop(), skip
 
     def part(node: int) -> bool:
