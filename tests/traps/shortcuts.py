@@ -469,3 +469,28 @@ class TokenAndOthers(WithABlock):
     def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
         token, pooled = self.operands(self.block.reference(x, h[0]))
         return token + h[1] * pooled
+
+
+@trap
+class HalvesOfOneConvolution(WithABlock):
+    """DEIMv2's CSP layer: one convolution gives the shortcut and what the branch begins with; two would be the same."""
+
+    expected = (Expected("block", depth=2), Expected(kind="projection", depth=2))
+    shape = (2, DIM, 8, 8)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both, self.f = nn.Conv2d(DIM, 2 * DIM, 1), nn.Conv2d(DIM, DIM, 3, padding=1)
+        self.out = nn.Conv2d(DIM, DIM, 1)
+
+    def operands(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        shortcut, x = self.both(x).chunk(2, dim=1)
+        return shortcut, F.relu(self.f(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut, x = self.operands(self.block(x))
+        return self.out(shortcut + x)
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        shortcut, x = self.operands(self.block.reference(x, h[0]))
+        return self.out(shortcut + h[1] * x)
