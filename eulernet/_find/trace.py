@@ -225,11 +225,8 @@ class Tracer(TorchFunctionMode):
     # ---- operations
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.__deepcopy__:
-            func, args = (
-                update_wrapper(partial(deepcopied, memo=args[1]), func),
-                args[:1],
-            )  # not made of the other copies
+        if func is Tensor.__deepcopy__:  # a copy is not made of the other copies in the memo
+            func, args = update_wrapper(partial(deepcopied, memo=args[1]), func), args[:1]
         return self.observe(func, args, kwargs or {}, sys._getframe(1))
 
     def observe(self, func: Any, args: Any, kwargs: Any, frame: Any) -> Any:

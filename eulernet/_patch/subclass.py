@@ -253,9 +253,8 @@ def restore(original: type[nn.Module], plan: Plan, *args: Any) -> Any:
             "anew, load its state_dict, and patch it with h=Steps.from_json(...)"
         )
     try:
-        cls = _classes.get((original, plan)) or patched_class(
-            original, plan
-        )  # a copy of what is not of now is not, too
+        # A copy of a model whose source was changed refuses to run as well: it gets the same class.
+        cls = _classes.get((original, plan)) or patched_class(original, plan)
     except Unsupported as reason:
         raise EulernetError(
             f"the plan in the pickle does not fit {original.__module__}.{original.__qualname__}: {reason}. Build the "
