@@ -28,10 +28,10 @@ import eulernet
 from reproductions.data.batches import load
 from reproductions.evidence.claims import Results, Row, compare
 from reproductions.presets import AUTO, EULER, IMAGES, PLAIN, RATE, START, Part
-from reproductions.records import FILE, Record, append_record, environment, read_records
+from reproductions.records import Record, append_record, environment
 from reproductions.studies import fig6_choice_of_h as select
+from reproductions.training.grid import Place, check_data, known_records, work
 from reproductions.training.grid import name as named
-from reproductions.training.grid import work
 from reproductions.training.loop import WARM_UP, SideBySide, Training, fastest_convolutions, settings
 from reproductions.training.network import learning_rate
 from reproductions.training.stack import Stacked, together
@@ -239,6 +239,7 @@ class Campaign:
         """Work through the cells; returns how many trials have a record of this campaign."""
         self.notes |= {"environment": environment(self.device), "seconds": self.seconds, "preset": self.preset}
         self.notes |= {"rule": " ".join((__doc__ or "").split("\n\n")[1].split()), "variants": []}
+        check_data(Place(self.out, self.data_root, self.device), cells(self.preset, 1, "fp32")[0][1])
         before = len(self.records())
         with eulernet.kernels.mode("torch"):  # what is measured here is the engine, not the library's kernels
             ways = self.probe()
@@ -253,7 +254,8 @@ class Campaign:
         return len(self.records()) - before
 
     def records(self) -> list[Record]:
-        return [r for folder in (self.out, *self.recorded) if (folder / FILE).exists() for r in read_records(folder)]
+        """Those of this folder and of `recorded`, as far as they are of these data."""
+        return known_records((self.out, *self.recorded), self.data_root, ["cifar10"])
 
     # ---- which way, how many epochs
     def probe(self) -> list[Way]:

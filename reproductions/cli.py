@@ -27,7 +27,7 @@ from eulernet import EulernetError
 from reproductions.errors import DataError
 from reproductions.evidence.claims import Row
 from reproductions.options import chosen, device_of, known_preset
-from reproductions.records import FILE, Record, check_folder, read_records, write_records
+from reproductions.records import FILE, Record, check_folder, write_records
 from reproductions.studies import GRIDS, STUDIES
 
 app = typer.Typer(
@@ -310,12 +310,13 @@ def desk(
     from reproductions import desk as study
     from reproductions.data import batches as sources
     from reproductions.evidence.claims import Results
+    from reproductions.training.grid import known_records
 
     trials = chosen(study.trials(), only or [])
     check_folder(out, "trials")
     _doubt(sources.check(sorted({trial.data for trial in trials}), data_root))
     study.run(trials, out, data_root, workers, 60 * minutes, [RESULTS / "trials"])
-    records = [r for folder in (out, RESULTS / "trials") if (folder / FILE).exists() for r in read_records(folder)]
+    records = known_records((out, RESULTS / "trials"), data_root, {trial.data for trial in trials})
     console.print(_rows(study.primary(Results(records))))
 
 

@@ -23,7 +23,8 @@ from reproductions import presets
 from reproductions.data.batches import load
 from reproductions.evidence.claims import POINT, Results, Row, compare, compare_unpaired
 from reproductions.presets import AUTO, EULER, PLAIN, START, Part
-from reproductions.records import FILE, Record, append_record, environment, read_records
+from reproductions.records import Record, append_record, environment
+from reproductions.training.grid import Place, check_data, known_records
 from reproductions.training.grid import name as named
 from reproductions.training.loop import SideBySide, Training, settings
 from reproductions.trial import Trial
@@ -140,9 +141,13 @@ def run(
     """Train on `workers` cores what has no record yet, for so many seconds; each record is written when it is there.
 
     A trial is begun if it is expected to end in time, else the next that is; returns the records of this call.
+
+    Raises:
+        DataError: a data file or a record is missing or damaged, or `out` holds records of other data.
     """
     ends = time.time() + seconds
-    known = [r for folder in (out, *recorded) if (folder / FILE).exists() for r in read_records(folder)]
+    check_data(Place(out, data_root, torch.device("cpu")), wanted)
+    known = known_records((out, *recorded), data_root, {trial.data for trial in wanted})
     done = {record.get("key") for record in known}
     waiting = [trial for trial in wanted if trial.key not in done]
     records: list[Record] = []

@@ -14,8 +14,9 @@ from typer.testing import CliRunner
 from reproductions import campaign, desk
 from reproductions.campaign import EPOCHS, Campaign, Way, cells, same_so_far
 from reproductions.cli import app
+from reproductions.errors import DataError
 from reproductions.evidence.claims import Results
-from reproductions.records import read_records
+from reproductions.records import Record, append_record, read_records
 from reproductions.training.loop import SideBySide, Training
 from reproductions.training.stack import Stacked, together
 from reproductions.trial import Trial
@@ -190,6 +191,13 @@ def test_cells_have_five_seeds_and_the_epochs_chosen() -> None:
         assert [(t.h, t.seed) for t in trials] == [(h, seed) for h in (1.0, 0.1) for seed in range(5)]
 
 
+def write_others(folder: Path, records: list[Record]) -> Path:
+    """The same trials, trained on other data."""
+    for record in records:
+        append_record(folder, {**record, "data": {**record["data"], "sha256": "0" * 16}})
+    return folder
+
+
 def test_the_desk_trains_in_order_of_worth_and_stops_in_time(
     root: Path,
     tmp_path: Path,
@@ -209,4 +217,9 @@ def test_the_desk_trains_in_order_of_worth_and_stops_in_time(
     more = desk.run(wanted, tmp_path, root, 1, 600.0)
     assert [record["key"] for record in more] == [wanted[2].key]
     assert desk.train(wanted[0], root, 0.0) is None
+    other = write_others(tmp_path / "other", more)
+    assert [r["key"] for r in desk.run(wanted[2:], tmp_path / "new", root, 1, 600.0, [other, tmp_path])] == []
+    assert [r["key"] for r in desk.run(wanted[2:], tmp_path / "new", root, 1, 600.0, [other])] == [wanted[2].key]
+    with pytest.raises(DataError, match="holds trials on another cifar10, of 1,600 training samples"):
+        desk.run(wanted[2:], other, root, 1, 600.0)
     assert {row.verdict for row in desk.primary(Results(read_records(tmp_path)))} == {"not run"}

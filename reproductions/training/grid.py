@@ -68,6 +68,21 @@ def check_data(place: Place, trials: Iterable[Trial]) -> None:
             )
 
 
+def known_records(folders: Iterable[Path], data_root: Path, names: Iterable[str]) -> list[Record]:
+    """The records in several folders, without those of trainings on other data of these names than `data_root` holds.
+
+    Raises:
+        DataError: a record or a data file is missing or damaged.
+    """
+    here = {name: identify(name, data_root)["sha256"] for name in names}
+
+    def same(data: dict[str, Any]) -> bool:
+        return not data or here.get(data["name"], data["sha256"]) == data["sha256"]
+
+    found = [record for folder in folders if (folder / FILE).exists() for record in read_records(folder)]
+    return [record for record in found if same(record.get("data", {}))]
+
+
 def run(place: Place, trials: Sequence[Trial], show: Show = lambda label, share, work: None) -> list[Record]:
     """Train what has no record yet, and return the records of all trials, in their order.
 
