@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
+from torch.utils import _python_dispatch
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack, _pop_mode
 
 from eulernet._commit import surely
 
@@ -97,6 +98,27 @@ def _with_generator(func: Any) -> Any:
         if taken.pop("generator", None) is not None and taken == {n: t for n, t in wanted.items() if n != "generator"}:
             return overload
     return None
+
+
+@contextlib.contextmanager
+def entered(draws: Draws) -> Iterator[None]:
+    """Enter the mode; in the end it is left, and torch knows of no mode that it did not know of, whenever an interrupt
+    comes."""
+    depth, flags = len(_get_current_dispatch_mode_stack()), _flags()
+
+    def undo() -> None:
+        while len(_get_current_dispatch_mode_stack()) > depth:
+            _pop_mode()
+        for name in _flags() - flags:
+            setattr(_python_dispatch, name, False)
+
+    with surely(undo), draws:
+        yield
+
+
+def _flags() -> set[str]:
+    """What torch keeps of the process beside the modes themselves: dynamo compiles nothing where a mode seems on."""
+    return {name for name, value in vars(_python_dispatch).items() if name.startswith("_is_in_") and value is True}
 
 
 def _default_generator(device: torch.device) -> Any:

@@ -26,10 +26,12 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.overrides import _get_current_function_mode_stack
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils import _python_dispatch
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 import eulernet
 from eulernet import _commit
+from eulernet._draws import Draws, entered
 from eulernet._find import apart
 from eulernet._run.patched import FACTORS
 from tests.helpers.blocks import Block, Closed, Fails, Frozen, Loop, Weighted, chain
@@ -338,6 +340,67 @@ def test_memory_that_ends_in_the_middle_leaves_the_model_as_it_was(
             assert state(model) == before
         before = state(model)
     assert len(made) >= 6
+
+
+def flags() -> dict[str, Any]:
+    """What torch keeps of the process of the modes that are on; where one seems on, dynamo compiles nothing."""
+    return {name: value for name, value in vars(_python_dispatch).items() if name.startswith("_is_in_")}
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timers here")
+def test_an_interrupt_waits_for_the_trace_and_a_second_one_lets_the_next_trace_wait(alarm: list[bool]) -> None:
+    class Slow(Block):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append("begins")
+            time.sleep(0.3)
+            seen.append("ends")
+            return super().forward(x)
+
+    model, before, seen = chain(Slow()), flags(), list[str]()
+    alarm[0] = True
+    signal.setitimer(signal.ITIMER_REAL, 0.15)
+    with pytest.raises(KeyboardInterrupt):
+        eulernet.patch(model, 0.5, example_inputs=X)
+    assert seen and seen.count("begins") == seen.count("ends") and flags() == before
+    seen.clear()
+    alarm[0] = True
+    threading.Timer(0.2, lambda: alarm.__setitem__(0, True)).start()
+    signal.setitimer(signal.ITIMER_REAL, 0.1, 0.15)
+    with pytest.raises(KeyboardInterrupt):
+        eulernet.patch(model, 0.5, example_inputs=X)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    assert seen == ["begins"]
+    assert len(eulernet.steps(eulernet.patch(model, 0.5, example_inputs=X))) == 1
+    assert seen == ["begins", "ends"] * (len(seen) // 2) and flags() == before
+
+
+@pytest.mark.parametrize("method", [TorchDispatchMode.__enter__, TorchDispatchMode.__exit__], ids=["enter", "exit"])
+def test_an_interrupt_while_a_mode_is_entered_or_left_leaves_none_on(method: Any) -> None:
+    def raised_at(at: int) -> bool:
+        lines = iter(range(1, at))
+
+        def line(frame: Any, event: str, arg: Any) -> Any:
+            if event == "line" and next(lines, None) is None:
+                sys.settrace(None)
+                frame.f_trace = None
+                raise KeyboardInterrupt
+            return line
+
+        sys.settrace(lambda frame, event, arg: line if frame.f_code is method.__code__ else None)
+        try:
+            with entered(Draws()):
+                torch.rand(2)
+        except KeyboardInterrupt:
+            return True
+        finally:
+            sys.settrace(None)
+        return False
+
+    before, at = flags(), 1
+    while raised_at(at):
+        assert flags() == before and not _get_current_dispatch_mode_stack()
+        at += 1
+    assert at > 5
 
 
 def test_memory_that_ends_in_the_trace_of_the_training_path_is_no_failure_of_the_model() -> None:

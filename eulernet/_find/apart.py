@@ -6,6 +6,7 @@ import contextlib
 import contextvars
 import logging
 import threading
+import time
 import types
 import warnings
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from eulernet._commit import surely
 
 T = TypeVar("T")
 _LOCK = threading.RLock()
+_WORK = threading.Lock()  # held by the thread that works, which may outlive the call that an interrupt ended
 _within: contextvars.ContextVar[bool] = contextvars.ContextVar("_within", default=False)
 _AUTOCAST = ("cpu", "cuda", "mps", "xpu")
 
@@ -27,7 +29,12 @@ _AUTOCAST = ("cpu", "cuda", "mps", "xpu")
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
     """One at a time in the process: the caches that a trace cleans up after itself are the process's."""
-    with contextlib.nullcontext() if _within.get() else _LOCK:  # a thread of `apart` belongs to who holds the lock
+    if _within.get():  # a thread of `apart` belongs to who holds the lock
+        yield
+        return
+    with _LOCK:
+        with _WORK:
+            pass
         yield
 
 
@@ -36,28 +43,41 @@ def apart(work: Callable[[], T]) -> T:
 
     The modes of torch are a thread's: those of the caller have no part in it, and none is left over. An interrupt,
     which Python handles in the main thread, does not reach the middle of torch, where it would end the process. It
-    waits for the end of `work`; a second one does not.
+    waits for the end of `work`; a second one does not, but the next work does.
     """
     results: list[T] = []
     errors: list[BaseException] = []
-    inherit = _surroundings()
+    inherit, outermost = _surroundings(), not _within.get()
     _stand_in_for_a_missing_gpu()
+    over: list[bool] = []
+    ended = threading.Lock()
+    ended.acquire()
 
     def run() -> None:
         try:
             _within.set(True)
-            with inherit(), quiet():
+            with _WORK if outermost else contextlib.nullcontext(), inherit(), quiet():
                 results.append(work())
         except BaseException as error:
             errors.append(error)
+        finally:
+            over.append(True)
+            ended.release()
+
+    def wait() -> None:  # `Thread.join` and `Event.wait` stand no interrupt: Python 3.11 does not wait again
+        while not over and (ended.acquire(timeout=0.1) or thread.is_alive()):
+            pass
 
     thread = threading.Thread(target=contextvars.copy_context().run, args=(run,), name="eulernet", daemon=True)
     try:
         thread.start()
-        thread.join()
-    except BaseException:
-        if thread.ident is not None:
-            thread.join()
+        wait()
+    except BaseException as error:
+        if _begins(thread):
+            wait()
+        # What `start` may raise for an interrupt is an error of its locks.
+        if isinstance(error, RuntimeError) and isinstance(error.__context__, KeyboardInterrupt):
+            raise error.__context__ from None
         raise
     try:
         if results:
@@ -65,6 +85,15 @@ def apart(work: Callable[[], T]) -> T:
         raise errors[0] if errors else MemoryError("the thread of the trace came to no end")
     finally:
         errors.clear()  # an error holds its frames, and these would hold the error
+
+
+def _begins(thread: threading.Thread) -> bool:
+    """Whether a thread whose start was cut short runs: it does so within moments, or never."""
+    for _ in range(1000):
+        if thread.ident is not None or thread not in threading.enumerate():
+            break
+        time.sleep(1e-3)
+    return thread.ident is not None
 
 
 @cache

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMo
 from torch.utils._python_dispatch import _disable_current_modes
 
 from eulernet._commit import surely
-from eulernet._draws import Draws, own_numbers
+from eulernet._draws import Draws, entered, own_numbers
 from eulernet._errors import EulernetError
 from eulernet._find.apart import OneDtype, alone, quiet, without_global_hooks
 from eulernet._find.tensors import all_modules, tensors_in
@@ -269,7 +269,7 @@ def measuring(modules: Iterable[nn.Module] = (), seed: int = 0) -> Iterator[None
     draws = Draws(seed)
     calm = alone(), quiet(), torch.inference_mode(False), _disable_current_modes(), without_global_hooks(list(modules))
     with contextlib.ExitStack() as stack:
-        for context in (*calm, own_numbers(draws), draws):
+        for context in (*calm, own_numbers(draws), entered(draws)):
             stack.enter_context(context)
         yield
 

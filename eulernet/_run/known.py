@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from eulernet import kernels
-from eulernet._draws import Draws
+from eulernet._draws import Draws, entered
 
 # Known by name, so that nothing is imported for them.
 _BEFORE = {
@@ -141,7 +141,7 @@ def _computes(cls: type[nn.Module], what: str) -> bool:
         "layer_norm": lambda: F.layer_norm(x, (4,), gamma, gamma, eps),
     }
     draws = Draws()
-    with draws, torch.no_grad(), torch.autocast("cpu", enabled=False):
+    with entered(draws), torch.no_grad(), torch.autocast("cpu", enabled=False):
         try:
             result = cls.forward(module, x)
         except Exception:
