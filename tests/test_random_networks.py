@@ -1,7 +1,7 @@
 """The steps of randomly generated networks are found, and patching scales them and nothing else.
 
-`random_networks.py` generates the networks. Continuous integration runs 200 of them, always the same; for thousands,
-and for others:
+`tests/helpers/random_networks/` generates the networks. Continuous integration runs 200 of them, always the same; for
+thousands, and for others:
 
     EULERNET_RANDOM_NETWORKS=5000 EULERNET_RANDOM_SEED=1 pytest tests/test_random_networks.py
 """
