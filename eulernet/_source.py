@@ -256,10 +256,16 @@ def compiled(tree: ast.Module, old: ast.stmt, new: ast.stmt, function: FunctionT
     return None
 
 
+@lru_cache(maxsize=1024)
+def nodes_of(tree: ast.AST) -> tuple[ast.AST, ...]:
+    """All nodes of a tree that stays as it is."""
+    return tuple(ast.walk(tree))
+
+
 def expression_at(function: FunctionType, span: Span, kinds: tuple[type[ast.AST], ...]) -> ast.AST:
     """The expression (or augmented assignment) of a function that stands at a span."""
     first = function.__code__.co_firstlineno
-    for node in ast.walk(definition_of(function)[2]):
+    for node in nodes_of(definition_of(function)[2]):
         if isinstance(node, kinds) and stands_at(node, span, first):
             return node
     raise Unsupported(
@@ -271,7 +277,7 @@ def expression_at(function: FunctionType, span: Span, kinds: tuple[type[ast.AST]
 def without_variables(definition: ast.FunctionDef) -> list[ast.AST]:
     """What in a function cannot set a variable of it by `:=`: nested functions, and what a comprehension runs over."""
     nested = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
-    nodes = list(ast.walk(definition))
+    nodes = nodes_of(definition)
     found: list[ast.AST] = [n for n in nodes if isinstance(n, nested) and n is not definition]
     return found + [n.iter for n in nodes if isinstance(n, ast.comprehension)]
 

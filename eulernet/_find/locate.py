@@ -26,6 +26,7 @@ from eulernet._source import (
     digest,
     expression_at,
     free_function,
+    nodes_of,
     operands_of,
     receiver_of,
     span_of,
@@ -100,7 +101,7 @@ def locate(addition: Addition, skip_is_left: bool, outwards: int | None = None) 
             targets = [(targets[0][0], _with_surroundings(span, function, frame.module, skip_is_left))]
         code = frames[0].code
         within = definition_of(function)[2]
-        keeps = not any(expression in ast.walk(scope) for scope in without_variables(within))
+        keeps = not any(expression in nodes_of(scope) for scope in without_variables(within))
         return frame.module, Location(tuple(targets), code.co_filename, _position(frames[0]), code.co_qualname, keeps)
     if frames and frames[-1].module is not None:
         raise Unsupported(
@@ -143,7 +144,7 @@ def keyed(addition: Addition, location: Location, lasti: int, method: str) -> Lo
     except (Unsupported, EulernetError):
         return None
     bound = not method or _is_bound(function, call, method)
-    if not bound or any(call in ast.walk(scope) for scope in without_variables(definition)):
+    if not bound or any(call in nodes_of(scope) for scope in without_variables(definition)):
         return None
     return replace(location, targets=((target, replace(span, key=key)),))
 
@@ -274,7 +275,7 @@ def _span(frame: Frame, function: FunctionType) -> Span:
 
 def _check_receiver(node: ast.FunctionDef, args: ast.arguments, function: FunctionType) -> None:
     receiver = receiver_of(args)
-    for inner in ast.walk(node):
+    for inner in nodes_of(node):
         stored = isinstance(inner, ast.Name) and inner.id == receiver and isinstance(inner.ctx, ast.Store | ast.Del)
         shadowed = (
             isinstance(inner, ast.arguments)

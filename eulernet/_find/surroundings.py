@@ -17,6 +17,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from eulernet._run import known
+from eulernet._source import nodes_of
 
 # What an expression is: a module's call or a product with gamma, which can be deferred; a name that is read where
 # its branch may be deferred; the call of a norm or an activation that takes what was computed together with the sum;
@@ -51,8 +52,8 @@ def surroundings(
     found = Surroundings(epilogue=known.after(method.called(epilogue(definition, addition)[0])))
     found.edits, operand = method.chain(branch)
     block, i, plainly = _standing(definition, addition)
-    calls = [node for node in ast.walk(addition) if isinstance(node, ast.Call)]
-    others = [call for call in calls if not any(call is node for node in ast.walk(branch))]  # of the other operand
+    calls = [node for node in nodes_of(addition) if isinstance(node, ast.Call)]
+    others = [call for call in calls if not any(call is node for node in nodes_of(branch))]  # of the other operand
     if isinstance(operand, ast.Name):
         alone = len(_names(addition, operand.id, ast.Load)) == 1 and _alone(operand.id, _before(definition, block[i]))
         if found.edits and any(_start(call) > _start(branch) for call in others) and not alone:
@@ -74,7 +75,7 @@ def epilogue(definition: ast.AST, node: ast.AST) -> tuple[ast.Call | None, list[
 
     In the latter case also the block of statements and where in it the two stand.
     """
-    for parent in ast.walk(definition):
+    for parent in nodes_of(definition):
         if isinstance(parent, ast.Call) and parent.args == [node]:
             return parent, [], 0
         for block in _blocks(parent):
@@ -196,7 +197,7 @@ class _Method:
 
     def _is_augmented(self, name: str, last: ast.stmt) -> bool:
         """Whether another statement than this one augments the name, `x += y`."""
-        nodes = [node for node in ast.walk(self.definition) if isinstance(node, ast.AugAssign) and node is not last]
+        nodes = [node for node in nodes_of(self.definition) if isinstance(node, ast.AugAssign) and node is not last]
         return any(_names(node.target, name, ast.Store) for node in nodes)
 
     def _is_last(self, name: str, statement: ast.stmt) -> bool:
@@ -237,7 +238,7 @@ class _Method:
 
     def activation_after(self, name: str, block: list[ast.stmt], i: int) -> ast.Call | None:
         """The activation of a sum that is the last thing in an `if`: the next statement, `x = self.act(x)`."""
-        for outer in (each for node in ast.walk(self.definition) for each in _blocks(node)):
+        for outer in (each for node in nodes_of(self.definition) for each in _blocks(node)):
             for choice, statement in pairwise(outer):
                 if (
                     isinstance(choice, ast.If)
@@ -268,7 +269,7 @@ def _alone(name: str, statements: list[ast.stmt]) -> bool:
             case ast.If(test=test, body=body, orelse=orelse) as choice if _assignments([choice], name):
                 ways = [statements[:n] + way for way in (body, orelse)]
                 return not _names(test, name, ast.Load) and all(_alone(name, way) for way in ways)
-            case statement if any(isinstance(node, ast.Name) and node.id == name for node in ast.walk(statement)):
+            case statement if any(isinstance(node, ast.Name) and node.id == name for node in nodes_of(statement)):
                 return False
     return False
 
@@ -279,7 +280,7 @@ def _before(node: ast.AST, statement: ast.stmt) -> list[ast.stmt]:
         for n, each in enumerate(block):
             if each is statement:
                 return block[:n]
-            if any(inner is statement for inner in ast.walk(each)):
+            if any(inner is statement for inner in nodes_of(each)):
                 return (block[:n] if isinstance(each, ast.If) else []) + _before(each, statement)
     return []
 
@@ -293,13 +294,13 @@ def _first_call(node: ast.AST) -> ast.Call | None:
     if isinstance(node, ast.IfExp | ast.BoolOp):
         return None
     for child in ast.iter_child_nodes(node):
-        if any(isinstance(each, ast.Call) for each in ast.walk(child)):
+        if any(isinstance(each, ast.Call) for each in nodes_of(child)):
             return _first_call(child)
     return node if isinstance(node, ast.Call) else None
 
 
 def _calls_nothing(node: ast.AST) -> bool:
-    return not any(isinstance(each, ast.Call) for each in ast.walk(node))
+    return not any(isinstance(each, ast.Call) for each in nodes_of(node))
 
 
 def _reshapes(node: ast.expr, name: str) -> bool:
@@ -319,7 +320,7 @@ def _standing(definition: ast.AST, node: ast.AST) -> tuple[list[ast.stmt], int, 
     """The innermost block that holds an expression, where in it its statement is, and whether only `if`s lead there."""
     for block in _blocks(definition):
         for i, statement in enumerate(block):
-            if any(each is node for each in ast.walk(statement)):
+            if any(each is node for each in nodes_of(statement)):
                 inner, j, plainly = _standing(statement, node)
                 if inner:
                     return inner, j, plainly and isinstance(statement, ast.If)
@@ -329,7 +330,7 @@ def _standing(definition: ast.AST, node: ast.AST) -> tuple[list[ast.stmt], int, 
 
 def _plain(statement: ast.AST, name: str | None = None) -> bool:
     """Whether it is plain to see what a statement reads and sets, and it does not augment the name."""
-    for node in ast.walk(statement):
+    for node in nodes_of(statement):
         match node:
             case ast.AugAssign(target=ast.Name(id=target)) if target == name:
                 return False
@@ -340,10 +341,10 @@ def _plain(statement: ast.AST, name: str | None = None) -> bool:
 
 def _assignments(block: list[ast.stmt], name: str) -> list[ast.Assign]:
     """Those that set a name."""
-    nodes = [node for statement in block for node in ast.walk(statement) if isinstance(node, ast.Assign)]
+    nodes = [node for statement in block for node in nodes_of(statement) if isinstance(node, ast.Assign)]
     return [node for node in nodes if any(_names(target, name, ast.Store) for target in node.targets)]
 
 
 def _names(tree: ast.AST, name: str, context: type[ast.expr_context]) -> list[ast.Name]:
-    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
+    nodes = [node for node in nodes_of(tree) if isinstance(node, ast.Name)]
     return [node for node in nodes if node.id == name and isinstance(node.ctx, context)]
