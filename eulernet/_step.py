@@ -108,7 +108,10 @@ Reason = Literal[
     "siblings",  # both were computed from one state, neither from the other
     "resolutions",  # the same, at another resolution
     "no map between",  # one was computed from the other without a convolution, linear map, attention or pooling
+    "broadcast",  # what one was computed from is smaller than the sum, and no state
     "what pooling took out",  # x - pool(x)
+    "error or variance",  # the square of x - f(x)
+    "detached",  # the gradient is cut between one and the other
     "sum of layers",  # x + f(x) + g(f(x)), which none of the layers reads
     "unrelated",  # neither has anything to do with the other
 ]

@@ -8,6 +8,7 @@ step that `s` is the result of (parallel). A step whose branch runs through othe
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise, permutations
 from typing import NamedTuple
 
 from eulernet._find.gated import gated
@@ -61,12 +62,14 @@ def classify(trace: Trace) -> Sums:
 def _other_halves(graph: Graph, trace: Trace, steps: list[StepCall]) -> Iterator[StepCall]:
     """The sums of a second stream, where two are changed in turn: `y = y + f(x)` before the step `x + g(y)`."""
     known = {e.addition.result for e in steps}
+    carried = {node for e in steps if e.coupled for node in graph.same(e.skip, 0)}  # by sums of that stream
     for step in steps:
         for addition in trace.additions if step.supported and step.kind != "gated" else ():
             if addition.result not in step.within or addition.result in known or len(addition.right) != 1:
                 continue
             for skip, branch in _pairs(addition):
-                if _goes_on_beside(graph, step, addition.result, skip, branch):
+                first = addition.result in carried and branch in step.within and skip not in step.within
+                if first or _goes_on_beside(graph, step, addition.result, skip, branch):
                     known.add(addition.result)
                     yield StepCall(addition, "identity", skip, branch, skip == addition.left, skip, coupled=True)
                     break
@@ -87,7 +90,7 @@ def _reason(graph: Graph, trace: Trace, addition: Addition, branches: list[set[i
     """Why a sum is no step, where neither operand was found to be the skip of the other."""
     operands = (addition.left, *addition.right)
     if any(graph.constant[node] or graph.bare[node] for node in operands):
-        return "constant operand"
+        return "detached" if any(graph.is_detached(node) for node in operands) else "constant operand"
     if any(addition.result in within for within in branches):
         return "inside a branch"
     uses = graph.uses(addition.result)
@@ -95,8 +98,12 @@ def _reason(graph: Graph, trace: Trace, addition: Addition, branches: list[set[i
         return "gate or score"
     start = trace.calls[addition.call].start
     ancestors = [graph.ancestors(node, start, 0) for node in operands]
-    if any(operands[i] in ancestors[j] for i in range(len(operands)) for j in range(len(operands)) if i != j):
-        return "no map between"
+    for skip, branch in permutations(range(len(operands)), 2):
+        if operands[skip] in ancestors[branch]:
+            if _is_score(graph, operands[branch], start):
+                return "gate or score"
+            fits = graph.nodes[operands[skip]].shape == graph.nodes[addition.result].shape
+            return "no map between" if fits else "broadcast"
     common = set.intersection(*ancestors)
     if not common:
         return "unrelated"
@@ -212,7 +219,8 @@ def _projection(graph: Graph, skip: int, branch: int, start: int) -> Match | Non
             direct = graph.path(state, branch, ancestors - apart)
             passed = max(maps, sum(map(graph.is_map, skipped[:-1])))  # a separable convolution is two in a branch
             deeper = direct and (direct[branch] > passed or (state in multiples and graph.mixes(direct, state)))
-            if deeper and not _are_other_parts(graph, skipped, path):
+            other = _are_other_parts(graph, skipped, path) or graph.leaves_resolution(skipped)
+            if deeper and not other:
                 return Match("projection", state, set(path) - {state})
     return None
 
@@ -279,12 +287,23 @@ def _is_score(graph: Graph, branch: int, start: int) -> bool:
 def _are_other_parts(graph: Graph, skipped: list[int], path: dict[int, int]) -> bool:
     """Whether the skip is one part of the state, or of a view of it, and the branch begins at others: Res2Net, flows.
 
-    A part of what a map gives is a map of its own, as in a CSP layer that has one convolution for both its ways.
+    Some features of what a map gives are a map of their own, as in a CSP layer that has one convolution for both its
+    ways; where the branch's part goes on beside the sum, it is a flow's.
     """
     *rest, skip, state = skipped
     while rest and graph.nodes[skip].op in REARRANGES | VIEWS and skip in path:
         skip, state = rest.pop(), skip
+    if _begin_apart(graph, skip, state, path):
+        return True
+    for n, (part, whole) in enumerate(pairwise(skipped), 1):
+        if whole in path and _begin_apart(graph, part, whole, path):
+            of_map = any(graph.is_map(m) and graph.is_of_features(part, m) for m in skipped[n:])
+            others = [n for n in path if whole in graph.nodes[n].inputs]
+            return not of_map or any(graph.readers.get(n, set()) - path.keys() for n in others)
+    return False
 
+
+def _begin_apart(graph: Graph, skip: int, state: int, path: dict[int, int]) -> bool:
     def part(node: int) -> bool:
         return graph.nodes[node].op in SLICES and graph.size(node) < graph.size(state)
 

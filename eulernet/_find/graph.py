@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from eulernet._find.trace import ADDITIONS, CONTRACTIONS, FUSED_ADDITIONS, SLICES, Addition, Trace
+from eulernet._find.trace import ADDITIONS, CONTRACTIONS, FUSED_ADDITIONS, JOINS, SLICES, Addition, Ref, Trace
 from eulernet._step import Reason
 
 VIEWS = frozenset(
@@ -29,11 +30,11 @@ NORMS = frozenset(
     "batch_norm layer_norm group_norm instance_norm rms_norm local_response_norm normalize native_batch_norm "
     "native_layer_norm native_group_norm".split()
 )
-_JOINS = frozenset("cat concat concatenate".split())
-_PADS = frozenset("pad constant_pad_nd zeropad2d".split()) | _JOINS
-REARRANGES = frozenset(
-    "pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle repeat repeat_interleave tile index_select "
-    "gather take_along_dim flip fliplr flipud roll rot90 expand expand_as broadcast_to".split()
+_PADS = frozenset("pad constant_pad_nd zeropad2d".split()) | JOINS
+_REPEATS = frozenset("repeat repeat_interleave tile expand expand_as broadcast_to".split())
+REARRANGES = _REPEATS | frozenset(
+    "pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle index_select gather take_along_dim flip "
+    "fliplr flipud roll rot90".split()
 )
 SCALES = frozenset("mul multiply rmul div divide true_divide imul".split())
 _MAPS = re.compile(
@@ -44,7 +45,7 @@ POOLS = re.compile(r"pool")
 _REDUCTIONS = frozenset("max amax mean sum".split())  # pooling by hand, over a reshaped axis
 UPSAMPLES = re.compile(r"interpolate|upsample|conv_transpose|pixel_shuffle")
 SQUASHES = frozenset("sigmoid hardsigmoid logsigmoid tanh softmax log_softmax softmin".split())
-SQUARES = frozenset("pow square float_power".split())
+SQUARES = frozenset("pow square float_power abs".split())  # what an error or a variance is made by
 _SAME = VIEWS | CASTS | _DROPOUTS | _ACTIVATIONS
 _MATCHING = _SAME | NORMS | _PADS | SCALES | _REDUCTIONS | REARRANGES
 
@@ -121,6 +122,17 @@ class Graph:
     def is_map(self, node: int) -> bool:
         return bool(_MAPS.search(self.nodes[node].op))
 
+    def is_detached(self, node: int) -> bool:
+        """Whether it is computed from the model's input, and does not hand on its gradient."""
+        cut = (n for n in self.ancestors(node, 0, -1) if self.nodes[n].op == "detach")
+        return any(isinstance(i, Ref) and not self.constant[i] for n in cut for i in self.nodes[n].args)
+
+    def is_of_features(self, part: int, whole: int) -> bool:
+        """Whether a part of what a map gave is some of its features, at all places."""
+        axis = 1 if "conv" in self.nodes[whole].op else len(self.nodes[whole].shape) - 1
+        sizes = zip(self.nodes[part].shape, self.nodes[whole].shape, strict=False)
+        return [n for n, (one, other) in enumerate(sizes) if one != other] == [axis]
+
     def is_depthwise(self, node: int) -> bool:
         """Whether it is a convolution of each channel by itself: with the convolution behind it, it is one map."""
         kernels = [self.nodes[i].shape for i in self.nodes[node].inputs[1:2]]
@@ -138,11 +150,15 @@ class Graph:
             n for n in ups if any(self.nodes[m].shape[2:] not in sizes for m in (n, *self.nodes[n].inputs) if m in path)
         }
 
+    def leaves_resolution(self, skipped: Sequence[int]) -> bool:
+        """Whether a skip is sized up again from less than its state: a context that was pooled."""
+        least = math.prod(self.nodes[skipped[-1]].shape[2:])
+        ups = (n for n in skipped if UPSAMPLES.search(self.nodes[n].op) or self.nodes[n].op in _REPEATS)
+        sources = {i for n in ups for i in self.nodes[n].inputs if i in skipped}
+        return any(math.prod(self.nodes[i].shape[2:]) < least for i in sources)
+
     def size(self, node: int) -> int:
-        size = 1
-        for n in self.nodes[node].shape:
-            size *= n
-        return size
+        return math.prod(self.nodes[node].shape)
 
     def same(self, node: int, start: int, *, scaled: bool = False) -> Iterator[int]:
         """`node` and what it is a mere view, cast, dropout or activation (or multiple) of, back to the call's start."""
@@ -173,7 +189,7 @@ class Graph:
         """Whether a node is handed on, no result of a map: given, a part or a join of what was, or a sum."""
         last = list(self.same(node, 0))[-1]
         op = self.nodes[last].op
-        return last in self.sums or op in SLICES or op in _JOINS or not self.nodes[last].inputs
+        return last in self.sums or op in SLICES or op in JOINS or not self.nodes[last].inputs
 
     def uses(self, node: int) -> set[int]:
         """What is made of a node, its views, casts and multiples, and its sums with constants: the first other ones."""
@@ -200,7 +216,7 @@ class Graph:
                 last = node if last is None else None
             elif op not in NORMS and op not in VIEWS:
                 last = None
-            if op in _JOINS and len(inputs) > 1:
+            if op in JOINS and len(inputs) > 1:
                 whole = self._whole(inputs, start, most)
                 if whole is None or maps + whole[1] > most:
                     return

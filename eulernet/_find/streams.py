@@ -5,12 +5,14 @@ more: the places of one parallel step count once, and two projections alone are 
 
 1. A sum whose branch comes from its skip only through the branches of other sums is no step: a position, a score, an
    input that is injected again. The other half of a reversible network, whose skip is a sum itself, is named.
+   So is a sum that is read in a branch alone, while its own branch goes on without it, as the skip of another sum.
 2. A sum with sums inside its branch is long (a) where, with their branches cut, nothing is left of its own (no map,
    norm or pooling), or what is left passes another resolution; (b) around a stream that begins at its own skip, through
-   no map; (c) around a stream, or around several sums that are no projections, where it is in no stream itself; (d)
-   around another run of the same addition of the source, as the skips of a U-Net that one loop adds.
-3. Inside the branch of a step that is not long a sum counts only where that branch holds a stream; otherwise it belongs
-   to the branch.
+   no map; (c) around a stream, or around several sums that are no projections, where it is in no stream itself, and
+   not all of them have its own skip, as the stages of a Runge-Kutta step have; (d) around another run of the same
+   addition of the source, as the skips of a U-Net that one loop adds.
+3. Inside the branch of a step that is not long a sum counts only where that branch holds a stream, or where a stream
+   that began before goes on through it and beside the step; otherwise it belongs to the branch.
 4. A sum of layers, `x + f(x) + g(f(x))`, each made of the one before and none of the sum, is no step, unless its chain
    has another such sum, as the next block's.
 """
@@ -19,6 +21,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from itertools import combinations
 from types import CodeType
 from typing import NamedTuple
 
@@ -36,16 +39,18 @@ def steps_of(graph: Graph, calls: list[StepCall]) -> list[StepCall]:
     ends = {e.addition.result: e for e in sums if e.supported and e.kind != "decomposition"}
     links = _links(graph, ends)
     of_layers = _of_layers(graph, sums, links)
+    for call in _through_each_other(sums):
+        call.coupled = True
     kept: list[StepCall] = []
     for call in reversed(sums):  # what ends later is outside
         if _head(call) in of_layers:
             call.reason = "sum of layers"
             continue
         if call.kind == "decomposition":
-            call.reason = "what pooling took out"
+            call.reason = "error or variance" if any(map(graph.is_map, call.within)) else "what pooling took out"
             continue
         around = [o for o in kept if o.supported and not o.long and call.addition.result in o.within]
-        if call.coupled or all(_holds_stream(outer, links) for outer in around):
+        if call.coupled or all(_holds_stream(o, links) or _goes_on(graph, call, o, links) for o in around):
             call.long = call.supported and _is_long(graph, call, ends, links)
             kept.append(call)
         else:
@@ -68,9 +73,12 @@ def _with_first(calls: list[StepCall]) -> list[StepCall]:
 def _of_the_skip(graph: Graph, calls: list[StepCall]) -> list[StepCall]:
     """Without what comes from its skip only through the branches of other sums; the other half of a pair is marked."""
     sums: list[StepCall] = []
+    positions = set(_positions(graph, calls))
     for call in calls:
         inner = [e for e in sums if e.supported and e.addition.result in call.within]
-        if inner and graph.constant[call.state]:
+        if call in positions:
+            call.reason = "position or injected input"
+        elif inner and graph.constant[call.state]:
             call.reason = "constant operand"
         elif inner and _own(graph, call, inner) is None:
             call.coupled = _is_other_half(graph, call, inner)
@@ -81,6 +89,20 @@ def _of_the_skip(graph: Graph, calls: list[StepCall]) -> list[StepCall]:
         else:
             sums.append(call)
     return sums
+
+
+def _positions(graph: Graph, calls: list[StepCall]) -> Iterator[StepCall]:
+    """The sums that are read in a branch alone, and whose own branch goes on without them: another sum adds to it."""
+    carried: dict[int, list[StepCall]] = defaultdict(list)
+    for call in calls:
+        for node in graph.same(call.skip, 0):
+            carried[node].append(call)
+    for call in calls:
+        result = call.addition.result
+        read = graph.readers.get(result, set())
+        inside = any(result in outer.within and read <= outer.within for outer in calls)
+        if inside and not carried[result] and any(other is not call for other in carried[call.branch]):
+            yield call
 
 
 def of_their_skip(graph: Graph, calls: list[StepCall], steps: list[StepCall]) -> list[StepCall]:
@@ -181,6 +203,33 @@ def _holds_stream(outer: StepCall, links: Mapping[StepCall, set[StepCall]]) -> b
     return any(inside(call) and any(map(inside, near)) for call, near in links.items())
 
 
+def _goes_on(graph: Graph, call: StepCall, outer: StepCall, links: Mapping[StepCall, set[StepCall]]) -> bool:
+    """Whether a sum in a branch belongs to another stream, which comes from outside of the branch and leaves it."""
+    before = (near.addition.result for near in links.get(_head(call), ()))
+    comes = any(node < call.addition.result and node not in outer.within for node in before)
+    own = outer.within | {outer.addition.result}
+    state = [call.addition.result]  # as it is, or normed
+    for node in state if comes else ():
+        readers = graph.readers.get(node, set())
+        if readers - own or node in graph.outputs:
+            return True
+        state += [n for n in readers if graph.nodes[n].op in NORMS or graph.keeps_resolution(n)]
+    return False
+
+
+def _leads_out(call: StepCall, outer: StepCall, links: Mapping[StepCall, set[StepCall]]) -> bool:
+    """Whether the chain of a sum in a branch goes on to another one that is neither in the branch nor ends it."""
+    pending, seen = [call], {call}
+    while pending:
+        one = pending.pop()
+        later = {e for e in links.get(_head(one), ()) if e.addition.result > one.addition.result and e is not outer}
+        if any(e.addition.result not in outer.within for e in later):
+            return True
+        pending += later - seen
+        seen |= later
+    return False
+
+
 def _of_layers(graph: Graph, sums: list[StepCall], links: Mapping[StepCall, set[StepCall]]) -> set[StepCall]:
     """The sums to which a layer is added that was made of one that was added before, none next to another."""
     branches: dict[StepCall, list[int]] = defaultdict(list)
@@ -191,6 +240,20 @@ def _of_layers(graph: Graph, sums: list[StepCall], links: Mapping[StepCall, set[
             found.add(head)
         branches[head].append(call.branch)
     return {head for head in found if found.isdisjoint(links.get(head, ()))}
+
+
+def _through_each_other(sums: list[StepCall]) -> Iterator[StepCall]:
+    """The sums of two streams that are changed at once, each by the other: `a, b = a + f(b), b + g(a)`."""
+    members: dict[StepCall, list[StepCall]] = defaultdict(list)
+    for call in sums:
+        members[_head(call)].append(call)
+
+    def holds(one: StepCall, other: StepCall) -> bool:
+        return any(e.addition.result in o.within for o in members[one] for e in members[other])
+
+    for one, other in combinations([head for head in members if len(members[head]) > 1], 2):
+        if holds(one, other) and holds(other, one):
+            yield from members[one] + members[other]
 
 
 # ---- rule 2
@@ -207,7 +270,9 @@ def _is_long(graph: Graph, call: StepCall, ends: _Sums, links: Mapping[StepCall,
     in_one_itself = any(o.addition.result not in call.within for o in links.get(_head(call), ()))
     begins = (e.skip if e.kind == "projection" else e.state for e in inner if _head(e) in links)
     begins_here = any(call.state in _back(graph, node, {}, 0) for node in begins)
-    several = len({head for e in inner if (head := _head(e)).kind != "projection"}) > 1
+    heads = {head for e in inner if (head := _head(e)).kind != "projection"}
+    stages = all(call.state in graph.same(head.skip, 0) for head in heads)
+    several = len(heads) > 1 and not stages
     return (bool(in_streams) and begins_here) or ((bool(in_streams) or several) and not in_one_itself)
 
 
@@ -233,8 +298,15 @@ def number_streams(graph: Graph, calls: list[StepCall]) -> None:
 
     A step and the steps inside its branch are streams of their own.
     """
-    inside = {id(e): frozenset(id(o) for o in calls if e.addition.result in o.within) for e in calls}
     ends = {e.addition.result: e for e in calls if e.supported}
+    links = _links(graph, ends)
+
+    def holds(outer: StepCall, call: StepCall) -> bool:
+        if call.addition.result not in outer.within:
+            return False
+        return not (_leads_out(call, outer, links) or _goes_on(graph, call, outer, links))
+
+    inside = {id(e): frozenset(id(o) for o in calls if holds(o, e)) for e in calls}
     streams = 0
     for role in (False, False), (True, False), (False, True):
         before: list[frozenset[StepCall]] = []  # for each node, the nearest steps of this kind that it comes from

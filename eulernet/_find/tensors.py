@@ -25,9 +25,13 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 def layers_of(tensor: Tensor) -> Iterator[Tensor]:
     """A tensor, and those that it wraps where a transform of `torch.func` runs, such as vmap."""
     yield tensor
-    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+    while is_wrapped(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
         yield tensor
+
+
+def is_wrapped(tensor: Tensor) -> bool:
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
 
 
 def is_made(tensor: Tensor) -> bool:
@@ -95,3 +99,26 @@ def own_tensors(module: nn.Module) -> Iterator[Tensor]:
     """The parameters and buffers that a module itself holds."""
     yield from module.parameters(recurse=False)
     yield from module.buffers(recurse=False)
+
+
+# ---- operations
+
+ADDING = {"index_put": ("accumulate", 3, (True,)), "scatter_reduce": ("reduce", 4, ("sum", "add"))}  # where so asked
+
+
+def name_of(func: Any) -> str:
+    """`add` for `torch.add`, `Tensor.add_`, `x + y`, `x += y` and `aten.add.Tensor`; the attribute for `x.T`."""
+    name: str = getattr(func, "__name__", "")
+    if name == "__get__":
+        return getattr(getattr(func, "__self__", None), "__name__", "get")
+    if isinstance(func, torch._ops.OpOverload):
+        name = func._schema.name.removeprefix("aten::")
+        if name == "detach":  # not by the model, but within a scripted function that autograd has specialised
+            return "alias"
+    return name.strip("_")
+
+
+def adds(op: str, args: Any, kwargs: Any) -> bool:
+    """Whether an operation that may write over parts of a tensor adds to them."""
+    name, place, adding = ADDING.get(op, ("", 0, ()))
+    return not name or kwargs.get(name, args[place] if len(args) > place else None) in adding

@@ -25,11 +25,15 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from eulernet._find.tensors import (
+    ADDING,
+    adds,
     all_modules,
     deepcopied,
     is_float,
     is_made,
+    is_wrapped,
     layers_of,
+    name_of,
     own_tensors,
     plain,
     storage_of,
@@ -44,19 +48,20 @@ _SHAPE_ONLY = frozenset(
 )
 # The second tensor of these gives a shape, dtype or device only.
 _SHAPE_FROM_SECOND = frozenset("to type_as expand_as view_as reshape_as".split())
-# The same slice of the same tensor, written twice, is one node.
+# The same slice of the same tensor, written twice, is one node, and so is the same join of the same tensors.
 SLICES = frozenset("getitem narrow select slice chunk split unbind".split())
 # An addition, and what else can add a branch to a skip in one call.
 ADDITIONS = frozenset("add sub subtract radd iadd isub".split())
 PRODUCTS = frozenset("addmm baddbmm addbmm addmv".split())  # which multiply what they add by a matrix
-FUSED_ADDITIONS = PRODUCTS | frozenset("addcmul addcdiv index_add scatter_add lerp".split())
+FUSED_ADDITIONS = PRODUCTS | ADDING.keys() | frozenset("addcmul addcdiv index_add scatter_add lerp rsub".split())
 # These take a state and give what it becomes.
 CELLS = frozenset(("gru_cell",))
 HANDED_ON = "handed on"
 _TO_NUMBERS = frozenset("numpy array tolist".split())
 # These sum over an axis, along which two tensors may have been stacked, or mix what was stacked by a matrix.
 CONTRACTIONS = frozenset("sum mean nansum einsum matmul rmatmul bmm mm tensordot".split())
-_STACKS = frozenset("stack cat concat concatenate hstack vstack dstack".split())
+JOINS = frozenset("cat concat concatenate".split())
+_STACKS = JOINS | frozenset("stack hstack vstack dstack".split())
 _VIEWS_OF_STACKS = frozenset("view reshape unflatten flatten unsqueeze squeeze permute transpose movedim mul".split())
 
 
@@ -201,6 +206,10 @@ class Tracer(TorchFunctionMode):
         if node is None:
             node = self._first(tensor)
             self.set(tensor, node)
+        elif self.trace.nodes[node].shape != tensor.shape and not is_wrapped(tensor):  # of one sample: vmap was left
+            seen = self.trace.nodes[node]
+            node = self.new("alias", (node,), tuple(tensor.shape), seen.constant, ((Ref(node),), {}, 0))
+            self.set(tensor, node)
         write = self._writes.get(storage_of(tensor), -1)
         if write > node:
             constant = self.trace.nodes[node].constant and self.trace.nodes[write].constant
@@ -239,7 +248,7 @@ class Tracer(TorchFunctionMode):
             self.inside = False
 
     def write(self, func: Any, args: Any, kwargs: Any, frame: Any) -> Any:
-        name = _name(func)
+        name = name_of(func)
         tensors = list(tensors_in((args, kwargs)))
         if not tensors and name in ("size", "dim", "get"):
             return func(*args, **kwargs)
@@ -300,8 +309,8 @@ class Tracer(TorchFunctionMode):
         shape = tuple(result.shape)
         if not is_float(result):  # what went through integers is no longer a function to be trained
             return self.new(name, (), shape, constant, called)
-        if len(inputs) == 1 and name in SLICES:
-            key = (name, inputs, repr(plain(arguments)), shape)
+        if (len(inputs) == 1 and name in SLICES) or name in JOINS:
+            key = (name, inputs, repr(called if name in JOINS else plain(arguments)), shape)
             if key not in self._views:
                 self._views[key] = self.new(name, inputs, shape, constant, called)
             return self._views[key]
@@ -311,8 +320,9 @@ class Tracer(TorchFunctionMode):
         """The nodes that an operation may sum: the left operand, then those that may be the right one."""
         if op in ADDITIONS:
             tensors = [*args[:2], *(kwargs[k] for k in ("input", "other") if k in kwargs)]
-        elif op in FUSED_ADDITIONS or "::" in op:
+        elif (op in FUSED_ADDITIONS and adds(op, args, kwargs)) or "::" in op:
             tensors = [*tensors_in(args), *tensors_in(kwargs)]
+            tensors = tensors[::-1] if op == "rsub" else tensors
         elif op in CELLS:
             tensors = [args[1], args[0]]  # the state first
         elif op in CONTRACTIONS:
@@ -379,18 +389,6 @@ class DispatchTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return self.tracer.observe(func, args, kwargs or {}, sys._getframe(1))
-
-
-def _name(func: Any) -> str:
-    """`add` for `torch.add`, `Tensor.add_`, `x + y`, `x += y` and `aten.add.Tensor`; the attribute for `x.T`."""
-    name: str = getattr(func, "__name__", "")
-    if name == "__get__":
-        return getattr(getattr(func, "__self__", None), "__name__", "get")
-    if isinstance(func, torch._ops.OpOverload):
-        name = func._schema.name.removeprefix("aten::")
-        if name == "detach":  # not by the model, but within a scripted function that autograd has specialised
-            return "alias"
-    return name.strip("_")
 
 
 def _referring(value: Any, nodes: dict[int, int]) -> Any:

@@ -20,6 +20,7 @@ from tests.traps import (
     positions,
     shortcuts,
     steps,
+    streams,
     sums,
     unsupported,
 )
@@ -41,6 +42,7 @@ __all__ = [
     "positions",
     "shortcuts",
     "steps",
+    "streams",
     "sums",
     "unsupported",
 ]

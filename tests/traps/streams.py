@@ -1,0 +1,212 @@
+"""Which stream a sum belongs to: stages, states that are positions as well, two streams, parts and contexts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tests.traps.base import DIM, Block, Expected, Trap, WithABlock, body, conv, linear, mlp, trap, two
+
+
+class Decoded(nn.Module):
+    """A layer of SAM's mask decoder: the queries read the keys, and the keys the queries, both with their positions."""
+
+    def __init__(self, first: bool) -> None:
+        super().__init__()
+        self.first = first
+        self.own, self.read, self.ff, self.back = mlp(), mlp(), mlp(), mlp()
+        self.norm, self.norm_of_keys = nn.LayerNorm(DIM), nn.LayerNorm(DIM)
+
+    def run(self, q: Tensor, k: Tensor, p: Tensor, add: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        q = self.own(q) if self.first else add(q, self.own(q + p))
+        q = self.norm(q)
+        q = add(q, self.read(q + p) * k.mean(1, keepdim=True))
+        q = self.norm(add(q, self.ff(q)))
+        k = self.norm_of_keys(add(k, self.back((q + p).mean(1, keepdim=True) * k)))
+        return q, k
+
+    def forward(self, q: Tensor, k: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+        q = self.own(q) if self.first else q + self.own(q + p)
+        q = self.norm(q)
+        q = q + self.read(q + p) * k.mean(1, keepdim=True)
+        q = self.norm(q + self.ff(q))
+        k = self.norm_of_keys(k + self.back((q + p).mean(1, keepdim=True) * k))
+        return q, k
+
+
+@trap
+class TheStateIsThePosition(Trap):
+    """SAM: what the queries begin with is added to them again in each branch, as their position."""
+
+    expected = (
+        *(Expected("layers.0:0", depth=6), Expected("layers.0:1", depth=6), Expected("layers.0:2", depth=2)),
+        *(Expected("layers.1:0", depth=6), Expected("layers.1:1", depth=6), Expected("layers.1:2", depth=6)),
+        *(Expected("layers.1:3", depth=2), Expected(depth=6)),
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList((Decoded(True), Decoded(False)))
+        self.last = mlp()
+
+    def inputs(self) -> tuple[Any, ...]:
+        return torch.randn(2, 5, DIM), torch.randn(2, 7, DIM)
+
+    def forward(self, p: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        q = p
+        for layer in self.layers:
+            q, k = layer(q, k, p)
+        q = q + self.last(q + p) * k.mean(1, keepdim=True)
+        return q, k
+
+    def reference(self, p: Tensor, k: Tensor, *, h: Sequence[float]) -> tuple[Tensor, Tensor]:
+        factors, q = iter(h), p
+        for layer in self.layers:
+            q, k = layer.run(q, k, p, lambda s, f: s + next(factors) * f)
+        return q + next(factors) * self.last(q + p) * k.mean(1, keepdim=True), k
+
+
+@trap
+class OneStepOfRungeKutta(Trap):
+    """Its stages begin at the state that the step is added to: they belong to the step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.f, self.head = linear(), mlp(), linear()
+
+    def slope(self, x: Tensor) -> Tensor:
+        k1 = self.f(x)
+        k2 = self.f(x + 0.5 * k1)
+        k3 = self.f(x + 0.5 * k2)
+        k4 = self.f(x + k3)
+        return (k1 + 2 * k2 + 2 * k3 + k4) / 6
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.head(x + self.slope(x))
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        x = self.stem(x)
+        return self.head(x + h[0] * self.slope(x))
+
+
+@trap
+class ShiftBehindAMap(Trap):
+    """Glow: one convolution mixes the halves, one of which is then shifted by a map of the other, which stays."""
+
+    shape = (2, 2 * DIM, 4, 4)
+    expected = (Expected("block"),)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = ImageBlock()
+        self.mix, self.f = nn.Conv2d(2 * DIM, 2 * DIM, 1, bias=False), conv()
+
+    def flow(self, x: Tensor) -> Tensor:
+        a, b = (2 * self.mix(x) + 1).chunk(2, dim=1)
+        return torch.cat((a, b + self.f(torch.tanh(a))), dim=1).unflatten(1, (2, DIM)).amax(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(self.flow(x))
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        return self.block.reference(self.flow(x), h[0])
+
+
+class ImageBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = body()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.f(x)
+
+    def reference(self, x: Tensor, h: float) -> Tensor:
+        return x + h * self.f(x)
+
+
+@trap
+class EvenAndOddPlaces(WithABlock):
+    """Polyphase resampling of what a layer gave: a part of the places is no feature of its own."""
+
+    shape = (2, 10, DIM)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.filter = nn.Conv1d(10, 10, 3, padding=1), nn.Conv1d(10, 10, 3, padding=1)
+
+    def halved(self, x: Tensor) -> Tensor:
+        x = self.first(torch.cat((x, x), dim=-1))
+        return x[..., ::2] + self.filter(x[..., 1::2])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(self.halved(x))
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        return self.block.reference(self.halved(x), h[0])
+
+
+@trap
+class PooledContext(Trap):
+    """BiSeNet: a context that was pooled and sized up again is no shortcut of what it is added to."""
+
+    shape = (2, DIM, 8, 8)
+    expected = (Expected("block"),)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.context, self.refined, self.attention = ImageBlock(), conv(1), conv(), conv(1)
+
+    def fused(self, x: Tensor) -> Tensor:
+        context = F.interpolate(torch.relu(self.context(F.avg_pool2d(x, 8))), scale_factor=8.0)
+        refined = torch.relu(self.refined(x))
+        return context + refined * torch.sigmoid(self.attention(F.avg_pool2d(refined, 8)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(self.fused(x))
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        return self.block.reference(self.fused(x), h[0])
+
+
+@trap
+class JoinedTwice(Trap):
+    """Emformer: both parts are joined where they are normed, and once more where the branch is added."""
+
+    expected = two()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.mix, self.ff = nn.LayerNorm(DIM), mlp(), mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = x[:, :2], x[:, 2:]
+        normed = self.norm(torch.cat([a, b], dim=1))
+        a_normed, b_normed = normed[:, :2], normed[:, 2:]
+        y = self.mix(torch.cat([a_normed, b_normed], dim=1)) + torch.cat([a, b], dim=1)
+        return y + self.ff(y)
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        y = h[0] * self.mix(self.norm(x)) + x
+        return y + h[1] * self.ff(y)
+
+
+@trap
+class BehindVmap(Trap):
+    """What vmap gives has one axis more than what ran inside of it."""
+
+    expected = (Expected("block"),)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.block = linear(), Block()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(torch.func.vmap(self.a)(x))
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        return self.block.reference(self.a(x), h[0])
