@@ -21,6 +21,7 @@ from eulernet._patch.prove import search
 from eulernet._plot import picture, together
 from tests.helpers.trapped import build
 from tests.traps import TRAPS, UNSUPPORTED, Trap
+from tests.traps.branches import FourierBranch
 from tests.traps.gated import Highway
 
 SOURCE = Path(__file__).read_text().splitlines()
@@ -221,7 +222,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "post-norm": post_norm,
     "a block that was missed": lambda: nn.Sequential(Block(), nn.Linear(DIM, DIM), nn.Tanh(), Block()),
     "groups of blocks": groups,
-    **{cls.__name__: cls for cls in TRAPS[::12]},
+    **{cls.__name__: cls for cls in TRAPS},
 }
 
 
@@ -235,6 +236,9 @@ def test_what_lies_in_branches_gets_no_gradient_at_a_tiny_h(name: str) -> None:
     for parameter in model.double().eval().parameters():
         nn.init.normal_(parameter, std=0.5)
     outside = eulernet.find_steps(model, example_inputs=inputs).outside
+    if isinstance(model, FourierBranch):
+        assert outside.of == 0
+        return
     norms = []
     for h in (1.0, 1e-7):
         eulernet.patch(model, h, example_inputs=inputs)

@@ -69,6 +69,55 @@ def test_of_coupled_streams_the_half_that_is_not_scaled_is_named() -> None:
         eulernet.patch(model, 0.3, example_inputs=x)
 
 
+class Copied(nn.Module):
+    """Streams that begin as copies, as those of RevNet and Reformer, changed in turn or at once."""
+
+    def __init__(self, at_once: bool) -> None:
+        super().__init__()
+        self.at_once = at_once
+        self.block, self.f, self.g = Block(), *(nn.ModuleList(linear() for _ in range(2)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.block(x)
+        a, b = (self.f[0](x), self.g[0](x)) if self.at_once else (x, x)
+        for f, g in zip(self.f, self.g, strict=True):
+            if self.at_once:
+                a, b = a + f(torch.relu(b)), b + g(torch.relu(a))
+            else:
+                a = a + f(b)
+                b = b + g(a)
+        return torch.cat((a, b), dim=-1)
+
+
+@pytest.mark.parametrize(("at_once", "steps", "named"), [(False, 3, 1), (True, 1, 1)])
+def test_of_two_streams_that_begin_alike_no_sum_is_lost(at_once: bool, steps: int, named: int) -> None:
+    model, x = Copied(at_once), torch.randn(2, 5, DIM)
+    found = eulernet.find_steps(model, example_inputs=x)
+    assert (len(found), len(found.unsupported)) == (steps, named) and not found.left_out
+    with pytest.warns(UserWarning, match=r"not scaled.*reversible network"):
+        eulernet.patch(model, 0.3, example_inputs=x)
+
+
+class Placed(nn.Module):
+    """What a branch gives is added to some places of a copy, in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.block = linear(), Block()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.clone()
+        y.index_put_((torch.tensor([0, 1]),), self.a(x[:2]), accumulate=True)
+        return self.block(y)
+
+
+def test_what_is_added_to_places_of_a_copy_is_named() -> None:
+    model, x = Placed(), torch.randn(3, DIM)
+    with pytest.warns(UserWarning, match=r"not scaled.*index_put adds"):
+        eulernet.patch(model, 0.3, example_inputs=x)
+    assert [step.name for step in eulernet.steps(model)] == ["block"]
+
+
 def test_a_graph_of_fx_is_named_and_left_alone() -> None:
     """Its forward is written anew by `deepcopy`, `recompile` and, in torchvision's feature extractors, `train`."""
     model, x = torch.fx.symbolic_trace(Block()), torch.randn(2, 5, DIM)

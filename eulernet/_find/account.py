@@ -81,19 +81,28 @@ def unequal_twins(seen: Iterable[tuple[Origin, bool]], names: Names) -> Iterator
 # ---- what still computes at h = 0
 
 
-def reached_at_zero(trace: Trace, steps: Iterable[StepCall]) -> set[int]:
+def reached_at_zero(graph: Graph, steps: Iterable[StepCall]) -> set[int]:
     """The nodes that the output comes from where each step is its skip only: the main stream, and what makes it."""
     cut = {e.addition.result: e.skip for e in steps}
     seen: set[int] = set()
-    pending = list(trace.outputs)
+    pending = list(graph.outputs)
     while pending:
         node = pending.pop()
         if node not in seen:
             seen.add(node)
-            made = trace.nodes[node]
-            detached = made.args if made.op == "detach" else ()
-            pending += [cut[node]] if node in cut else [*made.inputs, *(a for a in detached if isinstance(a, int))]
+            made = graph.nodes[node]
+            read = tuple(a for a in made.args if isinstance(a, int)) if made.op == "detach" else made.inputs
+            pending += [cut[node]] if node in cut else read[1:] if _is_written_anew(graph, node) else read
     return seen
+
+
+def _is_written_anew(graph: Graph, node: int) -> bool:
+    """Whether it is a view of a tensor that was written in place as a whole: of its old value nothing is left."""
+    made = graph.nodes[node]
+    if made.op != "overwritten":
+        return False
+    view, write = made.inputs
+    return graph.size(view) == graph.size(write) and not set(graph.nodes[write].inputs).isdisjoint(graph.same(view, 0))
 
 
 def outside(graph: Graph, trace: Trace, originals: Originals, names: Names, reached: Collection[int]) -> Outside:

@@ -62,14 +62,12 @@ def classify(trace: Trace) -> Sums:
 def _other_halves(graph: Graph, trace: Trace, steps: list[StepCall]) -> Iterator[StepCall]:
     """The sums of a second stream, where two are changed in turn: `y = y + f(x)` before the step `x + g(y)`."""
     known = {e.addition.result for e in steps}
-    carried = {node for e in steps if e.coupled for node in graph.same(e.skip, 0)}  # by sums of that stream
     for step in steps:
         for addition in trace.additions if step.supported and step.kind != "gated" else ():
             if addition.result not in step.within or addition.result in known or len(addition.right) != 1:
                 continue
             for skip, branch in _pairs(addition):
-                first = addition.result in carried and branch in step.within and skip not in step.within
-                if first or _goes_on_beside(graph, step, addition.result, skip, branch):
+                if _goes_on_beside(graph, step, addition.result, skip, branch):
                     known.add(addition.result)
                     yield StepCall(addition, "identity", skip, branch, skip == addition.left, skip, coupled=True)
                     break

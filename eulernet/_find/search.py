@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from eulernet._checks import brief
 from eulernet._draws import Draws
 from eulernet._errors import EulernetError
-from eulernet._find.account import Origin, left_out, origin_of, outside, reached_at_zero, unequal_twins
+from eulernet._find.account import Names, Origin, left_out, origin_of, outside, reached_at_zero, unequal_twins
 from eulernet._find.apart import alone, apart
 from eulernet._find.classify import Sums, classify
 from eulernet._find.graph import StepCall
@@ -216,12 +216,14 @@ def _collect(model: nn.Module, runs: list[Run], traces: list[Trace], notes: list
     sums = [classify(trace) for trace in traces]
     sites, refused = _places(model, runs, traces, sums, names, proofs)
     unsupported = list(dict.fromkeys(refused.values()))
-    account = _account(model, runs[0], traces[0], sums[0], refused.keys(), names)
+    traced = {run.training: (trace, run.sandbox.original) for run, trace in zip(runs, traces, strict=True)}
+    groups = grouped(sites, traced, model)
+    left_alone = {e for group in groups if is_left_alone(group) for site in group for e in site.step_calls[False]}
+    scaled = [e for e in sums[0].steps if e not in left_alone and not e.left_alone and id(e.addition) not in refused]
+    account = _account(model, runs[0], traces[0], sums[0], scaled, refused.keys(), names)
     notes.extend(account.twins)
     breaks = dict.fromkeys(at for trace in traces for at in trace.breaks)
     notes.extend(f"{at}: what is made of it is not traced back to the model's input" for at in breaks)
-    traced = {run.training: (trace, run.sandbox.original) for run, trace in zip(runs, traces, strict=True)}
-    groups = grouped(sites, traced, model)
     notes.extend(pair_modes(groups, [{of.get(c.module) for c in trace.calls} for trace, of in traced.values()], names))
     # What is left alone last, so that those which `patch` scales by default are numbered without gaps.
     last = sorted(groups, key=is_left_alone)
@@ -342,12 +344,11 @@ class _Account(NamedTuple):
 
 
 def _account(
-    model: nn.Module, run: Run, trace: Trace, sums: Sums, refused: Collection[int], names: dict[nn.Module, str]
+    model: nn.Module, run: Run, trace: Trace, sums: Sums, scaled: list[StepCall], refused: Collection[int], names: Names
 ) -> _Account:
     """What is to be said of the sums of a run, besides the steps."""
     originals = run.sandbox.original
-    scaled = [e for e in sums.steps if not e.left_alone and id(e.addition) not in refused]
-    reached = reached_at_zero(trace, scaled)
+    reached = reached_at_zero(sums.graph, scaled)
     reasons = [(origin_of(addition, trace, originals, model), reason) for addition, reason in sums.left_out]
     twins = [(at, False) for at, reason in reasons if reason != "inside a branch"]
     twins += [(origin_of(e.addition, trace, originals, model), id(e.addition) not in refused) for e in sums.steps]

@@ -39,7 +39,7 @@ def steps_of(graph: Graph, calls: list[StepCall]) -> list[StepCall]:
     ends = {e.addition.result: e for e in sums if e.supported and e.kind != "decomposition"}
     links = _links(graph, ends)
     of_layers = _of_layers(graph, sums, links)
-    for call in _through_each_other(sums):
+    for call in (*_through_each_other(sums), *_first_of_halves(graph, sums)):
         call.coupled = True
     kept: list[StepCall] = []
     for call in reversed(sums):  # what ends later is outside
@@ -254,6 +254,19 @@ def _through_each_other(sums: list[StepCall]) -> Iterator[StepCall]:
     for one, other in combinations([head for head in members if len(members[head]) > 1], 2):
         if holds(one, other) and holds(other, one):
             yield from members[one] + members[other]
+
+
+def _first_of_halves(graph: Graph, sums: list[StepCall]) -> Iterator[StepCall]:
+    """What the sums of another half go on from, where both halves begin alike: `a = x + f(x); b = x + g(a)`."""
+    halves = [e for e in sums if e.coupled]
+    for half in halves:
+        carried = set(graph.same(half.skip, 0))
+        between = [e for e in sums if e.addition.result in half.within]
+        for call in sums:
+            result = call.addition.result
+            if result in carried and not call.coupled and any(result in e.within for e in between):
+                halves.append(call)
+                yield call
 
 
 # ---- rule 2

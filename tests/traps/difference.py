@@ -88,6 +88,32 @@ class Addcmul(Trap):
 
 
 @trap
+class SubtractedTheOtherWayRound(Form):
+    """The state is the second argument."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.rsub(self.a(x), x)
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        return x - h[0] * self.a(x)
+
+
+@trap
+class ReducedIntoPlaces(Form):
+    """As tokens that were routed come back."""
+
+    autocast = False  # as above
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = torch.tensor([0, 2, 3], device=x.device)[None, :, None].expand(x.shape[0], -1, DIM)
+        return x.scatter_reduce(1, places, self.a(x.gather(1, places)), reduce="sum")
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        branch = torch.zeros_like(x).index_add(1, torch.tensor([0, 2, 3]), self.a(x[:, [0, 2, 3]]))
+        return x + h[0] * branch
+
+
+@trap
 class IndexAdd(Trap):
     """As in DINOv2's training, where the branch is given a part of the batch."""
 
