@@ -73,7 +73,7 @@ PACKAGES = {
         sb("convolution.ConvolutionFrontEnd", 2, floats(2, 16, 8), input_shape=(2, 16, 8), num_blocks=2,
             num_layers_per_block=2, out_channels=[8, 8], kernel_sizes=[3, 3], strides=[1, 2], dilations=[1, 1],
             residuals=[True, True]),
-        sb("CRDNN.CRDNN", 0, floats(2, 16, 8), missed=1, input_shape=(2, 16, 8), cnn_channels=[4, 4], rnn_layers=1,
+        sb("CRDNN.CRDNN", 0, floats(2, 16, 8), input_shape=(2, 16, 8), cnn_channels=[4, 4], rnn_layers=1,
             rnn_neurons=8, dnn_neurons=8),
     ],
     "encodec": [
