@@ -28,7 +28,9 @@ BREAKING = {
 }
 # And where the Dynamo of torch 2.8 to 2.11 still does: at hooks that change what comes in or out, and torch 2.8 at the
 # name of what torch.func.vmap maps.
-BREAKING_EARLIER = {"WorksInHooks", "ABranchUnderVmap", "BehindVmap"} if torch.__version__ < "2.14" else set()
+BREAKING_EARLIER = (
+    {"WorksInHooks", "ABranchUnderVmap", "ABlockUnderVmap", "BehindVmap"} if torch.__version__ < "2.14" else set()
+)
 
 # Where Dynamo looks at the attributes of a tensor, torch warns of .grad; as an error that would stop the compilation.
 pytestmark = pytest.mark.filterwarnings(

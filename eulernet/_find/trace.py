@@ -54,8 +54,7 @@ SLICES = frozenset("getitem narrow select slice chunk split unbind".split())
 ADDITIONS = frozenset("add sub subtract radd iadd isub".split())
 PRODUCTS = frozenset("addmm baddbmm addbmm addmv".split())  # which multiply what they add by a matrix
 FUSED_ADDITIONS = PRODUCTS | ADDING.keys() | frozenset("addcmul addcdiv index_add scatter_add lerp rsub".split())
-# These take a state and give what it becomes.
-CELLS = frozenset(("gru_cell",))
+CELLS = frozenset(("gru_cell",))  # these take a state and give what it becomes
 HANDED_ON = "handed on"
 _TO_NUMBERS = frozenset("numpy array tolist".split())
 # These sum over an axis, along which two tensors may have been stacked, or mix what was stacked by a matrix.
@@ -149,6 +148,7 @@ class Tracer(TorchFunctionMode):
         self._of: dict[int, int] = {}  # id of a tensor -> its node
         self.alive: list[Tensor] = []  # keeps those ids from being used again
         self._held: list[Tensor] = []  # likewise, for a model may drop a tensor that it has kept
+        self._of_samples: set[int] = set()  # what vmap runs on: nodes of one sample each
         self._writes: dict[int, int] = {}  # storage -> the node that last wrote into it
         self._views: dict[Any, int] = {}  # the same view of the same node is one node
         self.functions = _forwards()
@@ -179,6 +179,8 @@ class Tracer(TorchFunctionMode):
         return len(self.trace.nodes) - 1
 
     def set(self, tensor: Tensor, node: int) -> None:
+        if is_wrapped(tensor):
+            self._of_samples.add(node)
         for one in layers_of(tensor):
             if id(one) not in self._of:
                 self.alive.append(one)
@@ -206,10 +208,13 @@ class Tracer(TorchFunctionMode):
         if node is None:
             node = self._first(tensor)
             self.set(tensor, node)
-        elif self.trace.nodes[node].shape != tensor.shape and not is_wrapped(tensor):  # of one sample: vmap was left
-            seen = self.trace.nodes[node]
-            node = self.new("alias", (node,), tuple(tensor.shape), seen.constant, ((Ref(node),), {}, 0))
-            self.set(tensor, node)
+        elif (node in self._of_samples) != is_wrapped(tensor) and self.trace.nodes[node].shape != tensor.shape:  # vmap
+            given: _Called = ((Ref(node),), {}, 0)
+            node = self.new("alias", (node,), tuple(tensor.shape), self.trace.nodes[node].constant, given)
+            self._of[id(tensor)] = node
+            self.alive.append(tensor)
+            if is_wrapped(tensor):
+                self._of_samples.add(node)
         write = self._writes.get(storage_of(tensor), -1)
         if write > node:
             constant = self.trace.nodes[node].constant and self.trace.nodes[write].constant

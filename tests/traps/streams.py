@@ -210,3 +210,23 @@ class BehindVmap(Trap):
 
     def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
         return self.block.reference(self.a(x), h[0])
+
+
+@trap
+class ABlockUnderVmap(Trap):
+    """The step is made inside, of one sample after the other, and another one behind it."""
+
+    expected = (Expected(depth=2), Expected("block", depth=2))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.block = linear(), Block()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(torch.func.vmap(self.added)(x))
+
+    def added(self, x: Tensor) -> Tensor:
+        return x + self.a(x)
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        return self.block.reference(x + h[0] * self.a(x), h[1])
