@@ -66,8 +66,7 @@ _VIEWS_OF_STACKS = frozenset("view reshape unflatten flatten unsqueeze squeeze p
 
 @dataclass(slots=True)
 class Frame:
-    """A Python frame at the moment of an addition: its code, its instruction, and the module that is its first
-    argument, if it is one."""
+    """A Python frame of an addition: its code, its instruction, and the module that is its first argument, if any."""
 
     code: CodeType
     lasti: int
@@ -340,11 +339,12 @@ class Tracer(TorchFunctionMode):
         return tuple(nodes[id(t)] for t in tensors)
 
     def _stacked(self, node: int) -> tuple[int, ...]:
-        """The parts that a tensor was stacked or concatenated of."""
+        """The parts, of one shape, that a tensor was stacked or concatenated of."""
         nodes = self.trace.nodes
         while nodes[node].op in _VIEWS_OF_STACKS and nodes[node].inputs:
             node = nodes[node].inputs[0]
-        return nodes[node].inputs if nodes[node].op in _STACKS else ()
+        parts = nodes[node].inputs if nodes[node].op in _STACKS else ()
+        return parts if len({nodes[part].shape for part in parts}) == 1 else ()
 
     def _addition(self, op: str, operands: tuple[int, ...], result: Tensor, in_place: bool, frame: Any) -> None:
         frames = list(_frames(frame))

@@ -230,3 +230,22 @@ class ABlockUnderVmap(Trap):
 
     def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
         return self.block.reference(x + h[0] * self.a(x), h[1])
+
+
+@trap
+class MeanOfUnequalParts(WithABlock):
+    """The mean of what was joined of a channel and of more is no sum of the two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = linear()
+
+    def scaled(self, x: Tensor) -> Tensor:
+        y = x[..., :1]
+        return x * torch.cat((y, self.a(y.expand_as(x))), dim=-1).mean(-1, keepdim=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(self.scaled(x))
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        return self.block.reference(self.scaled(x), h[0])
