@@ -17,8 +17,6 @@ from eulernet.functional import euler_step
 from tests.helpers.trapped import build
 from tests.traps import TRAPS, Trap
 
-LIMIT = 8  # of recompilations; importing timm.optim moves that of the process to a million
-
 # Where Dynamo breaks the graph, patched or not: at += into the attribute of a SimpleNamespace, at an autograd function
 # that keeps its inputs as attributes, and in training where random numbers decide which layers run. Each with modes.
 BREAKING = {
@@ -167,7 +165,7 @@ def test_one_compilation_over_all_changes_of_h(net: Any, training: bool) -> None
     counter = CompileCounter()
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     steps = eulernet.steps(model)
-    with torch._dynamo.config.patch(error_on_recompile=True, recompile_limit=LIMIT):
+    with torch._dynamo.config.patch(error_on_recompile=True):
         compiled(x)
         for h in (0.1, 1.0, 2, [0.05 * (i + 1) for i in range(len(steps))], lambda step: 1 / step.depth):
             eulernet.set_h(model, h)
@@ -175,13 +173,14 @@ def test_one_compilation_over_all_changes_of_h(net: Any, training: bool) -> None
     assert counter.frame_count == 1
 
 
+@pytest.mark.usefixtures("recompiled")
 def test_a_long_schedule_compiles_once() -> None:
     """More values of h than Dynamo's limit of recompilations, with inductor, in training."""
     model, x = vector_net()
     eulernet.patch(model, 1.0, example_inputs=x)
     compiled = torch.compile(model, fullgraph=True)
-    with torch._dynamo.config.patch(error_on_recompile=True, recompile_limit=LIMIT):
-        for i in range(1, LIMIT + 5):
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for i in range(1, torch._dynamo.config.recompile_limit + 5):
             eulernet.set_h(model, 1 / i)
             assert_close(gradients(compiled, x), gradients(model, x))
 
@@ -212,7 +211,7 @@ def test_setting_h_of_one_block_does_not_recompile_the_others() -> None:
     for block in model:
         block.compile(backend=counter, fullgraph=True)
     model(x)
-    with torch._dynamo.config.patch(error_on_recompile=True, recompile_limit=LIMIT):
+    with torch._dynamo.config.patch(error_on_recompile=True):
         eulernet.set_h(model, [0.2] + [0.1] * 11)
         model(x)
     assert counter.frame_count == 1

@@ -130,9 +130,6 @@ def test_changing_the_state_that_was_returned_changes_nothing() -> None:
     assert schedule.get_last_h() == [1.0] * 4
 
 
-LIMIT = 8  # of recompilations; importing timm.optim moves that of the process to a million
-
-
 @pytest.mark.usefixtures("recompiled")
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 def test_annealing_compiles_once(training: bool) -> None:
@@ -140,8 +137,8 @@ def test_annealing_compiles_once(training: bool) -> None:
     model = patched().train(training)
     counter = CompileCounter()
     compiled = torch.compile(model, backend=counter, fullgraph=True)
-    schedule = HScheduler(compiled, total_steps=LIMIT + 5)
-    with torch._dynamo.config.patch(error_on_recompile=True, recompile_limit=LIMIT):
+    schedule = HScheduler(compiled, total_steps=torch._dynamo.config.recompile_limit + 5)
+    with torch._dynamo.config.patch(error_on_recompile=True):
         for _ in range(schedule.total_steps + 2):
             torch.testing.assert_close(compiled(X), model(X), rtol=1e-5, atol=1e-6)  # fused in another order
             schedule.step()

@@ -296,8 +296,8 @@ def _are_other_parts(graph: Graph, skipped: list[int], path: dict[int, int]) -> 
     for n, (part, whole) in enumerate(pairwise(skipped), 1):
         if whole in path and _begin_apart(graph, part, whole, path):
             of_map = any(graph.is_map(m) and graph.is_of_features(part, m) for m in skipped[n:])
-            others = [n for n in path if whole in graph.nodes[n].inputs]
-            return not of_map or any(graph.readers.get(n, set()) - path.keys() for n in others)
+            others = (node for node in path if whole in graph.nodes[node].inputs)
+            return not of_map or any(graph.readers.get(node, set()) - path.keys() for node in others)
     return False
 
 

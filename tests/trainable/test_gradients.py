@@ -68,7 +68,6 @@ def test_values_and_gradients_are_those_of_the_reference(cls: type[Trap], traini
 
 
 # The narrowing one adds in bfloat16, where differences are too coarse.
-LIMIT = 8  # of recompilations; importing timm.optim moves that of the process to a million
 FORMS = [cls for cls in TRAPS if issubclass(cls, Form) and cls is not NarrowingInPlaceAddition]
 
 
@@ -171,8 +170,8 @@ def test_learning_compiles_once() -> None:
     counter = CompileCounter()
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    with torch._dynamo.config.patch(error_on_recompile=True, recompile_limit=LIMIT):
-        for _ in range(LIMIT + 3):
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(torch._dynamo.config.recompile_limit + 3):
             loss = compiled(X).square().sum()
             torch.testing.assert_close(loss, model(X).square().sum())
             optimizer.zero_grad()

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.traps.base import DIM, Block, Expected, Trap, WithABlock, body, conv, linear, mlp, trap, two
+from tests.traps.base import DIM, Expected, Trap, WithABlock, body, conv, each, linear, mlp, trap, two
 
 
 class Decoded(nn.Module):
@@ -99,7 +99,7 @@ class ShiftBehindAMap(Trap):
     """Glow: one convolution mixes the halves, one of which is then shifted by a map of the other, which stays."""
 
     shape = (2, 2 * DIM, 4, 4)
-    expected = (Expected("block"),)
+    expected = each("block")
 
     def __init__(self) -> None:
         super().__init__()
@@ -155,7 +155,7 @@ class PooledContext(Trap):
     """BiSeNet: a context that was pooled and sized up again is no shortcut of what it is added to."""
 
     shape = (2, DIM, 8, 8)
-    expected = (Expected("block"),)
+    expected = each("block")
 
     def __init__(self) -> None:
         super().__init__()
@@ -196,14 +196,12 @@ class JoinedTwice(Trap):
 
 
 @trap
-class BehindVmap(Trap):
+class BehindVmap(WithABlock):
     """What vmap gives has one axis more than what ran inside of it."""
-
-    expected = (Expected("block"),)
 
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.block = linear(), Block()
+        self.a = linear()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.block(torch.func.vmap(self.a)(x))
@@ -213,14 +211,14 @@ class BehindVmap(Trap):
 
 
 @trap
-class ABlockUnderVmap(Trap):
+class ABlockUnderVmap(WithABlock):
     """The step is made inside, of one sample after the other, and another one behind it."""
 
     expected = (Expected(depth=2), Expected("block", depth=2))
 
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.block = linear(), Block()
+        self.a = linear()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.block(torch.func.vmap(self.added)(x))
