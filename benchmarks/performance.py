@@ -86,14 +86,20 @@ def plot(rows: Sequence[Row], title: str, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    operations = [row for row in rows if row["table"] == "operations" and "eager share" in row]
-    models = [row for row in rows if row["table"] == "models"]
+    operations = [row for row in _latest(rows, "operations") if "eager share" in row]
+    models = _latest(rows, "models")
     figure, axes = plt.subplots(1, 2, figsize=(13, 6), layout="constrained")
     _plot_shares(operations, axes[0])
     _plot_ratios(models, axes[1])
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def _latest(rows: Sequence[Row], table: str) -> list[Row]:
+    """Those of a table that the machine measured that came last: of one state of the library."""
+    mine = [row for row in rows if row["table"] == table]
+    return [row for row in mine if row["machine"] == max(row["machine"] for row in mine)]
 
 
 def _plot_shares(rows: Sequence[Row], axes: Any) -> None:

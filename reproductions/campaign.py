@@ -4,7 +4,8 @@ The rule that chooses was fixed before anything was run. A probe measures the wa
 cell has 5 seeds of each arm, always, and the largest number of epochs of EPOCHS that fits the time left: in TF32, if
 ENOUGH of them fit; else in TF32 or with the branches in bf16, whichever has room for more. While it runs, it is made
 shorter to the next number if the measured pace asks for that and nothing that was trained would have been different. A
-later cell has the same number and precision, and is begun only if it is expected to end in time.
+later cell has the same number and precision, and is begun only if it is expected to end in time. Where the folder holds
+the probe of an earlier campaign on such a device, this one goes on with what was chosen there, and probes nothing.
 """
 
 from __future__ import annotations
@@ -240,13 +241,16 @@ class Campaign:
         self.notes |= {"environment": environment(self.device), "seconds": self.seconds, "preset": self.preset}
         self.notes |= {"rule": " ".join((__doc__ or "").split("\n\n")[1].split()), "variants": []}
         check_data(Place(self.out, self.data_root, self.device), cells(self.preset, 1, "fp32")[0][1])
-        before = len(self.records())
+        before, earlier = len(self.records()), self.earlier()
         with eulernet.kernels.mode("torch"):  # what is measured here is the engine, not the library's kernels
-            ways = self.probe()
-            if not ways:
-                self.note("no way to train works here")
-                return 0
-            epochs, ways = self.choose(ways)
+            if earlier is None:
+                ways = self.probe()
+                if not ways:
+                    self.note("no way to train works here")
+                    return 0
+                epochs, ways = self.choose(ways)
+            else:
+                epochs, ways = earlier
             for number, (title, trials) in enumerate(cells(self.preset, epochs, ways[0].precision)):
                 self.cell(title, trials, ways, must=number == 0)
                 ways = [way for way in ways if not way.leaks] or ways  # later cells have trials that diverge
@@ -258,6 +262,20 @@ class Campaign:
         return known_records((self.out, *self.recorded), self.data_root, ["cifar10"])
 
     # ---- which way, how many epochs
+    def earlier(self) -> tuple[int, list[Way]] | None:
+        """What an earlier campaign in this folder, on such a device, has chosen."""
+        path = self.out / "probe.json"
+        notes = json.loads(path.read_text()) if path.exists() else {}
+        on = notes.get("environment", {})
+        alike = all(on.get(key) == self.notes["environment"][key] for key in ("device", "torch"))
+        chosen = notes.get("chosen")
+        if chosen is None or not alike or notes.get("preset") != self.preset or self.way not in ("", chosen["kind"]):
+            return None
+        self.notes = {**notes, "seconds": self.seconds, "rule": self.notes["rule"]}
+        way = Way(**{key: chosen[key] for key in ("kind", "precision", "captured", "speed", "leaks")})
+        self.note(f"as chosen before: {way}, {chosen['epochs']} epochs")
+        return chosen["epochs"], [replace(way, captured=way.captured and not self.launched)]
+
     def probe(self) -> list[Way]:
         """All ways that work here."""
         first = cells(self.preset, EPOCHS[self.preset][-1], "bf16")[0][1][:AT_ONCE]

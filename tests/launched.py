@@ -23,6 +23,7 @@ from eulernet import kernels
 from eulernet.kernels import _layout
 from eulernet.kernels._launch import Launch
 
+SHARED = 224 * 1024  # bytes that a multiprocessor has for programs
 MULTIPROCESSORS = 4  # of a small GPU, so that programs that sum up have several tiles
 TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 WRITTEN = {
@@ -39,6 +40,7 @@ def install() -> None:
     from eulernet.kernels import _norm
 
     _layout.multiprocessors = lambda device: MULTIPROCESSORS  # type: ignore[assignment]
+    _layout.shared_memory = lambda device: SHARED  # type: ignore[assignment]
     _norm.widened = lambda kind, device: kind == "layer_norm"
     through = Launch._through_triton
 
@@ -110,7 +112,7 @@ def described(launch: Launch, tensors: tuple[Tensor | None, ...], compiled: Any)
     name = launch.kernel.fn.__name__
     constants = dict(zip(launch.kernel.arg_names[len(tensors) + 1 :], launch.tail, strict=True))
     row: dict[str, Any] = {"kernel": name, "programs": launch.programs, "warps": launch.warps}
-    row |= resources(compiled.asm["cubin"])
+    row |= resources(compiled.asm["cubin"]) | {"shared": compiled.metadata.shared}
     if constants.get("tiles", 1) > 1:
         row["multiprocessors"] = MULTIPROCESSORS
     if name not in WRITTEN:
@@ -123,6 +125,11 @@ def described(launch: Launch, tensors: tuple[Tensor | None, ...], compiled: Any)
     moved = {"ld": 0, "st": 0}
     for kind, width in re.findall(r"(ld|st)\.global(?:\.[a-z_:0-9A-Z]+?)*?\.((?:v\d\.)?b\d+)\b", compiled.asm["ptx"]):
         moved[kind] += BYTES.get(width, 0)
+    # What is read ahead is copied to shared memory, before the loop for all stages but one.
+    ahead = [
+        int(size, 0) for size in re.findall(r"cp\.async\.c[ag]\.shared\.global .*?, (0x\w+|\d+)", compiled.asm["ptx"])
+    ]
+    moved["ld"] += sum(size for size in ahead if size == 16) // constants.get("STAGES", 1)
     for kind, written in (("ld", False), ("st", True)):
         mine = [t for argument, t in streams.items() if (argument in WRITTEN[name]) == written]
         row[kind] = {"bytes": sum(t.itemsize * each for t in mine), "by vectors": moved[kind]}

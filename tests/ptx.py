@@ -16,7 +16,7 @@ from eulernet.kernels import _device
 
 SIZES = ["M", "C", "R", "skip_outer", "skip_middle", "branch_outer", "branch_middle"]
 SIZES += ["normed_outer", "normed_middle", "P", "B"]
-TILE = {"SPLIT": True, "BR": 8, "BC": 256}
+TILE = {"SPLIT": True, "BR": 8, "BC": 256, "STAGES": 3}
 BARE = {"SCALE": -1, "MASK": -1, "scale": None, "mask": None}
 VARIANTS: list[tuple[Any, dict[str, Any]]] = [
     *[(_device.step_forward, {"SCALE": s, "MASK": 0, "ACT": a} | TILE) for s, a in ((2, 1), (1, 2), (0, 3), (-2, 0))],
@@ -38,6 +38,7 @@ VARIANTS: list[tuple[Any, dict[str, Any]]] = [
 
 def accesses(kernel: Any, constants: dict[str, Any], dtype: str) -> list[str]:
     """The instructions that reach the memory of the GPU."""
+    constants = {name: value for name, value in constants.items() if name != "STAGES" or name in kernel.arg_names}
     if "T" in kernel.arg_names:
         constants = constants | {"T": tl.float64 if dtype == "fp64" else tl.float32}
     else:
@@ -53,7 +54,8 @@ def accesses(kernel: Any, constants: dict[str, Any], dtype: str) -> list[str]:
     values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source = ASTSource(kernel, signature, values, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
-    return re.findall(r"(?:ld|st)\.global[\w.:]*", compiled.asm["ptx"])
+    ahead = re.findall(r"cp\.async\.c[ag]\.shared\.global .*?, 0x10\b", compiled.asm["ptx"])
+    return re.findall(r"(?:ld|st)\.global[\w.:]*", compiled.asm["ptx"]) + ["ld.ahead.v4.b32"] * len(ahead)
 
 
 if __name__ == "__main__":

@@ -48,9 +48,13 @@ def test_the_command_works_through_all_cells_and_runs_nothing_twice(
     records = read_records(tmp_path)
     assert {record["key"] for record in records} == {one.key for _, trials in first for one in trials}
     assert {path.name for path in tmp_path.iterdir()} == {"probe.json", "records.jsonl"}
+    monkeypatch.setattr(Campaign, "probe", None)  # a campaign that goes on probes nothing
     again = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path)])
     assert again.exit_code == 1 and "no trial came to its end" in str(again.exception)
     assert read_records(tmp_path) == records
+    last = json.loads((tmp_path / "probe.json").read_text())
+    assert (last["chosen"], last["variants"]) == (notes["chosen"], notes["variants"])
+    assert "as chosen before" in last["events"][len(notes["events"])]
 
 
 def test_a_way_that_fails_is_noted_and_the_next_one_does_it(

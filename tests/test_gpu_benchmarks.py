@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import performance
-from benchmarks.gpu import correctness, models, operations, pays, plan, supervise
+from benchmarks.gpu import correctness, models, operations, plan, supervise, thresholds
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.results import RESULTS, Results, Row
 from benchmarks.gpu.sizes import EARNEST, TINY
@@ -38,7 +38,7 @@ def test_the_parts_come_in_the_order_of_what_they_decide(capsys: pytest.CaptureF
     names = capsys.readouterr().out.splitlines()
     assert len(set(names)) == len(names)
     kinds = [name.partition("/")[0] for name in names]
-    assert list(dict.fromkeys(kinds)) == ["correctness", "operations", "host", "models"]
+    assert list(dict.fromkeys(kinds)) == ["correctness", "operations", "host", "models", "thresholds"]
     bfloat16, compiled = "operations/step, ReLU/bfloat16/16 MiB", "models/resnet50/compiled"
     assert names.index(bfloat16) < names.index("host") < names.index("models/resnet50/eager") < names.index(compiled)
     assert {
@@ -208,7 +208,7 @@ def test_the_page_holds_what_was_measured(tmp_path: Path) -> None:
     performance.main(tmp_path / "gpu.json", tmp_path / "performance.md")
     text = (tmp_path / "performance.md").read_text()
     assert "| step | bfloat16 | forward | fused | 97% (2,900) | 97% (2,900) |" in text
-    assert "| net | training | eager | 1 | 10.00 | 9.00 | 0.900 (0.800-1.100) | 1.200 | 0.500 |" in text
+    assert "| net | training | eager | 1 | 10.00 | 9.00 | 0.900 (0.800-1.100) | 1.200 |  | 0.500 |" in text
     assert "GPU; Python 3.11, torch 3; eulernet's files abc; today; `run`" in text and "Microseconds" not in text
     assert (tmp_path / performance.PLOT).stat().st_size > 10_000
 
@@ -224,19 +224,12 @@ def test_every_part_has_a_name_of_its_own() -> None:
     assert len(set(names)) == len(names)
 
 
-def test_a_kernel_runs_from_the_size_on_at_which_it_was_measured_to_pay() -> None:
-    rows = json.loads(RESULTS.read_text())["rows"]
-    for name, source in pays.SOURCES.items():
-        assert getattr(kernels, name) == pays.pays(rows, *source), name
-
-
-def test_the_size_is_that_at_which_device_and_host_are_even() -> None:
-    """Eager takes 30 us for 1.2 MB, the kernel 10: of 64 MiB 20 us are saved, of 32 MiB 10, which is what it costs."""
-    here = {"table": "operations", "name": "step", "MiB": 64, "beside": "eager", "dtype": "bfloat16", "bytes": 1.2e6}
-    rates = {"eager GB/s": 40.0, "fused GB/s": 120.0}
-    rows: list[Row] = [{**here, **rates, "direction": direction} for direction in ("forward", "backward")]
-    for what, more in (("forward", 10.0), ("forward + backward", 10.1)):
-        rows.append({"table": "host", "name": "line", "what": what, "more us": more})
-    assert pays.pays(rows, "step", "line") == (32, 32)
-    rows[0]["fused GB/s"] = 100.0
-    assert pays.pays(rows, "step", "line") == (64, 32)
+@without_gpu
+def test_models_are_measured_with_the_kernels_from_each_size_on() -> None:
+    before = [getattr(kernels, name) for name in thresholds.NAMES]
+    case = thresholds.cases(TINY)[-1]
+    [row] = thresholds.measure(case, TINY)
+    assert [getattr(kernels, name) for name in thresholds.NAMES] == before
+    assert all(row[str(size)] > 0 for size in thresholds.MEBIBYTES)
+    [table] = tables([{**row, "part": case.part}])
+    assert table.columns[-2:] == ("64 MiB", "never") and len(table.rows[0]) == len(table.columns)

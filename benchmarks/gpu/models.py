@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 import eulernet
 from benchmarks.gpu.clock import WallClock
@@ -122,9 +123,7 @@ def measure(name: str, compiled: bool, sizes: Sizes) -> Iterator[Row]:
         for net in variants.values():
             net.compile(backend=sizes.backend, dynamic=False)
     for batch in (1, model.batch) if not compiled else (model.batch,):
-        with torch.device(sizes.device):
-            inputs = model.inputs(batch)
-        inputs = _channels_last(inputs) if model.images else inputs
+        inputs = on_the_device(model, batch, sizes)
         for training in (False, True):
             yield {
                 "table": "models", "name": name, "what": "training" if training else "inference", "batch": batch,
@@ -132,8 +131,14 @@ def measure(name: str, compiled: bool, sizes: Sizes) -> Iterator[Row]:
             }  # fmt: skip
 
 
+def on_the_device(model: Model, batch: int, sizes: Sizes) -> Tensor:
+    with torch.device(sizes.device):
+        inputs = model.inputs(batch)
+    return _channels_last(inputs) if model.images else inputs
+
+
 def _race(variants: dict[str, nn.Module], inputs: Tensor, training: bool, sizes: Sizes) -> Row:
-    runs = {kind: (_train if training else _infer)(net.train(training), inputs) for kind, net in variants.items()}
+    runs = {kind: (train if training else infer)(net.train(training), inputs) for kind, net in variants.items()}
     row: Row = {}
     for kind, run in runs.items():
         run()
@@ -142,6 +147,7 @@ def _race(variants: dict[str, nn.Module], inputs: Tensor, training: bool, sizes:
             before = torch.cuda.memory_allocated()
             run()
             row[f"{kind} bytes"] = torch.cuda.max_memory_allocated() - before
+            row[f"{kind} device ms"] = _device_seconds(run) * 1e3
     race = Interleaved(runs, WallClock(sizes.device))
     for _ in range(race.warm_up(2, least=5, seconds=sizes.seconds, most=50)):
         race.round()
@@ -154,11 +160,20 @@ def _race(variants: dict[str, nn.Module], inputs: Tensor, training: bool, sizes:
     return row
 
 
+def _device_seconds(run: Run, times: int = 3) -> float:
+    """What the kernels of a call take together: where a call takes longer, the device waits for the host."""
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as seen:
+        for _ in range(times):
+            run()
+        torch.cuda.synchronize()
+    return float(sum(event.self_device_time_total for event in seen.key_averages())) / 1e6 / times
+
+
 def _channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def _train(net: nn.Module, inputs: Tensor) -> Run:
+def train(net: nn.Module, inputs: Tensor) -> Run:
     def run() -> None:
         net.zero_grad()
         with torch.autocast(inputs.device.type, torch.bfloat16):
@@ -168,7 +183,7 @@ def _train(net: nn.Module, inputs: Tensor) -> Run:
     return run
 
 
-def _infer(net: nn.Module, inputs: Tensor) -> Run:
+def infer(net: nn.Module, inputs: Tensor) -> Run:
     def run() -> None:
         with torch.no_grad(), torch.autocast(inputs.device.type, torch.bfloat16):
             net(inputs)

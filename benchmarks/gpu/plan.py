@@ -7,7 +7,7 @@ from itertools import product
 from typing import NamedTuple
 
 from benchmarks import host
-from benchmarks.gpu import correctness, models, operations
+from benchmarks.gpu import correctness, models, operations, thresholds
 from benchmarks.gpu.results import Row
 from benchmarks.gpu.sizes import Sizes
 
@@ -52,7 +52,11 @@ def parts(sizes: Sizes) -> list[Part]:
     eager = [_model(name, compiled=False) for name in models.models(sizes)]
     compiled = [_model(name, compiled=True) for name in models.models(sizes)]
     on_the_host = Part("host", "host", 8, lambda sizes: host.measure(sizes.device, *(5, 2) if sizes.tiny else (300, 9)))
-    return [*steps[:decisive], on_the_host, *eager, *steps[decisive:], *compiled]
+    sizes_that_pay = [
+        Part(case.part, "thresholds", 8, lambda sizes, case=case: thresholds.measure(case, sizes))  # type: ignore[misc]
+        for case in thresholds.cases(sizes)
+    ]
+    return [*steps[:decisive], on_the_host, *eager, *steps[decisive:], *compiled, *sizes_that_pay]
 
 
 def _operation(case: operations.Case) -> Part:

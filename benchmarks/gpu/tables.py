@@ -26,7 +26,7 @@ def machine(on: Row) -> str:
 
 def tables(rows: Sequence[Row]) -> list[Table]:
     """What decides first, and no empty one."""
-    made = (_correctness(rows), _operations(rows), _host(rows), _models(rows), _failed(rows))
+    made = (_correctness(rows), _operations(rows), _host(rows), _models(rows), _thresholds(rows), _failed(rows))
     return [table for table in made if table.rows]
 
 
@@ -94,13 +94,35 @@ def _models(rows: Sequence[Row]) -> Table:
             *(f"{row['original ms']:.2f}", f"{row['patched ms']:.2f}"),
             f"{row['median']:.3f} ({row['low']:.3f}-{row['high']:.3f})",
             f"{row['hooks']:.3f}" if "hooks" in row else "",
+            f"{row['patched device ms'] / row['original device ms']:.3f}" if "original device ms" in row else "",
             f"{row['patched bytes'] / row['original bytes']:.3f}" if row.get("original bytes") else "",
         ]
         for row in mine
     ]
-    columns = ("model", "run", "backend", "batch", "original ms", "patched ms", "ratio", "hooks", "memory")
-    title = "Time of the patched model / the original's (median, quartiles), of forward hooks / it, peak memory / it"
+    columns = ("model", "run", "backend", "batch", "original ms", "patched ms", "ratio", "hooks", "device", "memory")
+    title = (
+        "Time of the patched model / the original's (median, quartiles); of forward hooks; of the device alone; memory"
+    )
     return Table(title, columns, 3, lines)
+
+
+def _thresholds(rows: Sequence[Row]) -> Table:
+    mine = [row for row in rows if row["table"] == "thresholds"]
+    sizes = [key for key in mine[0] if key.isdigit()] if mine else []
+    lines = [
+        [
+            row["name"],
+            row["what"],
+            str(row["batch"]),
+            f"{row['original ms']:.2f}",
+            *(f"{row[size]:.3f}" for size in sizes),
+        ]
+        for row in mine
+    ]
+    columns = ("model", "run", "batch", "original ms", *(f"{size} MiB" for size in sizes[:-1]), "never")
+    return Table(
+        "Time of the patched model / the original's, with kernels from a size of the state on", columns, 2, lines
+    )
 
 
 def _failed(rows: Sequence[Row]) -> Table:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from eulernet import kernels
 from eulernet._errors import EulernetError
 from eulernet._run.factor import StepFactor, scaled_add, scaled_add_
-from eulernet._run.known import DIMENSIONS, Norm, activation, bare, before, gamma, held, norm
+from eulernet._run.known import DIMENSIONS, Norm, activation, bare, before, gamma, held, norm, pays
 from eulernet.functional import _factors, _mask, _promoted
 from eulernet.kernels._layout import SEVERAL, varying
 
@@ -139,7 +139,7 @@ def defer(module: Any, branch: Any, factor: Any) -> Any:
     """`module(branch)`, put off if a kernel may do it together with the addition of this step factor."""
     if type(branch) is DeferredBranch:
         return branch if branch.take(module, before(module)) else defer(module, branch.run(), factor)
-    if not kernels.possible(branch):
+    if not kernels.possible(branch, kernels.LAYER_SCALE):  # which pays first of what comes before an addition
         return module(branch)
     role = before(module)
     if role is None or role == "identity" or (role != "LayerScale" and module.training == (role == "batch norm")):
@@ -152,7 +152,7 @@ def defer_mul(left: Any, right: Any, gamma_first: bool, factor: Any) -> Any:
     """`left * right`, one of which is gamma, put off likewise."""
     branch, gamma = (right, left) if gamma_first else (left, right)
     waiting = branch if type(branch) is DeferredBranch else None
-    if waiting is None and kernels.possible(branch):
+    if waiting is None and kernels.possible(branch, kernels.LAYER_SCALE):
         waiting = _waiting(branch, factor, kernels.LAYER_SCALE)
     if waiting is None:
         return left * right
@@ -183,7 +183,7 @@ def step(
 ) -> Any:
     """`then(left + alpha * right)` with the branch scaled, in one operation where that is possible."""
     skip, branch = (materialize(left), right) if skip_is_left else (materialize(right), left)
-    if kernels.possible(skip):
+    if kernels.possible(skip, kernels.ACTIVATION):  # which pays first of all but norms
         result = _fused(then, skip, branch, h, skip_is_left, alpha, in_place)
         if result is None and type(branch) is DeferredBranch:
             branch = materialize(branch)
@@ -219,9 +219,11 @@ def add_norm(
 ) -> tuple[Any, PrecomputedNorm | None]:
     """`left + alpha * right` with the branch scaled, and the owner's norm of it if one operation does both."""
     skip, branch = (materialize(left), right) if skip_is_left else (materialize(right), left)
-    if kernels.possible(skip):
+    if kernels.possible(skip, kernels.WRITTEN_OUT):  # which pays first
         module: Any = getattr(owner, name, None)
-        both = _fused(module, skip, branch, h, skip_is_left, alpha, in_place=False)
+        both = None
+        if kernels.possible(skip, pays(module)):
+            both = _fused(module, skip, branch, h, skip_is_left, alpha, in_place=False)
         if both is not None:  # of an activation only its result, which nobody reads before it is asked for
             return both[0], PrecomputedNorm(module, both[0], both[-1])
     return step(None, left, right, h, skip_is_left, alpha), None
@@ -250,14 +252,14 @@ def _fused(
     after_norm = None if then is None or name is not None else norm(then)
     if then is not None and ((name is None and after_norm is None) or not bare(then)):
         return None
-    pays = kernels.ACTIVATION if name is not None else None  # without, one kernel of ATen's does the same
+    worth = kernels.ACTIVATION if name is not None else None  # without, one kernel of ATen's does the same
     if batch_norm is not None:
-        pays = kernels.BATCH_NORM
+        worth = kernels.BATCH_NORM
     elif after_norm is not None:
-        pays = after_norm.pays
+        worth = pays(then)
     elif scale is not None or mask is not None or isinstance(h, Tensor):
-        pays = kernels.LAYER_SCALE
-    if not kernels.chosen(skip, branch, pays):
+        worth = kernels.LAYER_SCALE
+    if not kernels.chosen(skip, branch, worth):
         return None
     if not isinstance(h, Tensor) and h == 1 and (waiting is not None or name not in (None, "relu") or after_norm):
         return None

@@ -75,12 +75,6 @@ class Norm(NamedTuple):
     eps: float
     written_out: bool = False  # in operations that autocast leaves alone, rounded to float32 at most
 
-    @property
-    def pays(self) -> kernels.Pays:
-        if self.written_out:
-            return kernels.WRITTEN_OUT
-        return kernels.LAYER_NORM if self.kind == "layer_norm" else kernels.RMS_NORM
-
 
 def norm(module: Any) -> Norm | None:
     """What a module normalizes a new state with, None where it is no norm that a step knows."""
@@ -99,6 +93,15 @@ def norm(module: Any) -> Norm | None:
     if len(shape) != 1 or state.get("_fast_norm", False) or eps is None:
         return None
     return Norm(kind, shape[0], held(module, "weight"), held(module, "bias") if kind == "layer_norm" else None, eps)
+
+
+def pays(module: Any) -> kernels.Pays:
+    """From which size on a kernel pays for this norm, if it is one that a step knows."""
+    cls = type(module)
+    kind = _NORMS.get((cls.__module__, cls.__qualname__))
+    if kind is None:
+        return kernels.WRITTEN_OUT
+    return kernels.LAYER_NORM if kind == "layer_norm" else kernels.RMS_NORM
 
 
 def held(module: nn.Module, name: str) -> Any:

@@ -30,13 +30,15 @@ class Pays(NamedTuple):
     without: float  # gradients
     backward: float  # with them
 
+    def bytes(self, gradients: bool) -> float:
+        return (self.backward if gradients else self.without) * 2**20
+
 
 # What an H200 said: `benchmarks.gpu.pays` makes these of benchmarks/results/gpu.json.
-ACTIVATION, LAYER_SCALE, BATCH_NORM = Pays(4, 64), Pays(8, 64), Pays(16, 16)
-LAYER_NORM, RMS_NORM = Pays(32, 128), Pays(64, 64)
+ACTIVATION, LAYER_SCALE, BATCH_NORM = Pays(4, 64), Pays(8, 32), Pays(16, 16)
+LAYER_NORM, RMS_NORM = Pays(32, 64), Pays(64, 64)
 # An RMSNorm that is written out is eight launches in eager mode. At 16 MiB Llama was measured, and it paid.
 WRITTEN_OUT = Pays(1, 16)
-LEAST = 1 << 20  # bytes: nothing pays below
 
 Mode = Literal["auto", "torch", "triton"]
 _KEY = "eulernet.kernels.mode"
@@ -148,30 +150,32 @@ def _warn(what: str) -> None:
     )
 
 
-def possible(state: Any) -> Mode | None:
-    """The mode in which a kernel may be chosen for a state, whatever it does: asked first, for it costs almost nothing.
-
-    None for most: in a compiled graph, off the GPU, and where the state is small.
+def possible(state: Any, pays: Pays | None) -> Mode | None:
+    """The mode in which a kernel may be chosen for a state, None for most: in a compiled graph, off the GPU, and where
+    the state is smaller than what pays. It is asked first, of each operation that may be one, and costs almost nothing.
     """
     if torch.compiler.is_compiling():
         return None
     mode = current()
-    if mode == "auto":
-        large: bool = type(state) in _TENSORS and state.is_cuda and state.nbytes >= LEAST
-        return mode if large else None
-    return mode if mode == "triton" else None
+    if mode != "auto":
+        return mode if mode == "triton" else None
+    if pays is None or type(state) not in _TENSORS or not state.is_cuda:
+        return None
+    return mode if state.nbytes >= pays.bytes(state.requires_grad and torch.is_grad_enabled()) else None
 
 
 def chosen(skip: Any, branch: Any, pays: Pays | None) -> bool:
     """Whether a kernel is to compute a step of these operands. None pays: one kernel of ATen's does the same."""
-    mode = possible(skip)
+    mode = possible(skip, pays)
     if mode is None or not (plain(skip) and plain(branch)):
         return False
     if mode == "auto":
-        if pays is None or _broken:
+        assert pays is not None
+        if _broken:
             return False
-        gradients = torch.is_grad_enabled() and (skip.requires_grad or branch.requires_grad)
-        if skip.nbytes < (pays.backward if gradients else pays.without) * 2**20 or not _works(skip.get_device()):
+        if branch.requires_grad and torch.is_grad_enabled() and skip.nbytes < pays.bytes(True):
+            return False
+        if not _works(skip.get_device()):
             return False
     elif not skip.is_cuda:
         if not skip.is_cpu:

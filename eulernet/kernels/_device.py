@@ -123,7 +123,7 @@ def step_backward(
     grad, branch, state, out, scale, mask, skip_grad, branch_grad, scale_parts, alpha,
     M, C, R, branch_outer, branch_middle, tiles,
     SCALE: tl.constexpr, MASK: tl.constexpr, ACT: tl.constexpr, SPLIT: tl.constexpr, T: tl.constexpr,
-    BR: tl.constexpr, BC: tl.constexpr,
+    BR: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The gradients that are asked for (not None); that of scale in parts, for `sum_parts`.
 
@@ -136,7 +136,7 @@ def step_backward(
     total = tl.zeros([BR, BC], T)
     row, outer, middle, rows = _rows(lane, M, R, SPLIT, BR)
     factor = _small(scale, SCALE, outer, middle, column, rows, columns, T)
-    for tile in range(0, tiles):
+    for tile in tl.range(0, tiles, num_stages=STAGES):
         row, outer, middle, rows = _rows(lane + tile * lanes, M, R, SPLIT, BR)
         inside = rows[:, None] & columns[None, :]
         here = (row * C)[:, None] + column[None, :]
@@ -212,7 +212,7 @@ def norm_backward(
     skip_grad, branch_grad, scale_parts, weight_parts, bias_parts, alpha,
     M, C, R, branch_outer, branch_middle, normed_outer, normed_middle, tiles,
     SCALE: tl.constexpr, MASK: tl.constexpr, SPLIT: tl.constexpr, T: tl.constexpr,
-    BR: tl.constexpr, BC: tl.constexpr,
+    BR: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The gradients that are asked for; those of scale, weight and bias in parts, for `sum_parts`.
 
@@ -228,7 +228,7 @@ def norm_backward(
     gamma = _small(scale, SCALE, outer, middle, column, rows, columns, T)
     if weight is not None:
         factor = _small(weight, 2, outer, middle, column, rows, columns, T)
-    for tile in range(0, tiles):
+    for tile in tl.range(0, tiles, num_stages=STAGES):
         row, outer, middle, rows = _rows(pid + tile * tl.num_programs(0), M, R, SPLIT, BR)
         inside = rows[:, None] & columns[None, :]
         here = (row * C)[:, None] + column[None, :]

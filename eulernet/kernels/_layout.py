@@ -70,7 +70,7 @@ def layout(shape: Strides, operands: tuple[Strides, ...], small: tuple[int, ...]
     places = [None] * none + [axis[-1] for axis in axes]
     steps = tuple(0 if d is None else each[d] for each in operands for d in places[:2])
     where = {d: none + i for i, axis in enumerate(axes) for d in axis}
-    block = _block(outer * middle, inner)
+    block = tile(outer * middle, inner)
     return Layout(outer, middle, inner, steps, tuple(where.get(d, d) for d in small), strides, block, shape, small)
 
 
@@ -99,13 +99,13 @@ def _strides(skip: Tensor, branch: Tensor) -> Strides:
     return torch.empty(skip.shape, device="meta").stride() if dense else torch.add(skip, branch).stride()
 
 
-def _block(rows: int, inner: int) -> tuple[int, int]:
+def tile(rows: int, inner: int, elements: int = TILE) -> tuple[int, int]:
     """Rows and columns of a tile, powers of two."""
-    columns = min(power_of_two(inner), TILE)
+    columns = min(power_of_two(inner), elements)
     divisor = inner & -inner  # columns of this size leave no lane idle at the end of a row
-    if 64 <= divisor < columns and rows >= TILE // divisor:
+    if 64 <= divisor < columns and rows >= elements // divisor:
         columns = divisor
-    return min(TILE // columns, power_of_two(rows)), columns
+    return min(elements // columns, power_of_two(rows)), columns
 
 
 def power_of_two(n: int) -> int:
@@ -170,9 +170,22 @@ def warps(block: tuple[int, int], widest: int) -> int:
     return min(32, max(4, block[0] * block[1] * widest // (32 * ALIGNED)))
 
 
-def resident(device: torch.device, warps: int, most: int) -> int:
-    """The programs that run at the same time, where a multiprocessor has room for `most` warps."""
-    return multiprocessors(device) * max(1, most // warps)
+def resident(device: torch.device, programs: int) -> int:
+    """The programs of a GPU that run at the same time, where a multiprocessor holds so many."""
+    return multiprocessors(device) * programs
+
+
+def stages(device: torch.device, size: int, most: int) -> int:
+    """How many tiles a program asks for before it needs them, where those that a multiprocessor holds have this size:
+    bytes of all that its programs read of one tile each."""
+    return max(1, min(most, shared_memory(device) // size))
+
+
+@cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes that the programs of a multiprocessor share; in the interpreter those of a small GPU."""
+    properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+    return 48 * 1024 if properties is None else int(properties.shared_memory_per_multiprocessor) - 4096
 
 
 @cache

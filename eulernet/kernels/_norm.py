@@ -14,6 +14,7 @@ from eulernet.kernels._launch import Launch, Unavailable, apply
 from eulernet.kernels._layout import (
     INNER,
     SINGLE,
+    TILE,
     Layout,
     Strides,
     again,
@@ -26,6 +27,7 @@ from eulernet.kernels._layout import (
     power_of_two,
     resident,
     room,
+    stages,
     varying,
     warps,
 )  # fmt: skip
@@ -34,9 +36,9 @@ from eulernet.kernels._sums import sums
 
 MOST = 8192  # columns that fit into one tile, so that the registers hold it
 FORWARD = 16  # elements of a tile a thread holds
-# Warps of the backward that a multiprocessor holds, by bytes and by how many gradients are sums over the rows. A thread
-# has 8 elements of 16 bit, and then at most 64 registers with one of these sums, 80 with two, 120 with three; else 64.
-ROOM = {2: (32, 32, 24, 16), 4: (32, 32, 32, 32), 8: (32, 32, 32, 32)}
+# A backward goes over tiles of so many elements, and reads up to so many of them ahead; a multiprocessor holds so many
+# bytes of them. With these an H200 was fastest, of rows of 384 to 4096 columns.
+READ, STAGES, HELD = 1024, 3, 8192
 
 
 class Plan:
@@ -49,7 +51,7 @@ class Plan:
         self.way, self.normed, self.device, self.rows = way, normed, device, way.rows
         self.eps, self.centred, self.dtype, self.normed_dtype = eps, centred, dtype, normed_dtype
         self.wide = torch.promote_types(dtype, torch.float32)
-        block = _block(way)
+        block = _block(way, TILE)
         tail = (*sizes(way), *way.axes[1:], eps, centred, way.outer > 1, computed_in(dtype), *block)
         each = warps(block, dtype.itemsize) if mixed else min(32, max(4, block[0] * block[1] // (32 * FORWARD)))
         programs = cdiv(way.rows, block[0])
@@ -72,17 +74,21 @@ class Backward:
 
     def __init__(self, plan: Plan, branch: Tensor | None, wants: tuple[bool, ...]) -> None:
         way, self.copies = again(plan.way, branch, plan.normed)
-        block, summed = _block(way), sum(wants[2:5])
+        block, summed = _block(way, READ), sum(wants[2:5])
         width = plan.normed_dtype.itemsize
-        programs, each = cdiv(way.rows, block[0]), warps(block, width)
-        tiles = cdiv(programs, resident(plan.device, each, ROOM[width][summed])) if summed else 1
+        read = width + plan.dtype.itemsize * (2 - wants[5]) + (branch.itemsize if branch is not None else 0)
+        elements, each = block[0] * block[1], warps(block, width)
+        held = max(1, HELD // (elements * width))
+        programs = cdiv(way.rows, block[0])
+        tiles = cdiv(programs, resident(plan.device, held)) if summed else 1
         programs = cdiv(programs, tiles)
+        ahead = stages(plan.device, held * elements * read, min(tiles, STAGES))
         single = wants[2] and way.axes[1] == SINGLE  # its sum has another shape than those of weight and bias
         self.parts = [(programs, 1 if single else way.inner), *[(programs, way.inner)] * 2]
         self.single = sums(programs, 1, 1, 1, plan.device) if single else None
         self.sums = sums(programs, way.inner, 1, summed - single, plan.device) if summed > single else None
         tail = (way.middle, way.inner, way.rows, *way.steps[2:], tiles)
-        tail += (*way.axes[1:], way.outer > 1, computed_in(plan.dtype), *block)
+        tail += (*way.axes[1:], way.outer > 1, computed_in(plan.dtype), *block, ahead)
         self.launch = Launch(_device.norm_backward, programs, plan.device, tail, each)
 
 
@@ -324,6 +330,7 @@ def _backward(ctx: Any, state_grad: Tensor | None, normed_grad: Tensor | None) -
     return [skip_grad if wants[0] else None, branch_grad, *summed]
 
 
-def _block(way: Layout) -> tuple[int, int]:
+def _block(way: Layout, elements: int) -> tuple[int, int]:
+    """Whole rows, as many as have so many elements."""
     columns = power_of_two(way.inner)
-    return max(1, min(2048 // columns, power_of_two(way.rows))), columns
+    return max(1, min(elements // columns, power_of_two(way.rows))), columns

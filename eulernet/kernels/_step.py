@@ -25,6 +25,8 @@ from eulernet.kernels._layout import (
     ordered,
     resident,
     room,
+    stages,
+    tile,
     walk,
     warps,
 )  # fmt: skip
@@ -33,7 +35,9 @@ from eulernet.kernels._sums import sums
 ACTIVATIONS = {None: 0, "relu": 1, "silu": 2, "gelu": 3}
 FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 MOST_PLANS = 4096
-ROOM = 32  # warps of a sum that a multiprocessor holds: a thread has 64 registers at most
+# Where a backward sums up: elements of a tile, how many tiles a program reads ahead, programs that a multiprocessor
+# holds. With these an H200 was fastest.
+READ, STAGES, HELD = 1024, 5, 2
 Wants = tuple[bool, ...]  # whether the gradients of skip, branch and scale are asked for, and those that a norm adds
 
 
@@ -56,12 +60,12 @@ class Plan:
         return torch.empty_like(skip) if self.alike else room(self.way, skip, self.dtype)
 
     def _forward(self) -> Launch:
-        tail = (*sizes(self.way), *self.constants(self.way))
+        tail = (*sizes(self.way), *self.constants(self.way, self.way.block))
         return Launch(_device.step_forward, self.way.programs, self.device, tail, self.warps)
 
-    def constants(self, way: Layout) -> tuple[Any, ...]:
+    def constants(self, way: Layout, block: tuple[int, int]) -> tuple[Any, ...]:
         """SCALE, MASK, ACT, SPLIT, T, BR, BC"""
-        return *way.axes, ACTIVATIONS[self.activation], way.outer > 1, computed_in(self.dtype), *way.block
+        return *way.axes, ACTIVATIONS[self.activation], way.outer > 1, computed_in(self.dtype), *block
 
     def backward(self, branch: Tensor | None, wants: Wants) -> Backward:
         """The one for a branch with these strides, which need not be those that it had."""
@@ -76,19 +80,26 @@ class Backward:
 
     def __init__(self, plan: Plan, branch: Tensor | None, wants: Wants) -> None:
         way, self.copies = again(plan.way, branch)
-        blocks, axis = cdiv(way.inner, way.block[1]), way.axes[0]
-        tiles, lanes, each = 1, cdiv(way.rows, way.block[0]), plan.warps
-        if wants[2] and axis in (INNER, SINGLE):
-            each = warps(way.block, plan.dtype.itemsize)
-            tiles = cdiv(lanes, max(1, resident(plan.device, each, ROOM) // blocks))
+        block, axis = way.block, way.axes[0]
+        repeats = wants[2] and axis in (INNER, SINGLE)  # a program makes a part of the sum over several tiles
+        if repeats:
+            block = tile(way.rows, way.inner, READ)
+        blocks, tiles, each, ahead = cdiv(way.inner, block[1]), 1, plan.warps, 1
+        lanes = cdiv(way.rows, block[0])
+        if repeats:
+            assert branch is not None
+            each = warps(block, plan.dtype.itemsize)
+            tiles = cdiv(lanes, max(1, resident(plan.device, HELD) // blocks))
             lanes = cdiv(lanes, tiles)
+            read = branch.itemsize + plan.dtype.itemsize * (1 if plan.activation is None else 2)
+            ahead = stages(plan.device, HELD * block[0] * block[1] * read, min(tiles, STAGES))
         if wants[2]:
             self.parts = {
                 INNER: (lanes, way.inner, 1), SINGLE: (lanes * blocks, 1, 1),
                 MIDDLE: (way.outer, way.middle, blocks), OUTER: (1, way.outer, way.middle * blocks),
             }[axis]  # fmt: skip
             self.sums = sums(*self.parts, 1, plan.device)
-        tail = (way.middle, way.inner, way.rows, *way.steps[2:], tiles, *plan.constants(way))
+        tail = (way.middle, way.inner, way.rows, *way.steps[2:], tiles, *plan.constants(way, block), ahead)
         self.launch = Launch(_device.step_backward, lanes * blocks, plan.device, tail, each)
 
 

@@ -43,6 +43,6 @@ def test_what_has_no_common_walk_has_none() -> None:
 @pytest.mark.parametrize("rows", [1, 3, 4096])
 @pytest.mark.parametrize("inner", [1, 7, 64, 96, 768, 3136, 2**20, 2**31 + 1])
 def test_tiles_fit_rows_and_columns(rows: int, inner: int) -> None:
-    height, width = _layout._block(rows, inner)
+    height, width = _layout.tile(rows, inner)
     assert height & (height - 1) == 0 and width & (width - 1) == 0 and height * width <= _layout.TILE
     assert height >= min(rows, _layout.TILE // width) // 2 + 1 or height * width == _layout.TILE

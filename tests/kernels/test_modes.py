@@ -316,9 +316,10 @@ def test_what_real_models_launch_fits_a_multiprocessor(tmp_path: Path) -> None:
     for row in rows:
         warps, registers = row["warps"], -(-row["registers"] // 8) * 8 * 32
         assert row["spilled"] == 0, row
-        assert row["registers"] <= (120 if row["kernel"] == "norm_backward" else 64), row
+        # Of those that go over several tiles a multiprocessor holds few programs; of the others it is to hold many.
+        assert row["registers"] <= (128 if "multiprocessors" in row else 64), row
         if "multiprocessors" in row:  # these go over several tiles, and none waits for a second wave
-            together = min(65536 // (registers * warps), 64 // warps)
+            together = min(65536 // (registers * warps), 64 // warps, 224 * 1024 // max(1, row["shared"]))
             assert row["programs"] <= row["multiprocessors"] * together, row
         for direction in {"ld", "st"} & row.keys():
             assert row[direction]["by vectors"] >= row[direction]["bytes"] > 0, row
