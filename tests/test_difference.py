@@ -20,6 +20,7 @@ from tests.traps.base import DIM, Trap
 from tests.traps.difference import (
     Addcmul,
     ByHand,
+    InAnAutogradFunctionThatIsRunAgain,
     IndexAdd,
     PartOfTheWay,
     PartOfTheWayFromTheCandidate,
@@ -101,6 +102,15 @@ def test_compiled_once_for_all_h_without_a_break(cls: type[Trap]) -> None:
         torch.testing.assert_close(compiled(*inputs), expected(cls, h), rtol=1e-12, atol=1e-12)
     assert counter.frame_count == 1
     assert torch.equal(compiled(*inputs), build(cls, torch.float64)[0](*inputs))
+
+
+def test_a_plain_sum_beside_a_function_that_a_checkpoint_runs_again_is_rewritten() -> None:
+    """By difference it would be off by the rounding of the sum."""
+    model, _ = build(InAnAutogradFunctionThatIsRunAgain)
+    x = torch.randn(64, DIM)
+    reference = model.reference(x, h=[1.0, 0.25])
+    eulernet.patch(model, [1.0, 0.25], example_inputs=x)
+    assert torch.equal(model(x), reference)
 
 
 def test_h_is_learned_where_the_backward_runs_again() -> None:

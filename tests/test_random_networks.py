@@ -96,6 +96,24 @@ class Built:
         output.double().square().sum().backward()
         return [output.detach(), inputs.grad, *(parameter.grad for parameter in model.parameters())]
 
+    @contextmanager
+    def in_float64(self) -> Iterator[None]:
+        """Both networks and the input in float64, in which a gradient that cancels out is no larger than the rounding.
+
+        In float32 that of a bias before a norm, which is zero, was off by a thousandth.
+        """
+        inputs = self.inputs
+        try:
+            for network in (self.model, self.twin):
+                network.zero_grad()  # gradients that were returned are not converted with the parameters
+                network.double()
+            self.inputs = inputs.double()
+            yield
+        finally:
+            self.inputs = inputs
+            for network in (self.model, self.twin):
+                network.to(inputs.dtype)
+
 
 @contextmanager
 def built(network: RandomNetwork, folder: Path) -> Iterator[Built]:
@@ -123,8 +141,7 @@ def assert_close(actual: list[Tensor | None], expected: list[Tensor | None]) -> 
         if a is None or b is None:
             assert a is b
         else:
-            tolerance = (1e-9 if a.dtype == torch.float64 else 1e-3) * max(1.0, float(b.abs().max()))
-            torch.testing.assert_close(a, b, rtol=0.0, atol=tolerance)
+            torch.testing.assert_close(a, b, rtol=0.0, atol=1e-9 * max(1.0, float(b.abs().max())))
 
 
 def assert_known(steps: Iterable[eulernet.Step], built: Built, known: Iterable[KnownStep]) -> None:
@@ -176,10 +193,13 @@ def test_generator_agrees_with_itself(part: int, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(NETWORKS < 200, reason="fewer networks need not have everything")
 def test_the_generator_makes_many_kinds() -> None:
-    """A thousand networks, made and not run, have between them everything that the generator can build."""
+    """Four thousand networks, made and not run, have between them everything that the generator can build.
+
+    The rarest choice is made in one of 400.
+    """
     seen: set[str] = set()
     for part in range(PARTS):
-        for_random_networks(lambda network: seen.update(network.features), part, share=NETWORKS / 1000)
+        for_random_networks(lambda network: seen.update(network.features), part, share=NETWORKS / 4000)
     assert seen == FEATURES
 
 
@@ -204,8 +224,9 @@ def test_steps_and_patched_output(part: int, tmp_path: Path) -> None:
             assert_known(eulernet.steps(model), it, [s for s in network.steps if s.kind not in LEFT_ALONE])
             if network.exact:
                 set_factors(twin, known_factors(network, 0.3))
-                for train in (False, True):
-                    assert_close(it.run(model, train), it.run(twin, train))
+                with it.in_float64():
+                    for train in (False, True):
+                        assert_close(it.run(model, train), it.run(twin, train))
 
             factors = known_factors(network)
             set_factors(twin, factors)

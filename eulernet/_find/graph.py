@@ -47,6 +47,7 @@ UPSAMPLES = re.compile(r"interpolate|upsample|conv_transpose|pixel_shuffle")
 SQUASHES = frozenset("sigmoid hardsigmoid logsigmoid tanh softmax log_softmax softmin".split())
 SQUARES = frozenset("pow square float_power abs".split())  # what an error or a variance is made by
 _SAME = VIEWS | CASTS | _DROPOUTS | _ACTIVATIONS
+_HANDING_ON = VIEWS | CASTS | _DROPOUTS | SCALES | ADDITIONS | {"masked_fill", "where"}
 _MATCHING = _SAME | NORMS | _PADS | SCALES | _REDUCTIONS | REARRANGES
 
 
@@ -192,16 +193,22 @@ class Graph:
         return last in self.sums or op in SLICES or op in JOINS or not self.nodes[last].inputs
 
     def uses(self, node: int) -> set[int]:
-        """What is made of a node, its views, casts and multiples, and its sums with constants: the first other ones."""
+        """What is made of a node as it is, masked, scaled or shifted by a constant: the first other nodes."""
         found: set[int] = set()
         pending = [node]
         while pending:
             for reader in self.readers.get(pending.pop(), ()):
                 op = self.nodes[reader].op
-                passes = op in VIEWS or op in CASTS or op in SCALES or op in ADDITIONS
-                alone = len(self.state_inputs(reader)) == 1
-                (pending.append if passes and alone else found.add)(reader)
+                passes = op in _HANDING_ON and len(self.state_inputs(reader)) == 1
+                (pending.append if passes else found.add)(reader)
         return found
+
+    def weights(self, node: int) -> bool:
+        """Whether a node goes on as a gate or a score alone: what it is squashed to is multiplied with other states."""
+        squashed = self.uses(node)
+        made = {n for s in squashed for n in self.uses(s)}
+        products = (self.nodes[n].op in SCALES | CONTRACTIONS and len(self.state_inputs(n)) > 1 for n in made)
+        return bool(made) and all(self.nodes[n].op in SQUASHES for n in squashed) and all(products)
 
     def matched(self, node: int, start: int, most: float = 1) -> Iterator[tuple[int, int]]:
         """`node` and what it comes from by a shape-matching map only, each with the number of maps (at `most`)."""

@@ -324,15 +324,15 @@ def _places(
 
 
 def _made_again(runs: list[Run], sums: list[Sums]) -> set[Any]:
-    """The additions in functions with a backward of their own that this backward makes again, as checkpoints do."""
+    """The additions that functions with a backward of their own make again in it, as checkpoints do."""
     if not any(e.addition.function for _, step_calls, _ in sums for e in step_calls):
         return set()
     again: set[Any] = set()
-    for run in runs:
-        if run.training:
-            with contextlib.suppress(Exception):  # no gradient leads there
-                trace = run.sandbox.run(run.args, run.kwargs, training=True, backward=True)
-                again |= {origin(a, run.sandbox.original) for a in trace.additions[trace.forward :]}
+    for run in (run for run in runs if run.training):
+        with contextlib.suppress(Exception):  # no gradient leads there
+            trace = run.sandbox.run(run.args, run.kwargs, training=True, backward=True)
+            late = (a for a in trace.additions[trace.forward :] if a.function is None)  # in no forward that ran again
+            again |= {origin(a, run.sandbox.original) for a in late}
     return again
 
 

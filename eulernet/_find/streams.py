@@ -1,7 +1,8 @@
 """Sums inside sums: which of them carry a stream, which belong to a branch, and which are long.
 
 A *chain* is sums that follow one another from skip to result through at most one map. A *stream* is a chain of two or
-more: the places of one parallel step count once, and two projections alone are none.
+more: the places of one parallel step count once, and two projections alone are none. A sum of scores or of gates,
+which weights other states and does nothing else, is in no chain, and counts in no branch.
 
 1. A sum whose branch comes from its skip only through the branches of other sums is no step: a position, a score, an
    input that is injected again. The other half of a reversible network, whose skip is a sum itself, is named.
@@ -36,7 +37,8 @@ _Sums = Mapping[int, StepCall]  # by the node of the result
 def steps_of(graph: Graph, calls: list[StepCall]) -> list[StepCall]:
     """The sums that are steps, long and unsupported ones included, in the order in which they ran."""
     sums = _with_first(_of_the_skip(graph, calls))
-    ends = {e.addition.result: e for e in sums if e.supported and e.kind != "decomposition"}
+    scores = _scores(graph, sums)
+    ends = {e.addition.result: e for e in sums if e.supported and e.kind != "decomposition" and e not in scores}
     links = _links(graph, ends)
     of_layers = _of_layers(graph, sums, links)
     for call in (*_through_each_other(sums), *_first_of_halves(graph, sums)):
@@ -166,6 +168,22 @@ def _way(graph: Graph, call: StepCall, cut: Mapping[int, int], without: Collecti
 
 
 # ---- chains and streams
+
+
+def _scores(graph: Graph, sums: list[StepCall]) -> set[StepCall]:
+    """The sums that weight other states and do nothing else, and those that such sums go on from.
+
+    So attention scores do that talking heads mix by a residual: a part of a branch, however many there are.
+    """
+    found: set[StepCall] = set()
+    for call in reversed(sums):
+        result = call.addition.result
+        read = graph.readers.get(result, set())
+        if graph.weights(result) or any(
+            result in graph.same(e.skip, 0) and read <= e.within | {e.addition.result} for e in found
+        ):
+            found.add(call)
+    return found
 
 
 def _head(call: StepCall) -> StepCall:

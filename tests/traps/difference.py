@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tests.traps.base import DIM, PROJECTION, Expected, Form, Trap, each, linear, mlp, trap, two
 
@@ -218,6 +219,32 @@ class InAnAutogradFunction(Form):
 
     def forward(self, x: Tensor) -> Tensor:
         return ByHand.apply(x, self.a(x))  # type: ignore[no-untyped-call]
+
+
+@trap
+class InAnAutogradFunctionThatIsRunAgain(Trap):
+    """A checkpoint around the function runs its forward again, which is no backward that knows of h."""
+
+    expected = two()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = mlp(), mlp()
+        self.plus = self.added
+
+    def added(self, x: Tensor, branch: Tensor) -> Tensor:
+        return x + branch
+
+    def both(self, x: Tensor) -> Tensor:
+        x = ByHand.apply(x, self.a(x))  # type: ignore[no-untyped-call]
+        return self.plus(x, self.b(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.both, x, use_reentrant=False) if self.training else self.both(x)
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        x = x + h[0] * self.a(x)
+        return x + h[1] * self.b(x)
 
 
 class Rerun(torch.autograd.Function):

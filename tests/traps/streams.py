@@ -247,3 +247,95 @@ class MeanOfUnequalParts(WithABlock):
 
     def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
         return self.block.reference(self.scaled(x), h[0])
+
+
+class Talking(nn.Module):
+    """Attention whose scores are mixed over the heads twice, by a residual each time, and masked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = linear(), linear(), linear(), linear()
+        self.talk, self.again = nn.Conv2d(2, 2, 1), nn.Conv2d(2, 2, 1)
+        self.drop = nn.Dropout(0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (f(x).unflatten(-1, (2, DIM // 2)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        scores = q @ k.transpose(-1, -2)
+        scores = scores + self.talk(scores)
+        scores = scores + self.again(scores)
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+        weights = self.drop(scores.masked_fill(later, -1e4).softmax(-1))
+        return self.o((weights @ v).transpose(1, 2).flatten(2))
+
+
+class LocalResidual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = linear(), linear()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        return x + self.b(x)
+
+
+class ResidualInAGate(LocalResidual):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(super().forward(x))
+
+
+class Around(Trap):
+    """A block that stands alone, and what its branch consists of."""
+
+    def __init__(self, *parts: nn.Module) -> None:
+        super().__init__()
+        self.body = nn.Sequential(*parts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(x)
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        return x + h[0] * self.body(x)
+
+
+@trap
+class ScoresBesideALocalResidual(Around):
+    """Sums of scores make no stream, and do not count beside another sum: the block is one step."""
+
+    def __init__(self) -> None:
+        super().__init__(linear(), Talking(), LocalResidual())
+
+
+@trap
+class ScoresOfTwoAttentions(Around):
+    def __init__(self) -> None:
+        super().__init__(nn.LayerNorm(DIM), Talking(), nn.LayerNorm(DIM), Talking())
+
+
+@trap
+class AGateBesideALocalResidual(Around):
+    def __init__(self) -> None:
+        super().__init__(linear(), ResidualInAGate(), nn.GELU(), LocalResidual(), nn.ReLU())
+
+
+@trap
+class SquashedResidualsAreNoGates(Around):
+    """Blocks that end in a tanh, far apart, in a network around which its input is added: these are the steps."""
+
+    expected = each("body.0", "body.2")
+    long = ("<root>",)
+
+    class Block(LocalResidual):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).tanh()
+
+        def reference(self, x: Tensor, h: float) -> Tensor:
+            x = self.a(x)
+            return (x + h * self.b(x)).tanh()
+
+    def __init__(self) -> None:
+        super().__init__(self.Block(), mlp(), self.Block(), linear())
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        first, middle, second, last = self.body
+        y = last(second.reference(middle(first.reference(x, h[0])), h[1]))
+        return x + (h[2] if len(h) > 2 else 1.0) * y

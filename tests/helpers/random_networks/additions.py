@@ -171,7 +171,7 @@ class AdditionWriter(LayerWriter):
         prefix = {"function": "add", "function with dropout": "dropout_add", "function in place": "add_into"}[
             form
         ] + "_"
-        known = [name for name in re.findall(r"def (\w+)", "\n".join(self.functions)) if name.startswith(prefix)]
+        known = re.findall(rf"def ({prefix}\d+)\(", "\n".join(self.functions))  # no add_into_1 where an add_1 is meant
         known = [name for name in known if name not in cls.functions]
         if known and self.maybe():
             name = self.choose(*known)
