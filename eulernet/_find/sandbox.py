@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from eulernet._commit import surely
 from eulernet._draws import Draws, entered, own_numbers
@@ -65,19 +65,8 @@ class Sandbox:
         for module in self.original:
             handles.append(module.register_forward_pre_hook(tracer.enter, with_kwargs=True))
             handles.append(module.register_forward_hook(tracer.leave))
-        self.copy.train(training)
-        draws = Draws()
         try:
-            with contextlib.ExitStack() as stack:
-                stack.enter_context(torch.set_grad_enabled(training))
-                stack.enter_context(_uncompiled())
-                if self.mode is not None:
-                    stack.enter_context(self.mode)
-                    stack.enter_context(OneDtype())  # type: ignore[no-untyped-call]
-                else:
-                    stack.enter_context(draws)  # a layer that is dropped at random is dropped in each run
-                stack.enter_context(own_numbers(draws))
-                stack.enter_context(without_global_hooks(list(self.original)))
+            with self._running(training, OneDtype()) as stack:  # type: ignore[no-untyped-call]
                 args, kwargs = self._inputs(args), self._inputs(kwargs)
                 stack.enter_context(DispatchTracer(tracer))
                 stack.enter_context(tracer)
@@ -85,20 +74,40 @@ class Sandbox:
                 tracer.inside = True
                 tracer.trace.outputs = [tracer.node(t) for t in tensors_in(output)]
                 if backward:
-                    ends = tuple(t for t in tensors_in(output) if t.requires_grad)
-                    gradients = tuple(torch.ones_like(t) for t in ends)
                     tracer.inside, tracer.trace.forward = False, len(tracer.trace.additions)
-                    # Not by torch.autograd.backward, itself a torch function, which would hide what is in it.
-                    with torch.autograd.set_multithreading_enabled(False):
-                        rest = False, False, ()  # no graph is kept or made; all leaves get their gradients
-                        engine = torch.autograd.graph._engine_run_backward
-                        engine(ends, gradients, *rest, allow_unreachable=True, accumulate_grad=True)
+                    _differentiate(output)
         finally:
             for handle in handles:
                 handle.remove()
             self.tracer = None
             self.fakes.extend(weakref.ref(t) for t in tracer.alive if isinstance(t, FakeTensor))
         return tracer.trace
+
+    def run_again(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool, backward: bool = False
+    ) -> None:
+        """Run the copy, which is no longer as it was traced, as the model will run: nothing looks on."""
+        with self._running(training, _Made(self.fakes)):
+            output = self.copy(*self._inputs(args), **self._inputs(kwargs))
+            if backward:
+                _differentiate(output)
+
+    @contextlib.contextmanager
+    def _running(self, training: bool, of_fakes: TorchDispatchMode) -> Iterator[contextlib.ExitStack]:
+        """All that a run of the copy is to be under; one mode where its tensors are fake."""
+        self.copy.train(training)
+        draws = Draws()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.set_grad_enabled(training))
+            stack.enter_context(_uncompiled())
+            if self.mode is not None:
+                stack.enter_context(self.mode)
+                stack.enter_context(of_fakes)
+            else:
+                stack.enter_context(draws)  # a layer that is dropped at random is dropped in each run
+            stack.enter_context(own_numbers(draws))
+            stack.enter_context(without_global_hooks(list(self.original)))
+            yield stack
 
     def parameter(self, of_model: nn.Parameter) -> nn.Parameter:
         """A copy of a parameter that is put into the copy."""
@@ -116,6 +125,29 @@ class Sandbox:
         if isinstance(value, dict):
             return {key: self._inputs(item) for key, item in value.items()}
         return copy.deepcopy(value)
+
+
+class _Made(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Keeps in mind which tensors a run has made."""
+
+    def __init__(self, fakes: list[weakref.ref[Tensor]]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.fakes = fakes
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.fakes.extend(weakref.ref(t) for t in tensors_in(out) if isinstance(t, FakeTensor))
+        return out
+
+
+def _differentiate(output: Any) -> None:
+    ends = tuple(t for t in tensors_in(output) if t.requires_grad)
+    gradients = tuple(torch.ones_like(t) for t in ends)
+    # Not by torch.autograd.backward, itself a torch function, which would hide what is in it.
+    with torch.autograd.set_multithreading_enabled(False):
+        rest = False, False, ()  # no graph is kept or made; all leaves get their gradients
+        engine = torch.autograd.graph._engine_run_backward
+        engine(ends, gradients, *rest, allow_unreachable=True, accumulate_grad=True)
 
 
 @contextlib.contextmanager

@@ -93,7 +93,7 @@ def not_as_found(search: Search, changes: Sequence[Any], learned: Sequence[Slot]
             if run.sandbox is not sandbox:
                 continue
             counts.clear()
-            sandbox.run(run.args, run.kwargs, training=run.training)
+            sandbox.run_again(run.args, run.kwargs, training=run.training)
             for change in changes:
                 for slot, found, site in ((i, f, s) for i, f in enumerate(change.found) for s in f.sites):
                     place, expected = change.places[site.location.targets], site.calls[run.training]
@@ -120,7 +120,7 @@ def _without_gradient(search: Search, changes: Sequence[Any], learned: Sequence[
         copies = [replace(s, parameter=run.sandbox.parameter(s.parameter)) for s in slots]
         for change in changes:
             change.of(twins.__getitem__, [s for s in copies if s.module is change.module]).make()
-        run.sandbox.run(run.args, run.kwargs, training=True, backward=True)
+        run.sandbox.run_again(run.args, run.kwargs, training=True, backward=True)
         for change in changes:
             for slot in copies:
                 if slot.module is change.module and slot.parameter.grad is None and change.found[slot.number].again:
