@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from eulernet._commit import surely
 from eulernet._draws import Draws, entered, own_numbers
 from eulernet._errors import EulernetError
 from eulernet._find.apart import OneDtype, alone, quiet, without_global_hooks
-from eulernet._find.tensors import all_modules, tensors_in
+from eulernet._find.tensors import all_modules, deepcopied, tensors_in
 from eulernet._find.trace import DispatchTracer, Trace, Tracer
 from eulernet._step import ROOT
 
@@ -87,7 +88,8 @@ class Sandbox:
         self, args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool, backward: bool = False
     ) -> None:
         """Run the copy, which is no longer as it was traced, as the model will run: nothing looks on."""
-        with self._running(training, _Made(self.fakes)):
+        with self._running(training, _Made(self.fakes)) as stack:
+            stack.enter_context(_Copying())
             output = self.copy(*self._inputs(args), **self._inputs(kwargs))
             if backward:
                 _differentiate(output)
@@ -138,6 +140,13 @@ class _Made(TorchDispatchMode):  # type: ignore[no-untyped-call]
         out = func(*args, **(kwargs or {}))
         self.fakes.extend(weakref.ref(t) for t in tensors_in(out) if isinstance(t, FakeTensor))
         return out
+
+
+class _Copying(TorchFunctionMode):
+    """Copies of fake tensors that the model makes itself, as the trace makes them."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return deepcopied(*args) if func is Tensor.__deepcopy__ else func(*args, **(kwargs or {}))
 
 
 def _differentiate(output: Any) -> None:
