@@ -111,7 +111,7 @@ Reason = Literal[
     "broadcast",  # what one was computed from is smaller than the sum, and no state
     "what pooling took out",  # x - pool(x)
     "error or variance",  # the square of x - f(x)
-    "detached",  # the gradient is cut between one and the other
+    "detached",  # one of them hands on no gradient, as in a straight-through estimator
     "sum of layers",  # x + f(x) + g(f(x)), which none of the layers reads
     "unrelated",  # neither has anything to do with the other
 ]

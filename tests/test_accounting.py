@@ -167,7 +167,7 @@ REASONS: dict[str, tuple[nn.Module, Any]] = {
         IMAGES,
     ),
     "broadcast": (linear_model(lambda m, x: (s := x.mean(-1, keepdim=True)) + m.a(s.expand_as(x))), X),
-    "detached": (linear_model(lambda m, x: x + m.a(x.detach())), X),
+    "detached": (linear_model(lambda m, x: x + m.a(x).detach()), X),
     "error or variance": (linear_model(lambda m, x: (x - m.a(x)).square()), X),
     "no map between": (linear_model(lambda m, x: x + x.relu()), X),
     "what pooling took out": (image_model(lambda m, x: x - F.avg_pool2d(x, 3, 1, 1)), IMAGES),

@@ -450,6 +450,34 @@ def test_a_failing_model_leaves_nothing_behind() -> None:
 # -------------------------------------------------------------------------------------------------------- large models
 
 
+class LooksAtValues(nn.Module):
+    """Which takes real tensors to trace."""
+
+    runs: ClassVar[list[bool]] = []
+
+    def __init__(self, alike: bool) -> None:
+        super().__init__()
+        self.a, self.alike = nn.Linear(6, 6), alike
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        if y.sum().item() == 0:
+            return x
+        self.runs.append(self.training)
+        return x + y if self.alike or self.training else y + x
+
+
+@pytest.mark.parametrize(("alike", "runs"), [(True, [False, True, True]), (False, [False, True, False, True])])
+def test_a_patch_runs_a_copy_three_times_where_both_modes_add_at_the_same_places(alike: bool, runs: list[bool]) -> None:
+    """Each mode is traced; the patched copy is tried in each mode that adds at places of its own."""
+    LooksAtValues.runs.clear()
+    model = eulernet.patch(LooksAtValues(alike), 0.5, example_inputs=torch.ones(2, 6))
+    assert LooksAtValues.runs == runs
+    x = torch.randn(2, 6)
+    for training in (False, True):
+        torch.testing.assert_close(model.train(training)(x), x + 0.5 * model.a(x))
+
+
 def test_a_large_model_on_meta_is_patched_without_allocating_it() -> None:
     """A GPT-2 as large as GPT-3 6.7B: 32 layers of two steps. An older Llama asks for autocast, unknown to meta."""
     transformers = pytest.importorskip("transformers")

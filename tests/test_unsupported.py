@@ -69,6 +69,30 @@ def test_of_coupled_streams_the_half_that_is_not_scaled_is_named() -> None:
         eulernet.patch(model, 0.3, example_inputs=x)
 
 
+class UnequalHalves(Reversible):
+    """Of five features and three."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for block in self.blocks:
+            block.f, block.g = nn.Linear(3, 5), nn.Linear(5, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        a, b = x.split((5, 3), dim=-1)
+        for block in self.blocks:
+            a, b = block(a, b)
+        return torch.cat((a, b), dim=-1)
+
+
+def test_of_unequal_halves_the_one_that_is_not_scaled_is_named_too() -> None:
+    model, x = UnequalHalves(), torch.randn(2, 5, 8)
+    found = eulernet.find_steps(model, example_inputs=x)
+    assert [step.name for step in found] == ["blocks.0", "blocks.1", "blocks.2"] and not found.long
+    assert [line.split()[0] for line in found.unsupported] == ["blocks.1", "blocks.2", "blocks.0"]
+    with pytest.warns(UserWarning, match=r"not scaled.*blocks\.\{0-2\}.*reversible network"):
+        eulernet.patch(model, 0.3, example_inputs=x)
+
+
 class Copied(nn.Module):
     """Streams that begin as copies, as those of RevNet and Reformer, changed in turn or at once."""
 
@@ -240,6 +264,42 @@ def by_index_add(model: Beside, x: Tensor) -> Tensor:
     return torch.index_add(x, 0, torch.arange(len(x)), model.a(x))
 
 
+def by_outer_product(model: Beside, x: Tensor) -> Tensor:
+    return torch.addr(x, model.a(x).mean(1), model.a(x).mean(0))
+
+
+def by_bias(model: Beside, x: Tensor) -> Tensor:
+    return nn.functional.linear(x.relu(), model.a.weight, x)
+
+
+def by_scatter(model: Beside, x: Tensor) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch advises scatter_reduce
+        return x.scatter(0, torch.arange(len(x))[:, None].expand_as(x), model.a(x), reduce="add")
+
+
+def by_put(model: Beside, x: Tensor) -> Tensor:
+    return x.put(torch.arange(x.numel()).view_as(x), model.a(x), accumulate=True)
+
+
+def by_running_sum(model: Beside, x: Tensor) -> Tensor:
+    return torch.stack((x, model.a(x))).cumsum(0)[-1]
+
+
+def by_running_difference(model: Beside, x: Tensor) -> Tensor:
+    return -torch.stack((x, model.a(x))).diff(dim=0)[0]
+
+
+def by_lists(model: Beside, x: Tensor) -> Tensor:
+    return torch._foreach_add([x], [model.a(x)])[0]
+
+
+def by_lists_in_place(model: Beside, x: Tensor) -> Tensor:
+    branch, x = model.a(x), x.clone()
+    torch._foreach_sub_([x], [branch])
+    return x
+
+
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     _scripted_sum = torch.jit.script(scripted_sum)
@@ -249,8 +309,10 @@ def by_script(model: Beside, x: Tensor) -> Tensor:
     return _scripted_sum(x, model.a(x))
 
 
-PRODUCTS = [by_product, by_product_from_the_left, by_batched_product]
-FORMS = [by_sum, by_map, by_addmm, *PRODUCTS, by_part_of_a_product, by_index_add, by_script]
+PRODUCTS = [by_product, by_product_from_the_left, by_batched_product, by_outer_product, by_bias]
+INTO_PLACES = [by_index_add, by_scatter, by_put]
+SEVERAL = [by_running_sum, by_running_difference, by_lists, by_lists_in_place]
+FORMS = [by_sum, by_map, by_addmm, *PRODUCTS, by_part_of_a_product, *INTO_PLACES, *SEVERAL, by_script]
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from eulernet._find.gated import gated
 from eulernet._find.graph import REARRANGES, SCALES, SQUARES, SQUASHES, UPSAMPLES, VIEWS, Graph, MatchKind, StepCall
 from eulernet._find.streams import number_streams, of_their_skip, steps_of
-from eulernet._find.trace import FUSED_ADDITIONS, PRODUCTS, SLICES, Addition, Trace
+from eulernet._find.trace import FUSED_ADDITIONS, PRODUCTS, RUNNING, SLICES, Addition, Trace
 from eulernet._step import Reason
 
 
@@ -76,7 +76,7 @@ def _other_halves(graph: Graph, trace: Trace, steps: list[StepCall]) -> Iterator
 def _goes_on_beside(graph: Graph, step: StepCall, result: int, skip: int, branch: int) -> bool:
     """Whether a sum in a step's branch goes on beside it, and adds a map of the step's state to what is none of it."""
     goes_on = graph.readers.get(result, set()) - step.within - {step.addition.result}
-    alike = all(graph.nodes[n].shape == graph.nodes[step.skip].shape for n in (result, skip, branch))
+    alike = graph.nodes[skip].shape == graph.nodes[branch].shape == graph.nodes[result].shape
     foreign = skip not in step.within and skip != step.state and not graph.constant[skip] and graph.is_state(skip)
     if not (goes_on and alike and foreign and branch in step.within):
         return False
@@ -115,7 +115,8 @@ def _step_call(graph: Graph, trace: Trace, addition: Addition, results: dict[int
     pairs = [
         (skip, branch)
         for skip, branch in _pairs(addition)
-        if graph.nodes[skip].shape == graph.nodes[addition.result].shape and not _is_series(graph, skip, branch)
+        if (graph.nodes[skip].shape == graph.nodes[addition.result].shape or addition.op in RUNNING)
+        and not _is_series(graph, skip, branch)
     ]
     # Mapped skips last: beside the result of a step, `b(x) + (x + a(x))`, a single map is a branch.
     for mapped in (False, True):
@@ -126,6 +127,7 @@ def _step_call(graph: Graph, trace: Trace, addition: Addition, results: dict[int
                 else:
                     found = _identity(graph, skip, branch, start, addition.op in PRODUCTS)
                     found = found or _parallel(graph, skip, branch, start, results)
+                    found = found or _detached(graph, skip, branch)
                 if found and not _is_score(graph, branch, start):
                     kind, state, within, first = found
                     if kind == "identity" and "sub" in addition.op and _is_centred(graph, addition.result, within):
@@ -186,6 +188,19 @@ def _identity(graph: Graph, skip: int, branch: int, start: int, multiplied: bool
             path = graph.path(state, branch, ancestors)
             if multiplied or graph.mixes(path, state):
                 return Match("identity", state, set(path) - {state})
+    return None
+
+
+def _detached(graph: Graph, skip: int, branch: int) -> Match | None:
+    """A branch of the detached state; not one that is detached itself, as a straight-through estimator's is."""
+    if graph.constant[skip] or not graph.constant[branch]:
+        return None
+    states, ancestors = set(graph.same(skip, 0)), graph.ancestors(branch, 0, -1)
+    for cut in (n for n in ancestors if graph.nodes[n].op == "detach" and n not in graph.same(branch, 0)):
+        if any(not states.isdisjoint(graph.ancestors(n, 0, min(states))) for n in graph.detached(cut)):
+            path = graph.path(cut, branch, ancestors)
+            if graph.mixes(path, cut):
+                return Match("identity", cut, set(path) - {cut})
     return None
 
 

@@ -125,8 +125,12 @@ class Graph:
 
     def is_detached(self, node: int) -> bool:
         """Whether it is computed from the model's input, and does not hand on its gradient."""
-        cut = (n for n in self.ancestors(node, 0, -1) if self.nodes[n].op == "detach")
-        return any(isinstance(i, Ref) and not self.constant[i] for n in cut for i in self.nodes[n].args)
+        return any(not self.constant[i] for n in self.ancestors(node, 0, -1) for i in self.detached(n))
+
+    def detached(self, node: int) -> list[int]:
+        """What a node is cut off from."""
+        made = self.nodes[node]
+        return [int(i) for i in made.args if isinstance(i, Ref)] if made.op == "detach" else []
 
     def is_of_features(self, part: int, whole: int) -> bool:
         """Whether a part of what a map gave is some of its features, at all places."""

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from eulernet._errors import EulernetError
+from eulernet._find.frames import Frame
 from eulernet._find.surroundings import surroundings
-from eulernet._find.trace import Addition, Frame
+from eulernet._find.trace import Addition
 from eulernet._source import (
     VIA,
     Span,

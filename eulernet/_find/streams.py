@@ -36,8 +36,8 @@ _Sums = Mapping[int, StepCall]  # by the node of the result
 
 def steps_of(graph: Graph, calls: list[StepCall]) -> list[StepCall]:
     """The sums that are steps, long and unsupported ones included, in the order in which they ran."""
-    sums = _with_first(_of_the_skip(graph, calls))
-    scores = _scores(graph, sums)
+    scores = _scores(graph, calls)
+    sums = _with_first(_of_the_skip(graph, calls, scores))
     ends = {e.addition.result: e for e in sums if e.supported and e.kind != "decomposition" and e not in scores}
     links = _links(graph, ends)
     of_layers = _of_layers(graph, sums, links)
@@ -72,18 +72,18 @@ def _with_first(calls: list[StepCall]) -> list[StepCall]:
 # ---- rule 1
 
 
-def _of_the_skip(graph: Graph, calls: list[StepCall]) -> list[StepCall]:
+def _of_the_skip(graph: Graph, calls: list[StepCall], scores: Collection[StepCall]) -> list[StepCall]:
     """Without what comes from its skip only through the branches of other sums; the other half of a pair is marked."""
     sums: list[StepCall] = []
     positions = set(_positions(graph, calls))
     for call in calls:
-        inner = [e for e in sums if e.supported and e.addition.result in call.within]
+        inner = _inner(call, sums)
         if call in positions:
             call.reason = "position or injected input"
         elif inner and graph.constant[call.state]:
             call.reason = "constant operand"
         elif inner and _own(graph, call, inner) is None:
-            call.coupled = _is_other_half(graph, call, inner)
+            call.coupled = call not in scores and _is_other_half(graph, call, inner)
             if call.coupled:
                 sums.append(call)
             else:
@@ -94,7 +94,10 @@ def _of_the_skip(graph: Graph, calls: list[StepCall]) -> list[StepCall]:
 
 
 def _positions(graph: Graph, calls: list[StepCall]) -> Iterator[StepCall]:
-    """The sums that are read in a branch alone, and whose own branch goes on without them: another sum adds to it."""
+    """The sums that are read in a branch alone, and whose own branch goes on without them: another sum adds to it.
+
+    That branch may be a multiple where it is a later state of the skip's stream, into which the earlier one is mixed.
+    """
     carried: dict[int, list[StepCall]] = defaultdict(list)
     for call in calls:
         for node in graph.same(call.skip, 0):
@@ -102,9 +105,21 @@ def _positions(graph: Graph, calls: list[StepCall]) -> Iterator[StepCall]:
     for call in calls:
         result = call.addition.result
         read = graph.readers.get(result, set())
-        inside = any(result in outer.within and read <= outer.within for outer in calls)
-        if inside and not carried[result] and any(other is not call for other in carried[call.branch]):
+        if carried[result] or not any(result in outer.within and read <= outer.within for outer in calls):
+            continue
+        branches = graph.same(call.branch, 0, scaled=True) if _is_later(graph, call, calls) else [call.branch]
+        if any(other is not call for branch in branches for other in carried[branch]):
             yield call
+
+
+def _is_later(graph: Graph, call: StepCall, calls: list[StepCall]) -> bool:
+    """Whether between the skip and the branch there is nothing but other sums."""
+    own = _own(graph, call, inner) if (inner := _inner(call, calls)) else None
+    return own is not None and own.nothing
+
+
+def _inner(call: StepCall, calls: list[StepCall]) -> list[StepCall]:
+    return [e for e in calls if e.supported and e.addition.result in call.within]
 
 
 def of_their_skip(graph: Graph, calls: list[StepCall], steps: list[StepCall]) -> list[StepCall]:
@@ -117,12 +132,11 @@ def of_their_skip(graph: Graph, calls: list[StepCall], steps: list[StepCall]) ->
 
 
 def _is_other_half(graph: Graph, call: StepCall, inner: list[StepCall]) -> bool:
-    """Whether two streams are changed in turn: the skip is a sum too, of the shape of the step's whose branch it is."""
+    """Whether two streams are changed in turn: the skip is a sum too, and the branch begins in a step's."""
     holder = next((e for e in inner if call.state in e.within), None)
-    alike = holder is not None and graph.nodes[call.state].shape == graph.nodes[holder.state].shape
     # What was squashed since it was summed up is a position, as boxes that are refined are.
     last = next((n for n in graph.same(call.skip, 0) if n in graph.sums or graph.nodes[n].op in SQUASHES), None)
-    return alike and last in graph.sums
+    return holder is not None and last in graph.sums
 
 
 class _Own(NamedTuple):

@@ -103,7 +103,12 @@ def own_tensors(module: nn.Module) -> Iterator[Tensor]:
 
 # ---- operations
 
-ADDING = {"index_put": ("accumulate", 3, (True,)), "scatter_reduce": ("reduce", 4, ("sum", "add"))}  # where so asked
+ADDING: dict[str, tuple[str, int, tuple[Any, ...]]] = {  # where so asked
+    "index_put": ("accumulate", 3, (True,)),
+    "put": ("accumulate", 3, (True,)),
+    "scatter": ("reduce", 4, ("add",)),
+    "scatter_reduce": ("reduce", 4, ("sum", "add")),
+}
 
 
 def name_of(func: Any) -> str:

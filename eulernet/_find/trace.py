@@ -10,20 +10,17 @@ its caches nor the random number generators change, and a model of any size is t
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial, update_wrapper
-from pathlib import Path
-from types import CodeType
 from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from eulernet._find.frames import Frame, codes_of, forwards, frames_calling, frames_of
 from eulernet._find.tensors import (
     ADDING,
     adds,
@@ -52,25 +49,17 @@ _SHAPE_FROM_SECOND = frozenset("to type_as expand_as view_as reshape_as".split()
 SLICES = frozenset("getitem narrow select slice chunk split unbind".split())
 # An addition, and what else can add a branch to a skip in one call.
 ADDITIONS = frozenset("add sub subtract radd iadd isub".split())
-PRODUCTS = frozenset("addmm baddbmm addbmm addmv".split())  # which multiply what they add by a matrix
+PRODUCTS = frozenset("addmm baddbmm addbmm addmv addr linear".split())  # which multiply what they add by a matrix
 FUSED_ADDITIONS = PRODUCTS | ADDING.keys() | frozenset("addcmul addcdiv index_add scatter_add lerp rsub".split())
 CELLS = frozenset(("gru_cell",))  # these take a state and give what it becomes
 HANDED_ON = "handed on"
 _TO_NUMBERS = frozenset("numpy array tolist".split())
 # These sum over an axis, along which two tensors may have been stacked, or mix what was stacked by a matrix.
 CONTRACTIONS = frozenset("sum mean nansum einsum matmul rmatmul bmm mm tensordot".split())
+RUNNING = frozenset("cumsum diff".split())  # likewise, one of the parts after the other
 JOINS = frozenset("cat concat concatenate".split())
 _STACKS = JOINS | frozenset("stack hstack vstack dstack".split())
 _VIEWS_OF_STACKS = frozenset("view reshape unflatten flatten unsqueeze squeeze permute transpose movedim mul".split())
-
-
-@dataclass(slots=True)
-class Frame:
-    """A Python frame of an addition: its code, its instruction, and the module that is its first argument, if any."""
-
-    code: CodeType
-    lasti: int
-    module: nn.Module | None
 
 
 class Ref(int):
@@ -150,7 +139,7 @@ class Tracer(TorchFunctionMode):
         self._of_samples: set[int] = set()  # what vmap runs on: nodes of one sample each
         self._writes: dict[int, int] = {}  # storage -> the node that last wrote into it
         self._views: dict[Any, int] = {}  # the same view of the same node is one node
-        self.functions = _forwards()
+        self.functions = forwards()
         modules = list(all_modules(model))
         self.parameters: set[int] = set()
         self.kept: set[int] = set()
@@ -260,7 +249,7 @@ class Tracer(TorchFunctionMode):
         out = func(*args, **kwargs)
         results = list(tensors_in(out))
         if name in _TO_NUMBERS and any(is_float(t) and self._is_computed(n) for t, n, _ in before):
-            where = next(_frames(frame), None)
+            where = next(frames_of(frame), None)
             line = where and list(where.code.co_positions())[where.lasti // 2][0]
             at = f" at {where.code.co_filename}:{line}" if where else ""
             self.trace.breaks[f"Tensor.{name}{at} takes the values out of PyTorch"] = None
@@ -295,9 +284,9 @@ class Tracer(TorchFunctionMode):
             node = self.new(name, inputs, tuple(target.shape), constant, (*called, output))
             self.set(target, node)
             self._writes[storage_of(target)] = node
-        operands = self._operands(name, args, kwargs, nodes) if results and is_float(results[0]) else ()
-        if len(operands) > 1:
-            self._addition(name, operands, results[0], bool(written), frame)
+        for operands, result in self._sums(name, args, kwargs, nodes, results or written):
+            if len(operands) > 1:
+                self._addition(name, operands, result, bool(written), frame)
         return out
 
     def _is_computed(self, node: int) -> bool:
@@ -320,16 +309,30 @@ class Tracer(TorchFunctionMode):
             return self._views[key]
         return self.new(name, inputs, shape, constant, called)
 
+    def _sums(
+        self, op: str, args: Any, kwargs: Any, nodes: dict[int, int], results: list[Tensor]
+    ) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+        """What an operation sums up: the operands and the result, several times where it takes lists of them."""
+        if op.startswith("foreach_"):
+            lists = zip(*(a for a in args if isinstance(a, (list, tuple))), strict=False)
+            calls = zip(lists, results, strict=False)
+            yield from ((self._operands(op.removeprefix("foreach_"), a, kwargs, nodes), r) for a, r in calls)
+        elif results and is_float(results[0]):
+            yield self._operands(op, args, kwargs, nodes), results[0]
+
     def _operands(self, op: str, args: Any, kwargs: Any, nodes: dict[int, int]) -> tuple[int, ...]:
         """The nodes that an operation may sum: the left operand, then those that may be the right one."""
         if op in ADDITIONS:
             tensors = [*args[:2], *(kwargs[k] for k in ("input", "other") if k in kwargs)]
+        elif op == "linear":
+            tensors = [*tensors_in((args, kwargs))][::-1]  # the bias first, which may be a state
+            tensors = tensors if len(tensors) == 3 and not self.trace.nodes[nodes[id(tensors[0])]].constant else []
         elif (op in FUSED_ADDITIONS and adds(op, args, kwargs)) or "::" in op:
             tensors = [*tensors_in(args), *tensors_in(kwargs)]
             tensors = tensors[::-1] if op == "rsub" else tensors
         elif op in CELLS:
             tensors = [args[1], args[0]]  # the state first
-        elif op in CONTRACTIONS:
+        elif op in CONTRACTIONS | RUNNING:
             tensors = [*tensors_in(args), *tensors_in(kwargs)]
             return next((parts for t in tensors if len(parts := self._stacked(nodes[id(t)])) > 1), ())
         else:
@@ -347,8 +350,8 @@ class Tracer(TorchFunctionMode):
         return parts if len({nodes[part].shape for part in parts}) == 1 else ()
 
     def _addition(self, op: str, operands: tuple[int, ...], result: Tensor, in_place: bool, frame: Any) -> None:
-        frames = list(_frames(frame))
-        function = next((self.functions[c] for c in _codes(frame) if c in self.functions), None)
+        frames = list(frames_of(frame))
+        function = next((self.functions[c] for c in codes_of(frame) if c in self.functions), None)
         ends = [i + 1 for i, f in enumerate(frames) if f.code in self.functions]
         self.trace.additions.append(
             Addition(
@@ -371,7 +374,7 @@ class Tracer(TorchFunctionMode):
         for tensor in tensors_in((args, kwargs)):
             self.node(tensor)  # what comes from the caller is older than the call
         self.inside = inside
-        parent, frames = self.stack[-1] if self.stack else -1, list(_calling(sys._getframe(1)))
+        parent, frames = self.stack[-1] if self.stack else -1, list(frames_calling(sys._getframe(1)))
         self.trace.calls.append(ModuleCall(module, parent, len(self.trace.nodes), frames=frames))
         self.stack.append(len(self.trace.calls) - 1)
 
@@ -405,46 +408,3 @@ def _referring(value: Any, nodes: dict[int, int]) -> Any:
     if isinstance(value, dict):
         return {key: _referring(item, nodes) for key, item in value.items()}
     return value
-
-
-# Where a run is traced: here, and where it is begun.
-_RECORDING = (__file__, str(Path(__file__).with_name("sandbox.py")))
-_MODULE_CALL = nn.Module.__call__.__code__.co_filename
-_PLUMBING = tuple(
-    torch.__path__[0] + name
-    for name in ("/overrides.py", "/_ops.py", "/_compile.py", "/utils/_python_dispatch.py", "/_dynamo/", "/_tensor.py")
-)
-
-
-def _frames(frame: Any) -> Iterator[Frame]:
-    """The frames from an operation up to the `forward` of the module that is being called."""
-    while frame is not None and frame.f_code.co_filename != _MODULE_CALL:
-        code = frame.f_code
-        if not code.co_filename.startswith(_PLUMBING) and code.co_filename not in _RECORDING:
-            first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
-            yield Frame(code, frame.f_lasti, first if isinstance(first, nn.Module) else None)
-        frame = frame.f_back
-
-
-def _calling(frame: Any) -> Iterator[Frame]:
-    """The frames that lead to a module's call, from a hook of its own."""
-    while frame is not None and frame.f_code.co_filename in (_MODULE_CALL, *_RECORDING):
-        frame = frame.f_back
-    return _frames(frame)
-
-
-def _codes(frame: Any) -> Iterator[CodeType]:
-    while frame is not None:
-        yield frame.f_code
-        frame = frame.f_back
-
-
-def _forwards(cls: type[torch.autograd.Function] = torch.autograd.Function) -> dict[CodeType, str]:
-    """The forwards of all kinds of `torch.autograd.Function` but torch's own, whose backwards run modules again."""
-    found: dict[CodeType, str] = {}
-    for kind in cls.__subclasses__():
-        code = getattr(inspect.unwrap(kind.forward), "__code__", None)
-        if code is not None and not kind.__module__.startswith("torch."):
-            found[code] = kind.__qualname__
-        found.update(_forwards(kind))
-    return found

@@ -339,3 +339,80 @@ class SquashedResidualsAreNoGates(Around):
         first, middle, second, last = self.body
         y = last(second.reference(middle(first.reference(x, h[0])), h[1]))
         return x + (h[2] if len(h) > 2 else 1.0) * y
+
+
+class Mixing(nn.Module):
+    """A layer whose branch reads the state with the network's first state mixed in (value and embedding residuals)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shares = nn.Parameter(torch.tensor([0.75, 0.5]))
+        self.norm, self.a, self.b = nn.LayerNorm(DIM), mlp(), mlp()
+
+    def forward(self, x: Tensor, first: Tensor) -> Tensor:
+        mixed = self.shares[0] * x + self.shares[1] * first
+        x = x + 0.5 * self.a(self.norm(mixed))
+        return x + 0.5 * self.b(x)
+
+    def reference(self, x: Tensor, first: Tensor, h: Sequence[float]) -> Tensor:
+        x = x + h[0] * 0.5 * self.a(self.norm(self.shares[0] * x + self.shares[1] * first))
+        return x + h[1] * 0.5 * self.b(x)
+
+
+@trap
+class TheFirstStateIsMixedIntoBranches(Trap):
+    """NeoMME: a multiple of the stream and one of where it began are summed, for a branch alone."""
+
+    expected = (*two("layers.0", 6), *two("layers.1", 6), *two("layers.2", 6))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.layers = linear(), nn.ModuleList(Mixing() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = first = self.stem(x)
+        for layer in self.layers:
+            x = layer(x, first)
+        return x
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        x = first = self.stem(x)
+        for i, layer in enumerate(self.layers):
+            x = layer.reference(x, first, h[2 * i : 2 * i + 2])
+        return x
+
+
+@trap
+class ABranchOfTheDetachedState(Trap):
+    """The branch is trained, and hands no gradient on to what the state came from."""
+
+    expected = each("<root>:0", "<root>:1")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm, self.a, self.b = linear(), nn.LayerNorm(DIM), mlp(), mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = x + self.a(x.detach())
+        return x + self.b(self.norm(x).detach())
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        x = self.stem(x)
+        x = x + h[0] * self.a(x.detach())
+        return x + h[1] * self.b(self.norm(x).detach())
+
+
+@trap
+class StraightThrough(WithABlock):
+    """Another value, and the gradient of this one: as codes are looked up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("codes", torch.randn(DIM, DIM))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x + ((x @ self.codes).round() - x).detach())
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        return self.block.reference(x + ((x @ self.codes).round() - x).detach(), h[0])
