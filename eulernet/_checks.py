@@ -147,3 +147,23 @@ def _is_offloaded(module: nn.Module) -> bool:
 
 def is_sharded(module: nn.Module) -> bool:
     return any(cls.__name__ in ("FSDPModule", "FullyShardedDataParallel") for cls in type(module).__mro__)
+
+
+def described(arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> str:
+    """The arguments of a model in words: dtypes and shapes of tensors."""
+
+    def one(value: Any) -> str:
+        if isinstance(value, torch.Tensor):
+            return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+        if isinstance(value, (list, tuple)):
+            return f"[{', '.join(map(one, value))}]"
+        return brief(value)[:40]
+
+    args, kwargs = arguments
+    return "(" + ", ".join([*map(one, args), *(f"{k}={one(v)}" for k, v in kwargs.items())]) + ")"
+
+
+def short(error: BaseException) -> str:
+    """An error in one line."""
+    first = (str(error).strip() or repr(error)).splitlines()[0]
+    return f"{type(error).__name__}: {first[:300]}"

@@ -43,8 +43,9 @@ def classify(trace: Trace) -> Sums:
             step_calls.append(step_call)
             if step_call.supported and step_call.kind not in ("decomposition", "gated"):
                 results[addition.result] = step_call
-    kept = steps_of(graph, [e for e in step_calls if e.kind != "gated"])
-    kept += of_their_skip(graph, [e for e in step_calls if e.kind == "gated"], kept)
+    by_gates = [e for e in step_calls if e.kind == "gated"]
+    kept = steps_of(graph, [e for e in step_calls if e.kind != "gated"], by_gates)
+    kept += of_their_skip(graph, by_gates, kept)
     kept.sort(key=lambda e: e.addition.result)
     number_streams(graph, kept)
     kept = [*kept, *_other_halves(graph, trace, kept)]
@@ -130,7 +131,8 @@ def _step_call(graph: Graph, trace: Trace, addition: Addition, results: dict[int
                     found = found or _detached(graph, skip, branch)
                 if found and not _is_score(graph, branch, start):
                     kind, state, within, first = found
-                    if kind == "identity" and "sub" in addition.op and _is_centred(graph, addition.result, within):
+                    taken_out = _is_centred(graph, addition.result, within) or _is_coded(graph, within)
+                    if kind == "identity" and "sub" in addition.op and taken_out:
                         kind = "decomposition"
                     call = StepCall(addition, kind, skip, branch, skip == addition.left, state, within, first=first)
                     call.sums, call.mixture = graph.gives_sum(addition, skip), addition.op == "lerp"
@@ -141,8 +143,6 @@ def _step_call(graph: Graph, trace: Trace, addition: Addition, results: dict[int
 def _mapped(
     graph: Graph, addition: Addition, skip: int, branch: int, start: int, results: dict[int, StepCall]
 ) -> Match | None:
-    if addition.op in FUSED_ADDITIONS:
-        return None
     found = _projection(graph, skip, branch, start)
     if found and not _is_aside(graph, addition.result, branch, found.within):
         return found
@@ -261,8 +261,8 @@ def _gating(graph: Graph, path: dict[int, int]) -> set[int]:
 def _is_aside(graph: Graph, result: int, branch: int, within: set[int]) -> bool:
     """Whether a sum of two maps is a gate, a score or a sum of exits: made of a state that goes on without it.
 
-    Something on its branch, before the branch's last map, is read elsewhere, and what reads the sum squashes it, adds
-    to it, or returns it: `sigmoid(W x + U h)`, where `h` was computed from `x` and is used again.
+    Something that a map made on its branch, before the branch's last, is read elsewhere, and what reads the sum
+    squashes it, adds to it, or returns it: `sigmoid(W x + U h)`, where `h` was computed from `x` and is used again.
     """
     last: set[int] = set()
     pending = [branch]
@@ -272,8 +272,11 @@ def _is_aside(graph: Graph, result: int, branch: int, within: set[int]) -> bool:
             last.add(node)
             if not graph.is_map(node):
                 pending.extend(graph.nodes[node].inputs)
-    own = within | {result}
-    goes_on = any(graph.readers.get(node, set()) - own for node in within - last)
+    own, mapped = within | {result}, set[int]()
+    for node in sorted(within):
+        if graph.is_map(node) or not mapped.isdisjoint(graph.nodes[node].inputs):
+            mapped.add(node)
+    goes_on = any(graph.readers.get(node, set()) - own for node in mapped - last)
     return goes_on and all(graph.nodes[n].op in SQUASHES or n in graph.sums for n in graph.uses(result))
 
 
@@ -290,6 +293,12 @@ def _is_centred(graph: Graph, result: int, within: set[int]) -> bool:
     """Whether what was subtracted was pooled (Autoformer), or is a mean, of which a variance is made."""
     squared = graph.uses(result)
     return not any(map(graph.is_map, within)) or (bool(squared) and all(graph.nodes[n].op in SQUARES for n in squared))
+
+
+def _is_coded(graph: Graph, within: set[int]) -> bool:
+    """Whether the way passes a straight-through estimator: the sum is what the codes before have left over."""
+    added = (i for n in within & graph.sums for i in graph.nodes[n].inputs)
+    return any(graph.nodes[n].op == "detach" for i in added for n in graph.same(i, 0))
 
 
 def _is_score(graph: Graph, branch: int, start: int) -> bool:
@@ -326,7 +335,7 @@ def _begin_apart(graph: Graph, skip: int, state: int, path: dict[int, int]) -> b
 
 
 def _parallel(graph: Graph, skip: int, branch: int, start: int, results: dict[int, StepCall]) -> Match | None:
-    for node in graph.same(skip, start):
+    for node in graph.same(skip, start, scaled=True):
         first = results.get(node)
         if first is not None:
             ancestors = graph.ancestors(branch, start, first.state)

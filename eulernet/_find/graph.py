@@ -8,13 +8,13 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from eulernet._find.trace import ADDITIONS, CONTRACTIONS, FUSED_ADDITIONS, JOINS, SLICES, Addition, Ref, Trace
+from eulernet._find.trace import ADDITIONS, CONTRACTIONS, FUSED_ADDITIONS, JOINS, SLICES, Addition, Node, Ref, Trace
 from eulernet._step import Reason
 
 VIEWS = frozenset(
     "view reshape flatten unflatten permute transpose t T mT H mH swapaxes swapdims movedim moveaxis squeeze unsqueeze "
     "ravel contiguous view_as reshape_as unsafe_view as_strided alias data atleast_1d atleast_2d atleast_3d "
-    "getitem chunk split tensor_split unbind narrow select slice unsafe_chunk unsafe_split".split()
+    "getitem chunk split tensor_split unbind narrow select slice unsafe_chunk unsafe_split real imag".split()
 )
 CASTS = frozenset(
     "to to_copy type type_as float half bfloat16 double clone cpu cuda requires_grad lift_fresh copy positive".split()
@@ -41,6 +41,7 @@ _MAPS = re.compile(
     r"conv|linear|matmul|(^|_)(mm|bmm|mv|dot|inner|outer|addr|ger)$|addb?mm|addmv|baddbmm|einsum|tensordot|multi_dot|"
     r"^bilinear$|attention|lstm|gru|rnn|fft|::"
 )
+_RECURRENT = frozenset("lstm gru rnn_tanh rnn_relu".split())  # a map at each place, and one from place to place
 POOLS = re.compile(r"pool")
 _REDUCTIONS = frozenset("max amax mean sum".split())  # pooling by hand, over a reshaped axis
 UPSAMPLES = re.compile(r"interpolate|upsample|conv_transpose|pixel_shuffle")
@@ -186,9 +187,10 @@ class Graph:
         if addition.op != "sum" or len(node.inputs) != 1:
             return addition.op in ADDITIONS
         made = self.nodes[node.inputs[0]]
-        return (
-            made.op == "stack" and len(made.inputs) == 2 and all(self.nodes[n].shape == node.shape for n in made.inputs)
-        )
+        axes = [_axis(each, len(made.shape)) for each in (made, node)]
+        shape = made.shape[: axes[0]] + made.shape[axes[0] + 1 :]
+        stacked = made.op in JOINS | {"stack"} and made.shape[axes[0]] == 2 == len(made.inputs)
+        return stacked and axes[0] == axes[1] and node.shape == shape == self.nodes[skip].shape
 
     def is_state(self, node: int) -> bool:
         """Whether a node is handed on, no result of a map: given, a part or a join of what was, or a sum."""
@@ -322,7 +324,7 @@ class Graph:
             if node > state:
                 passed = [maps[i] for i in self.nodes[node].inputs if i in maps]
                 if passed:
-                    maps[node] = max(passed) + self.is_map(node)
+                    maps[node] = max(passed) + self.is_map(node) + (self.nodes[node].op in _RECURRENT)
         if branch not in maps:
             return {}
         back = {branch}  # keep only what leads on to the branch
@@ -333,3 +335,12 @@ class Graph:
 
     def mixes(self, path: dict[int, int], state: int) -> bool:
         return any(n != state and (self.is_map(n) or POOLS.search(self.nodes[n].op)) for n in path)
+
+
+def _axis(made: Node, dims: int) -> int:
+    """Along which axis, of so many, tensors were stacked, joined or summed up; -1 for none or several."""
+    given = made.kwargs.get("dim", made.kwargs.get("axis", made.args[1] if len(made.args) > 1 else None))
+    given = given[0] if isinstance(given, list) and len(given) == 1 else given
+    if given is None and made.op != "sum":
+        given = 0
+    return given % dims if isinstance(given, int) else -1

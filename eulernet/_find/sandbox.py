@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dis
 import functools
 import gc
+import inspect
 import sys
 import weakref
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -27,6 +30,7 @@ from eulernet._find.trace import DispatchTracer, Trace, Tracer
 from eulernet._step import ROOT
 
 _CACHE = functools._lru_cache_wrapper
+_KEEPING = frozenset("append extend update setdefault __setitem__ add put".split())  # what a lambda keeps a value by
 
 
 class Sandbox:
@@ -53,10 +57,12 @@ class Sandbox:
             twin = memo.get(id(module))
             if isinstance(twin, nn.Module):
                 self.original[twin] = module
-        for twin in self.original:
+        self.hooked: dict[nn.Module, None] = {}  # of the model's modules those with a hook that is not run, and returns
+        for twin, module in self.original.items():
             for owners in (twin._forward_hooks, twin._forward_pre_hooks) if not hooks else ():
                 for key in [key for key, hook in owners.items() if not _computes_weights(hook)]:
-                    del owners[key]
+                    if _returns(owners.pop(key)):
+                        self.hooked[module] = None
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool, backward: bool = False) -> Trace:
         """Run the copy in eval or train mode, and return the trace; with that of its backward if asked."""
@@ -177,6 +183,19 @@ def _uncompiled() -> Iterator[None]:
 def _computes_weights(hook: Any) -> bool:
     """Whether a hook makes a weight out of parameters: the older weight and spectral norms, and pruning."""
     return type(hook).__module__.startswith("torch.nn.utils.")
+
+
+def _returns(hook: Any) -> bool:
+    """Whether a hook may return another value for the one that it is given, and does not just keep that."""
+    code = getattr(inspect.unwrap(getattr(hook, "__func__", hook)), "__code__", None)
+    if code is None or (code.co_name == "<lambda>" and not _KEEPING.isdisjoint(code.co_names)):
+        return False
+    last = [
+        before if step.opname == "RETURN_VALUE" else step
+        for before, step in pairwise(dis.get_instructions(code))
+        if step.opname in ("RETURN_VALUE", "RETURN_CONST")
+    ]
+    return any("CONST" not in step.opname or step.argval is not None for step in last)
 
 
 def _copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:

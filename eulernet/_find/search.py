@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from eulernet._checks import brief
+from eulernet._checks import described, short
 from eulernet._draws import Draws
 from eulernet._errors import EulernetError
 from eulernet._find.account import Names, Origin, left_out, origin_of, outside, reached_at_zero, unequal_twins
@@ -38,6 +38,7 @@ from eulernet._find.sites import (
 )
 from eulernet._find.tensors import all_modules
 from eulernet._find.trace import Trace
+from eulernet._plot import together
 from eulernet._run.patched import restore_class
 from eulernet._source import Unsupported
 from eulernet._step import LEFT_ALONE, ROOT, Outside, Place, Reason, Step, StepKind, Steps, step_name
@@ -222,6 +223,10 @@ def _collect(model: nn.Module, runs: list[Run], traces: list[Trace], notes: list
     scaled = [e for e in sums[0].steps if e not in left_alone and not e.left_alone and id(e.addition) not in refused]
     account = _account(model, runs[0], traces[0], sums[0], scaled, refused.keys(), names)
     notes.extend(account.twins)
+    if hooked := [names[module] for module in runs[0].sandbox.hooked]:
+        notes.append(
+            f"{together(hooked)}: forward hooks that return a value were not run, and what they add was not seen"
+        )
     breaks = dict.fromkeys(at for trace in traces for at in trace.breaks)
     notes.extend(f"{at}: what is made of it is not traced back to the model's input" for at in breaks)
     notes.extend(pair_modes(groups, [{of.get(c.module) for c in trace.calls} for trace, of in traced.values()], names))
@@ -431,20 +436,3 @@ def _unreached(runs: list[Run], traces: list[Trace], names: dict[nn.Module, str]
         outer = next(outside, name)  # itself where a part of it was reached
         shown.add(outer)
     return sorted(shown)
-
-
-def described(arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> str:
-    def one(value: Any) -> str:
-        if isinstance(value, torch.Tensor):
-            return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
-        if isinstance(value, (list, tuple)):
-            return f"[{', '.join(map(one, value))}]"
-        return brief(value)[:40]
-
-    args, kwargs = arguments
-    return "(" + ", ".join([*map(one, args), *(f"{k}={one(v)}" for k, v in kwargs.items())]) + ")"
-
-
-def short(error: BaseException) -> str:
-    first = (str(error).strip() or repr(error)).splitlines()[0]
-    return f"{type(error).__name__}: {first[:300]}"

@@ -34,10 +34,13 @@ from eulernet._find.trace import Addition
 _Sums = Mapping[int, StepCall]  # by the node of the result
 
 
-def steps_of(graph: Graph, calls: list[StepCall]) -> list[StepCall]:
-    """The sums that are steps, long and unsupported ones included, in the order in which they ran."""
+def steps_of(graph: Graph, calls: list[StepCall], by_gates: list[StepCall]) -> list[StepCall]:
+    """The sums that are steps, long and unsupported ones included, in the order in which they ran.
+
+    `by_gates`: the gated updates beside them.
+    """
     scores = _scores(graph, calls)
-    sums = _with_first(_of_the_skip(graph, calls, scores))
+    sums = _with_first(_of_the_skip(graph, calls, by_gates, scores))
     ends = {e.addition.result: e for e in sums if e.supported and e.kind != "decomposition" and e not in scores}
     links = _links(graph, ends)
     of_layers = _of_layers(graph, sums, links)
@@ -72,12 +75,14 @@ def _with_first(calls: list[StepCall]) -> list[StepCall]:
 # ---- rule 1
 
 
-def _of_the_skip(graph: Graph, calls: list[StepCall], scores: Collection[StepCall]) -> list[StepCall]:
+def _of_the_skip(
+    graph: Graph, calls: list[StepCall], by_gates: list[StepCall], scores: Collection[StepCall]
+) -> list[StepCall]:
     """Without what comes from its skip only through the branches of other sums; the other half of a pair is marked."""
     sums: list[StepCall] = []
     positions = set(_positions(graph, calls))
     for call in calls:
-        inner = _inner(call, sums)
+        inner = _inner(call, sums + _of_the_state(graph, call, by_gates))
         if call in positions:
             call.reason = "position or injected input"
         elif inner and graph.constant[call.state]:
@@ -96,26 +101,48 @@ def _of_the_skip(graph: Graph, calls: list[StepCall], scores: Collection[StepCal
 def _positions(graph: Graph, calls: list[StepCall]) -> Iterator[StepCall]:
     """The sums that are read in a branch alone, and whose own branch goes on without them: another sum adds to it.
 
-    That branch may be a multiple where it is a later state of the skip's stream, into which the earlier one is mixed.
+    That branch may be normed or a multiple where it is a later state of the stream whose earlier one is mixed in.
     """
     carried: dict[int, list[StepCall]] = defaultdict(list)
     for call in calls:
-        for node in graph.same(call.skip, 0):
+        for node in _raw(graph, call.skip):
             carried[node].append(call)
     for call in calls:
         result = call.addition.result
         read = graph.readers.get(result, set())
         if carried[result] or not any(result in outer.within and read <= outer.within for outer in calls):
             continue
-        branches = graph.same(call.branch, 0, scaled=True) if _is_later(graph, call, calls) else [call.branch]
+        branches = _raw(graph, call.branch, scaled=True) if _is_later(graph, call, calls) else [call.branch]
         if any(other is not call for branch in branches for other in carried[branch]):
             yield call
 
 
+def _raw(graph: Graph, node: int, *, scaled: bool = False) -> Iterator[int]:
+    """A node and what it is the same as, a multiple of or normed from."""
+    while True:
+        chain = list(graph.same(node, 0, scaled=scaled))
+        yield from chain
+        inputs = graph.state_inputs(chain[-1])
+        if graph.nodes[chain[-1]].op not in NORMS or len(inputs) != 1:
+            return
+        node = inputs[0]
+
+
 def _is_later(graph: Graph, call: StepCall, calls: list[StepCall]) -> bool:
-    """Whether between the skip and the branch there is nothing but other sums."""
-    own = _own(graph, call, inner) if (inner := _inner(call, calls)) else None
-    return own is not None and own.nothing
+    """Whether between the skip and the branch there is nothing but other sums and norms."""
+    cut = {e.addition.result: e.skip for e in _inner(call, calls)}
+    way = _way(graph, call, cut) - {call.state} if cut else set()
+    return bool(way) and not any(n not in cut and (graph.is_map(n) or POOLS.search(graph.nodes[n].op)) for n in way)
+
+
+def _of_the_state(graph: Graph, call: StepCall, by_gates: list[StepCall]) -> list[StepCall]:
+    """The gated updates of a stream from which the state of a sum was computed."""
+    found: dict[int, StepCall] = {}
+    for update in by_gates:
+        earlier = update.skip in graph.ancestors(call.state, 0, update.skip)
+        if earlier or any(node in found for node in _raw(graph, update.skip)):
+            found[update.addition.result] = update
+    return list(found.values())
 
 
 def _inner(call: StepCall, calls: list[StepCall]) -> list[StepCall]:

@@ -49,7 +49,8 @@ _SHAPE_FROM_SECOND = frozenset("to type_as expand_as view_as reshape_as".split()
 SLICES = frozenset("getitem narrow select slice chunk split unbind".split())
 # An addition, and what else can add a branch to a skip in one call.
 ADDITIONS = frozenset("add sub subtract radd iadd isub".split())
-PRODUCTS = frozenset("addmm baddbmm addbmm addmv addr linear".split())  # which multiply what they add by a matrix
+# These multiply what they add by a matrix.
+PRODUCTS = frozenset("addmm baddbmm addbmm addmv addr linear sparse_addmm sspaddmm".split())
 FUSED_ADDITIONS = PRODUCTS | ADDING.keys() | frozenset("addcmul addcdiv index_add scatter_add lerp rsub".split())
 CELLS = frozenset(("gru_cell",))  # these take a state and give what it becomes
 HANDED_ON = "handed on"
@@ -59,6 +60,7 @@ CONTRACTIONS = frozenset("sum mean nansum einsum matmul rmatmul bmm mm tensordot
 RUNNING = frozenset("cumsum diff".split())  # likewise, one of the parts after the other
 JOINS = frozenset("cat concat concatenate".split())
 _STACKS = JOINS | frozenset("stack hstack vstack dstack".split())
+_EXPANDING = frozenset("unsqueeze getitem view reshape".split())
 _VIEWS_OF_STACKS = frozenset("view reshape unflatten flatten unsqueeze squeeze permute transpose movedim mul".split())
 
 
@@ -347,7 +349,18 @@ class Tracer(TorchFunctionMode):
         while nodes[node].op in _VIEWS_OF_STACKS and nodes[node].inputs:
             node = nodes[node].inputs[0]
         parts = nodes[node].inputs if nodes[node].op in _STACKS else ()
+        if nodes[node].op in JOINS and all(self._is_expanded(part) for part in parts):
+            parts = tuple(nodes[part].inputs[0] for part in parts)
         return parts if len({nodes[part].shape for part in parts}) == 1 else ()
+
+    def _is_expanded(self, node: int) -> bool:
+        """Whether it is another tensor with one more axis, of one place: what is joined along that is stacked."""
+        nodes = self.trace.nodes
+        made = nodes[node]
+        if made.op not in _EXPANDING or len(made.inputs) != 1:
+            return False
+        shape = nodes[made.inputs[0]].shape
+        return any((*shape[:i], 1, *shape[i:]) == made.shape for i in range(len(made.shape)))
 
     def _addition(self, op: str, operands: tuple[int, ...], result: Tensor, in_place: bool, frame: Any) -> None:
         frames = list(frames_of(frame))

@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from eulernet._run.factor import is_begun
 from eulernet._run.patched import (
     ADD_NORM,
     DEFER,
@@ -61,7 +62,9 @@ def add_step_hook(module: Any, hook: StepHook) -> None:
 
     def see(place: int, key: Any, skip: Any, branch: Any, times: float, add: Callable[[], Any]) -> Any:
         slot = here()._euler_slot(place, key)
-        return add() if slot is None else hook(StepInputs(place, slot, skip, branch, times), add)
+        if slot is None or is_begun(skip, branch):
+            return add()
+        return hook(StepInputs(place, slot, skip, branch, times), add)
 
     def scale(branch: Any, place: int, key: Any = None) -> Any:
         return see(place, key, None, branch, 1, lambda: getattr(cls, SCALE)(here(), branch, place, key))

@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eulernet._checks import brief, positive, whole_number
+from eulernet._checks import brief, positive, short, whole_number
 from eulernet._errors import EulernetError
 from eulernet._find.apart import without_global_hooks
 from eulernet._find.inputs import as_arguments
 from eulernet._find.sandbox import measuring
-from eulernet._find.search import short
 from eulernet._patch.patch import is_patched, patch
 from eulernet._patch.select import HLike
 from eulernet._plot import new_figure

@@ -18,11 +18,10 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
 
-from eulernet._checks import check_model, unwrapped, whole_number
+from eulernet._checks import check_model, described, short, unwrapped, whole_number
 from eulernet._errors import EulernetError, EulernetWarning
 from eulernet._find.inputs import as_arguments
 from eulernet._find.sandbox import Sandbox, measuring
-from eulernet._find.search import described, short
 from eulernet._patch.patch import assign, is_patched, patch
 from eulernet._run.hooks import StepInputs, add_step_hook
 from eulernet._run.patched import Patched, by_module

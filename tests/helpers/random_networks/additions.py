@@ -21,7 +21,7 @@ class AdditionWriter(LayerWriter):
     def addition(self, cls: Class, skip: str, branch: Branch, kind: str, skip_writable: bool = False) -> list[str]:
         """Statements that leave the step's result in x."""
         excluded = [] if self.precision in ("float64", "float32") else ["sum of a stack", *FUSED]
-        if kind != "identity":
+        if kind not in ("identity", "projection"):
             excluded += FUSED
         form = self.pick(FORMS, *excluded, *([] if branch.writable else FORMS[-2:]))
         into = skip if skip_writable else f"({skip}).clone()"

@@ -58,7 +58,7 @@ FORMS = (
     *("scripted function", "autograd function"),
     *("skip +=", "skip -=", "skip add_", "operator.iadd", "function in place", "branch +=", "branch add_"),
 )
-FUSED = ("addcmul", "index_add", "lerp by a number")  # on a mapped skip they are no steps; one dtype
+FUSED = ("addcmul", "index_add", "lerp by a number")  # of one dtype
 BY_DIFFERENCE = (
     *FUSED,
     *("sum", "reduce", "sum of a stack", "lambda in an attribute", "scripted function", "autograd function"),
