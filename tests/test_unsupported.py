@@ -88,7 +88,7 @@ def test_of_unequal_halves_the_one_that_is_not_scaled_is_named_too() -> None:
     model, x = UnequalHalves(), torch.randn(2, 5, 8)
     found = eulernet.find_steps(model, example_inputs=x)
     assert [step.name for step in found] == ["blocks.0", "blocks.1", "blocks.2"] and not found.long
-    assert [line.split()[0] for line in found.unsupported] == ["blocks.1", "blocks.2", "blocks.0"]
+    assert [line.split()[0] for line in found.unsupported] == ["blocks.0", "blocks.1", "blocks.2"]
     with pytest.warns(UserWarning, match=r"not scaled.*blocks\.\{0-2\}.*reversible network"):
         eulernet.patch(model, 0.3, example_inputs=x)
 

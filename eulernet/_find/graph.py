@@ -334,7 +334,17 @@ class Graph:
         return {node: maps[node] for node in maps if node in back}
 
     def mixes(self, path: dict[int, int], state: int) -> bool:
-        return any(n != state and (self.is_map(n) or POOLS.search(self.nodes[n].op)) for n in path)
+        return any(
+            n != state and (self.is_map(n) or POOLS.search(self.nodes[n].op) or self._is_product(n)) for n in path
+        )
+
+    def _is_product(self, node: int) -> bool:
+        """Whether it is a matrix product by hand: two tensors are multiplied, and summed over an axis."""
+        made = self.nodes[node]
+        if made.op != "sum" or not made.inputs:
+            return False
+        product = self.nodes[made.inputs[0]]
+        return product.op in SCALES and len(set(product.inputs)) == 2
 
 
 def _axis(made: Node, dims: int) -> int:

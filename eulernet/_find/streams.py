@@ -5,7 +5,8 @@ more: the places of one parallel step count once, and two projections alone are 
 which weights other states and does nothing else, is in no chain, and counts in no branch.
 
 1. A sum whose branch comes from its skip only through the branches of other sums is no step: a position, a score, an
-   input that is injected again. The other half of a reversible network, whose skip is a sum itself, is named.
+   input that is injected again; unless it carries a stream of its own, and those others are driven by themselves as
+   well. Where they are driven by it alone, it is the other half of a reversible network, which is named.
    So is a sum that is read in a branch alone, while its own branch goes on without it, as the skip of another sum.
 2. A sum with sums inside its branch is long (a) where, with their branches cut, nothing is left of its own (no map,
    norm or pooling), or what is left passes another resolution; (b) around a stream that begins at its own skip, through
@@ -78,9 +79,16 @@ def _with_first(calls: list[StepCall]) -> list[StepCall]:
 def _of_the_skip(
     graph: Graph, calls: list[StepCall], by_gates: list[StepCall], scores: Collection[StepCall]
 ) -> list[StepCall]:
-    """Without what comes from its skip only through the branches of other sums; the other half of a pair is marked."""
+    """Without what comes from its skip only through the branches of other sums, unless it carries a stream of its own.
+
+    Where those other sums come from theirs through it alone, it is the other half of a pair, and marked as such.
+    """
     sums: list[StepCall] = []
-    positions = set(_positions(graph, calls))
+    carried: dict[int, list[StepCall]] = defaultdict(list)
+    for call in calls:
+        for node in _raw(graph, call.skip, scaled=True):
+            carried[node].append(call)
+    positions = set(_positions(graph, calls, carried))
     for call in calls:
         inner = _inner(call, sums + _of_the_state(graph, call, by_gates))
         if call in positions:
@@ -88,25 +96,47 @@ def _of_the_skip(
         elif inner and graph.constant[call.state]:
             call.reason = "constant operand"
         elif inner and _own(graph, call, inner) is None:
-            call.coupled = call not in scores and _is_other_half(graph, call, inner)
-            if call.coupled:
-                sums.append(call)
-            else:
+            if call in scores or not _is_of_a_stream(graph, call, carried):
                 call.reason = "position or injected input"
+            else:
+                call.coupled = not all(_is_driven_by_itself(graph, e, calls) for e in inner)
+                sums.append(call)
         else:
             sums.append(call)
     return sums
 
 
-def _positions(graph: Graph, calls: list[StepCall]) -> Iterator[StepCall]:
+def _is_of_a_stream(graph: Graph, call: StepCall, carried: Mapping[int, list[StepCall]]) -> bool:
+    """Whether its skip is a sum too, or its result another sum's skip."""
+    # What was squashed since it was summed up is a position, as boxes that are refined are.
+    skips = graph.same(call.skip, 0, scaled=True)
+    last = next((n for n in skips if n in graph.sums or graph.nodes[n].op in SQUASHES), None)
+    result = call.addition.result
+    squashed = any(graph.nodes[n].op in SQUASHES for n in graph.uses(result))
+    begins = last is None and not squashed and any(_head(other) is not _head(call) for other in carried[result])
+    return begins or last in graph.sums
+
+
+def _is_driven_by_itself(graph: Graph, call: StepCall, calls: list[StepCall]) -> bool:
+    """Whether a branch comes from its state beside all other streams too."""
+    own = call.within | {call.addition.result, call.state}
+    others = {e.addition.result: e.skip for e in calls if e.addition.result in call.within}
+    streams = {  # which come from outside of the branch, and go on beside it
+        n
+        for n in call.within & graph.sums
+        if n not in others
+        and graph.readers.get(n, set()) - own
+        and any(i not in own and not graph.constant[i] for i in graph.nodes[n].inputs)
+    }
+    return bool(_way(graph, call, others, without=streams))
+
+
+def _positions(graph: Graph, calls: list[StepCall], carried: Mapping[int, list[StepCall]]) -> Iterator[StepCall]:
     """The sums that are read in a branch alone, and whose own branch goes on without them: another sum adds to it.
 
     That branch may be normed or a multiple where it is a later state of the stream whose earlier one is mixed in.
+    `carried`: by node, the sums whose skip it is, as it is, normed or a multiple of it.
     """
-    carried: dict[int, list[StepCall]] = defaultdict(list)
-    for call in calls:
-        for node in _raw(graph, call.skip):
-            carried[node].append(call)
     for call in calls:
         result = call.addition.result
         read = graph.readers.get(result, set())
@@ -156,14 +186,6 @@ def of_their_skip(graph: Graph, calls: list[StepCall], steps: list[StepCall]) ->
         if inner and not _way(graph, call, {e.addition.result: e.skip for e in inner}):
             call.reason = "position or injected input"
     return [call for call in calls if call.reason is None]
-
-
-def _is_other_half(graph: Graph, call: StepCall, inner: list[StepCall]) -> bool:
-    """Whether two streams are changed in turn: the skip is a sum too, and the branch begins in a step's."""
-    holder = next((e for e in inner if call.state in e.within), None)
-    # What was squashed since it was summed up is a position, as boxes that are refined are.
-    last = next((n for n in graph.same(call.skip, 0) if n in graph.sums or graph.nodes[n].op in SQUASHES), None)
-    return holder is not None and last in graph.sums
 
 
 class _Own(NamedTuple):
@@ -266,6 +288,8 @@ def _goes_on(graph: Graph, call: StepCall, outer: StepCall, links: Mapping[StepC
     """Whether a sum in a branch belongs to another stream, which comes from outside of the branch and leaves it."""
     before = (near.addition.result for near in links.get(_head(call), ()))
     comes = any(node < call.addition.result and node not in outer.within for node in before)
+    own_state = outer.within.union(_raw(graph, outer.skip), (outer.state,))
+    comes = comes or own_state.isdisjoint(_raw(graph, call.skip))
     own = outer.within | {outer.addition.result}
     state = [call.addition.result]  # as it is, or normed
     for node in state if comes else ():
