@@ -193,3 +193,28 @@ def test_an_update_that_overwrites_its_state_is_reported_and_refused_where_it_is
 @pytest.mark.filterwarnings("error::eulernet.EulernetWarning")
 def test_who_excludes_them_has_decided() -> None:
     eulernet.patch(made(ResidualBesideGated), 0.3, example_inputs=X, exclude="highway")
+
+
+class ValueResidual(nn.Module):
+    """nGPT: the first values are mixed into those of each layer, and the stream is gated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values, self.outs = (nn.ModuleList(nn.Linear(DIM, DIM) for _ in range(4)) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first = None
+        for value, out in zip(self.values, self.outs, strict=True):
+            v = value(x)
+            if first is None:
+                first = v
+            else:
+                v = 0.5 * (v + first)
+            x = torch.lerp(x, out(v), torch.sigmoid(out(x)))
+        return x
+
+
+def test_values_that_are_mixed_beside_a_gated_stream_are_no_steps() -> None:
+    steps = eulernet.find_steps(ValueResidual(), example_inputs=torch.randn(2, 5, DIM))
+    assert len(steps) == 0 and len(steps.gated) == 4 and not steps.long and not steps.unsupported
+    assert steps.reasons() == ["3 position or injected input"]

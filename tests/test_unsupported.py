@@ -268,6 +268,10 @@ def by_outer_product(model: Beside, x: Tensor) -> Tensor:
     return torch.addr(x, model.a(x).mean(1), model.a(x).mean(0))
 
 
+def by_sparse_product(model: Beside, x: Tensor) -> Tensor:
+    return torch.sparse.addmm(x, torch.eye(len(x)).to_sparse(), model.a(x))
+
+
 def by_bias(model: Beside, x: Tensor) -> Tensor:
     return nn.functional.linear(x.relu(), model.a.weight, x)
 
@@ -309,7 +313,7 @@ def by_script(model: Beside, x: Tensor) -> Tensor:
     return _scripted_sum(x, model.a(x))
 
 
-PRODUCTS = [by_product, by_product_from_the_left, by_batched_product, by_outer_product, by_bias]
+PRODUCTS = [by_product, by_product_from_the_left, by_batched_product, by_outer_product, by_sparse_product, by_bias]
 INTO_PLACES = [by_index_add, by_scatter, by_put]
 SEVERAL = [by_running_sum, by_running_difference, by_lists, by_lists_in_place]
 FORMS = [by_sum, by_map, by_addmm, *PRODUCTS, by_part_of_a_product, *INTO_PLACES, *SEVERAL, by_script]
@@ -339,6 +343,25 @@ def test_a_step_that_cannot_be_rewritten_is_named(form: Any) -> None:
 def test_a_product_that_is_added_to_its_operand_is_a_step(form: Any) -> None:
     found = eulernet.find_steps(Beside(form), example_inputs=torch.randn(4, 6))
     assert [(step.name, step.kind) for step in found] == [("block", "identity"), ("<root>", "identity")]
+
+
+def test_a_sum_over_another_axis_of_a_stack_is_no_step() -> None:
+    """Over the samples, of which there are two: the shape is that of the state."""
+    model = Beside(lambda model, x: torch.stack((x, model.a(x))).sum(1))
+    found = eulernet.find_steps(model, example_inputs=torch.randn(2, 6))
+    assert [step.name for step in found] == ["block"]
+    assert any("<root>" in line for line in found.unsupported)
+
+
+def test_a_hook_that_adds_and_is_not_run_is_named() -> None:
+    kept: list[Tensor] = []
+    layers = nn.Sequential(Block(), linear(), linear(), Block())
+    layers[1].register_forward_hook(lambda module, args, output: args[0] + output)
+    layers[2].register_forward_hook(lambda module, args, output: kept.append(output))
+    layers[3].register_forward_hook(lambda module, args, output: None)
+    with pytest.warns(eulernet.EulernetWarning, match="^1: forward hooks that return a value were not run"):
+        eulernet.patch(layers, 0.5, example_inputs=torch.randn(2, 5, DIM))
+    assert [step.name for step in eulernet.steps(layers)] == ["0", "3"] and not kept
 
 
 class Skewed(nn.Module):

@@ -96,7 +96,8 @@ def _of_the_skip(
         elif inner and graph.constant[call.state]:
             call.reason = "constant operand"
         elif inner and _own(graph, call, inner) is None:
-            if call in scores or not _is_of_a_stream(graph, call, carried):
+            taken_out = any(e.kind == "decomposition" for e in inner)
+            if call in scores or taken_out or not _is_of_a_stream(graph, call, carried):
                 call.reason = "position or injected input"
             else:
                 call.coupled = not all(_is_driven_by_itself(graph, e, calls) for e in inner)
@@ -289,14 +290,14 @@ def _goes_on(graph: Graph, call: StepCall, outer: StepCall, links: Mapping[StepC
     before = (near.addition.result for near in links.get(_head(call), ()))
     comes = any(node < call.addition.result and node not in outer.within for node in before)
     own_state = outer.within.union(_raw(graph, outer.skip), (outer.state,))
-    comes = comes or own_state.isdisjoint(_raw(graph, call.skip))
+    comes = comes or own_state.isdisjoint(_raw(graph, call.skip, scaled=True))
     own = outer.within | {outer.addition.result}
-    state = [call.addition.result]  # as it is, or normed
+    state = [call.addition.result]  # as it is, normed or a multiple
     for node in state if comes else ():
         readers = graph.readers.get(node, set())
         if readers - own or node in graph.outputs:
             return True
-        state += [n for n in readers if graph.nodes[n].op in NORMS or graph.keeps_resolution(n)]
+        state += [n for n in readers if node in _raw(graph, n, scaled=True) or graph.keeps_resolution(n)]
     return False
 
 

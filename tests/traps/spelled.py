@@ -1,0 +1,156 @@
+"""Branches and skips that are written otherwise: products by hand, parts, joins, running sums, several branches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from tests.traps.base import DIM, PROJECTION, Expected, Form, Trap, each, linear, mlp, trap
+
+
+@trap
+class SumOfAJoin(Form):
+    """Skip and branch get one more axis, and are joined along it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat((x[None], self.a(x).unsqueeze(0))).sum(0)
+
+
+@trap
+class MixedWithAMappedSkip(Trap):
+    """EDM2: ``lerp`` of a projected skip and a branch."""
+
+    expected = PROJECTION
+    autocast = False  # operands of two dtypes
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.p, self.a = linear(), mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        skip = self.p(x)
+        return torch.lerp(skip, self.a(x), 0.25)
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        return self.p(x) + h[0] * 0.25 * (self.a(x) - self.p(x))
+
+
+class TwoBranches(Trap):
+    expected = (Expected(kind="parallel", places=2),)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.a, self.b = nn.LayerNorm(DIM), mlp(), mlp()
+
+
+@trap
+class TwoBranchesOfANormBesideAMultiple(TwoBranches):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        return 0.5 * x + self.a(y) + self.b(y)
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        y = self.norm(x)
+        return 0.5 * x + h[0] * (self.a(y) + self.b(y))
+
+
+@trap
+class TheSecondBranchBehindAMultiple(TwoBranches):
+    def forward(self, x: Tensor) -> Tensor:
+        y = 0.75 * (x + self.a(x))
+        return y + self.b(x)
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        y = 0.75 * (x + h[0] * self.a(x))
+        return y + h[0] * self.b(x)
+
+
+@trap
+class BranchesInALoopFromZero(Trap):
+    """The first of them is the state itself: nothing is added to a state there."""
+
+    expected = (Expected(kind="parallel", places=1),)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList((nn.Identity(), mlp(), mlp()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor | int = 0
+        for branch in self.branches:
+            y = y + branch(x)
+        return torch.relu(y)  # type: ignore[arg-type]
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        return torch.relu(x + h[0] * self.branches[1](x) + h[0] * self.branches[2](x))
+
+
+@trap
+class ALinearMapBesideARecurrentLayer(Trap):
+    """DeepSleepNet: a recurrent layer is deeper than a linear one."""
+
+    expected = PROJECTION
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.p, self.a = linear(), nn.LSTM(DIM, DIM // 2, batch_first=True, bidirectional=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.p(x) + self.a(x)[0]
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        return self.p(x) + h[0] * self.a(x)[0]
+
+
+@trap
+class PartsOfComplexStates(Trap):
+    """The real and the imaginary part are changed by themselves."""
+
+    expected = each("<root>:0", "<root>:1", depth=1)
+    autocast = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = mlp(), mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = torch.complex(x, x.flip(-1))
+        size = z.abs()
+        return torch.view_as_real(torch.complex(z.real + self.a(size), z.imag + self.b(size)))
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        size = torch.complex(x, x.flip(-1)).abs()
+        return torch.stack((x + h[0] * self.a(size), x.flip(-1) + h[1] * self.b(size)), -1)
+
+
+@trap
+class APlanarFlow(Trap):
+    """The product with a vector is written as a product and a sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.u, self.w = nn.Parameter(torch.randn(DIM)), nn.Parameter(torch.randn(DIM))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.u * torch.tanh((self.w * x).sum(-1, keepdim=True))
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        return x + h[0] * self.u * torch.tanh((x @ self.w)[..., None])
+
+
+@trap
+class AMemoryReadByHand(Trap):
+    """MemN2N: the scores and what is read are products and sums."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.keys, self.values = nn.Parameter(torch.randn(3, DIM)), nn.Parameter(torch.randn(3, DIM))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = torch.softmax((self.keys * x.unsqueeze(-2)).sum(-1), -1)
+        return x + (scores.unsqueeze(-1) * self.values).sum(-2)
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        return x + h[0] * torch.softmax(x @ self.keys.mT, -1) @ self.values
