@@ -233,6 +233,9 @@ def _projection(graph: Graph, skip: int, branch: int, start: int) -> Match | Non
             passed = max(maps, sum(map(graph.is_map, skipped[:-1])))  # a separable convolution is two in a branch
             deeper = direct and (direct[branch] > passed or (state in multiples and graph.mixes(direct, state)))
             other = _are_other_parts(graph, skipped, path) or graph.leaves_resolution(skipped)
+            # Two linear maps, however many each is made of, are one: a low-rank update, kernels of two sizes.
+            linear = passed > 0 and all(graph.is_linear(n) for n in direct if n != state)
+            other = other or (state not in multiples and linear)
             if deeper and not other:
                 return Match("projection", state, set(path) - {state})
     return None

@@ -47,13 +47,20 @@ _REDUCTIONS = frozenset("max amax mean sum".split())  # pooling by hand, over a 
 UPSAMPLES = re.compile(r"interpolate|upsample|conv_transpose|pixel_shuffle")
 SQUASHES = frozenset("sigmoid hardsigmoid logsigmoid tanh softmax log_softmax softmin".split())
 SQUARES = frozenset("pow square float_power abs".split())  # what an error or a variance is made by
-_SAME = VIEWS | CASTS | _DROPOUTS | _ACTIVATIONS
-_HANDING_ON = VIEWS | CASTS | _DROPOUTS | SCALES | ADDITIONS | {"masked_fill", "where"}
+# Values are left out, replaced or rounded, each by itself.
+_MASKS = frozenset(
+    "masked_fill where nan_to_num round fake_quantize_per_tensor_affine fake_quantize_per_channel_affine "
+    "fake_quantize_learnable_per_tensor_affine fused_moving_avg_obs_fake_quant".split()
+)
+_SAME = VIEWS | CASTS | _DROPOUTS | _ACTIVATIONS | _MASKS
+_HANDING_ON = VIEWS | CASTS | _DROPOUTS | SCALES | ADDITIONS | _MASKS
 _MATCHING = _SAME | NORMS | _PADS | SCALES | _REDUCTIONS | REARRANGES
 
 
 # A decomposition, x - pool(x), is seen here and is no step.
 MatchKind = Literal["identity", "projection", "parallel", "gated", "decomposition"]
+_LINEAR = VIEWS | CASTS | _DROPOUTS | SCALES | ADDITIONS | REARRANGES | _PADS
+_NOT_LINEAR = re.compile(r"attention|lstm|gru|rnn|::")
 
 
 @dataclass(eq=False)
@@ -236,6 +243,12 @@ class Graph:
                 node, maps = whole[0], maps + whole[1]
                 yield node, maps
                 continue
+            if len(inputs) > 1 and op in ADDITIONS and (one := self._sum_of_maps(inputs, start)) is not None:
+                if maps + 1 > most:
+                    return
+                node, maps, last = one, maps + 1, None
+                yield node, maps
+                continue
             # Beside a constant a sum keeps what it is: a frozen batch norm is x * scale + bias.
             if len(inputs) > 1 and op in CONTRACTIONS:  # a mixture of streams, by a matrix that may depend on them
                 inputs = tuple(i for i in inputs if self.nodes[i].shape == self.nodes[node].shape)
@@ -249,6 +262,25 @@ class Graph:
                 return
             node = source
             yield node, maps
+
+    def is_linear(self, node: int) -> bool:
+        """Whether it is linear in the one state that it was made of."""
+        op = self.nodes[node].op
+        linear = op in _LINEAR or (self.is_map(node) and not _NOT_LINEAR.search(op))
+        return linear and len(self.state_inputs(node)) == 1
+
+    def _sum_of_maps(self, parts: tuple[int, ...], start: int) -> int | None:
+        """What two linear maps that are summed up were given, which are one: a map and its low-rank update."""
+        chains: list[set[int]] = []
+        for node in parts:
+            chains.append(set())
+            mapped = False
+            while node >= start and self.is_linear(node):
+                mapped |= self.is_map(node)
+                (node,) = self.state_inputs(node)
+                if mapped:
+                    chains[-1].add(node)
+        return max(set.intersection(*chains), default=None)
 
     def _normed(self, node: int) -> int | None:
         """What a norm written by hand was given: a product of it with statistics of its own."""
@@ -339,12 +371,12 @@ class Graph:
         )
 
     def _is_product(self, node: int) -> bool:
-        """Whether it is a matrix product by hand: two tensors are multiplied, and summed over an axis."""
+        """Whether it is a product with a parameter, or with what is made of those, that is summed over an axis."""
         made = self.nodes[node]
         if made.op != "sum" or not made.inputs:
             return False
         product = self.nodes[made.inputs[0]]
-        return product.op in SCALES and len(set(product.inputs)) == 2
+        return product.op in SCALES and [self.constant[i] for i in sorted(product.inputs)].count(True) == 1
 
 
 def _axis(made: Node, dims: int) -> int:

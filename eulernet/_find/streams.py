@@ -318,12 +318,26 @@ def _of_layers(graph: Graph, sums: list[StepCall], links: Mapping[StepCall, set[
     """The sums to which a layer is added that was made of one that was added before, none next to another."""
     branches: dict[StepCall, list[int]] = defaultdict(list)
     found: set[StepCall] = set()
+    results = {call.addition.result for call in sums}
     for call in sums:
         head = _head(call)
-        if any(b in graph.ancestors(call.branch, 0, b) for b in branches[head]):
+        if any(_is_made_of(graph, call.branch, b, results) for b in branches[head]):
             found.add(head)
         branches[head].append(call.branch)
     return {head for head in found if found.isdisjoint(links.get(head, ()))}
+
+
+def _is_made_of(graph: Graph, node: int, other: int, cut: Collection[int]) -> bool:
+    """Whether a node was computed from an earlier one beside these."""
+    pending, seen = [node], {node}
+    while pending:
+        one = pending.pop()
+        if one == other:
+            return True
+        later = {i for i in graph.nodes[one].inputs if i >= other and i not in seen and i not in cut}
+        pending += later
+        seen |= later
+    return False
 
 
 def _through_each_other(sums: list[StepCall]) -> Iterator[StepCall]:

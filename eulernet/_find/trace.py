@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from functools import partial, update_wrapper
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -54,6 +55,7 @@ PRODUCTS = frozenset("addmm baddbmm addbmm addmv addr linear sparse_addmm sspadd
 FUSED_ADDITIONS = PRODUCTS | ADDING.keys() | frozenset("addcmul addcdiv index_add scatter_add lerp rsub".split())
 CELLS = frozenset(("gru_cell",))  # these take a state and give what it becomes
 HANDED_ON = "handed on"
+_CONTROL = frozenset("cond while_loop scan associative_scan map".split())
 _TO_NUMBERS = frozenset("numpy array tolist".split())
 # These sum over an axis, along which two tensors may have been stacked, or mix what was stacked by a matrix.
 CONTRACTIONS = frozenset("sum mean nansum einsum matmul rmatmul bmm mm tensordot".split())
@@ -258,6 +260,9 @@ class Tracer(TorchFunctionMode):
         if name.removeprefix("quantized::").startswith("add") and any(t.is_quantized for t in results) and self.stack:
             by = type(self.trace.calls[self.stack[-1]].module).__name__
             self.trace.breaks[f"{by} adds integers (patch before torch.ao.quantization.convert)"] = None
+        if isinstance(func, torch._ops.HigherOrderOperator) and name in _CONTROL and self.stack:
+            by = type(self.trace.calls[self.stack[-1]].module).__name__
+            self.trace.breaks[f"{by} calls torch.{name}, into whose functions eulernet does not look"] = None
         if not results and not any(version_of(t) != v for t, _, v in before):
             return out
 

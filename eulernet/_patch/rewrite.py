@@ -114,7 +114,8 @@ def _keep_keys(definition: ast.FunctionDef, edits: dict[Span, tuple[str, int]], 
     """The calls, by their ids, whose callee is a key, and the places that it is the key of.
 
     Calls of the same expression elsewhere, as in the other half of an `if`, are treated alike. The variable is None at
-    the start of each run of the innermost loop (or function) that holds both, so that it is never an earlier one's.
+    the start of each run of the innermost loop (or function) that holds both, so that it is never an earlier one's;
+    of the one around that, where the call stands behind the sum.
     """
     keys: dict[int, list[int]] = {}
     for span, (_, place) in edits.items():
@@ -125,13 +126,19 @@ def _keep_keys(definition: ast.FunctionDef, edits: dict[Span, tuple[str, int]], 
         sum_ = _sum_at(definition, span, first)
         bodies = [definition.body, *_loops(definition)]  # the outer ones first
         inside = [[n for statement in body for n in ast.walk(statement)] for body in bodies]
-        number = max(i for i, held in enumerate(inside) if call in held and sum_ in held)
+        around = [i for i, held in enumerate(inside) if call in held and sum_ in held]
+        # What stands behind the sum made its branch in the run before.
+        number = around[-2 if len(around) > 1 and _ends(sum_) <= (call.lineno, call.col_offset) else -1]
         elsewhere = {id(n) for scope in without_variables(definition) for n in ast.walk(scope)}
         for node in inside[number]:
             if isinstance(node, ast.Call) and id(node) not in elsewhere and ast.dump(node.func) == ast.dump(call.func):
                 keys.setdefault(id(node), []).append(place)
         _unset(_key_name(place), bodies[number])
     return keys
+
+
+def _ends(node: Any) -> tuple[int, int]:
+    return node.end_lineno, node.end_col_offset
 
 
 def _hold_factors(

@@ -154,3 +154,76 @@ class AMemoryReadByHand(Trap):
 
     def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
         return x + h[0] * torch.softmax(x @ self.keys.mT, -1) @ self.values
+
+
+@trap
+class TheBranchIsAddedOneTurnLater(Trap):
+    """As kernels that add and norm at once want it: the layer's output waits for the next turn of the loop."""
+
+    expected = (*each("layers.0", "layers.1", depth=3), Expected("<root>", depth=3))
+    keyed = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.layers = nn.LayerNorm(DIM), nn.ModuleList(mlp() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        waits = None
+        for layer in self.layers:
+            if waits is not None:
+                x = x + waits
+            waits = layer(self.norm(x))
+        return x + waits
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        for factor, layer in zip(h, self.layers, strict=True):
+            x = x + factor * layer(self.norm(x))
+        return x
+
+
+@trap
+class LowRankUpdatesEverywhere(Trap):
+    """LoRA: the sum of a map and its update is one map, at the stem, in the shortcut and in the branch."""
+
+    expected = (Expected(kind="projection"),)
+
+    class Lora(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.base, self.down, self.up = linear(), nn.Linear(DIM, 2, bias=False), nn.Linear(2, DIM, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.base(x)
+            return y + self.up(self.down(x)) * 2.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.shortcut, self.a, self.b, self.head = (self.Lora() for _ in range(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        return self.head(self.shortcut(x) + self.b(torch.relu(self.a(x))))
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        x = torch.relu(self.stem(x))
+        return self.head(self.shortcut(x) + h[0] * self.b(torch.relu(self.a(x))))
+
+
+@trap
+class SkipAndBranchAreRounded(Trap):
+    """As where a network is trained for integers; and masked."""
+
+    expected = each("<root>:0", "<root>:1")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = mlp(), mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = x.new_zeros(x.shape[1], 1, dtype=torch.bool)
+        y = x.nan_to_num() + self.a(x)
+        return y.masked_fill(mask, 0.0) + self.b(y).masked_fill(mask, 0.0)
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        y = x + h[0] * self.a(x)
+        return y + h[1] * self.b(y)
