@@ -167,10 +167,11 @@ def _is_later(graph: Graph, call: StepCall, calls: list[StepCall]) -> bool:
 
 
 def _of_the_state(graph: Graph, call: StepCall, by_gates: list[StepCall]) -> list[StepCall]:
-    """The gated updates of a stream from which the state of a sum was computed."""
+    """The gated updates of a stream from which the state of a sum was computed, not those of that state itself."""
     found: dict[int, StepCall] = {}
+    own = set(_raw(graph, call.state))
     for update in by_gates:
-        earlier = update.skip in graph.ancestors(call.state, 0, update.skip)
+        earlier = update.skip not in own and update.skip in graph.ancestors(call.state, 0, update.skip)
         if earlier or any(node in found for node in _raw(graph, update.skip)):
             found[update.addition.result] = update
     return list(found.values())
