@@ -108,7 +108,9 @@ def _of_the_skip(
 
 
 def _is_of_a_stream(graph: Graph, call: StepCall, carried: Mapping[int, list[StepCall]]) -> bool:
-    """Whether its skip is a sum too, or its result another sum's skip."""
+    """Whether its skip is read as it is, and is a sum too, or its result another sum's skip."""
+    if call.kind != "identity":  # parts of what another stream made are summed up beside it: WaveNet
+        return False
     # What was squashed since it was summed up is a position, as boxes that are refined are.
     skips = graph.same(call.skip, 0, scaled=True)
     last = next((n for n in skips if n in graph.sums or graph.nodes[n].op in SQUASHES), None)

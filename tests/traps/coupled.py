@@ -174,3 +174,32 @@ class WhatCodesLeaveOver(WithABlock):
 
     def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
         return self.run(self.block.reference(x, h[0]))
+
+
+@trap
+class WhatLayersGiveBesideTheStream(Trap):
+    """WaveNet: half of what a layer makes is added to the stream, and half to a sum that no layer reads."""
+
+    expected = each("<root>:0", "<root>:1", depth=2)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ins = nn.ModuleList(linear() for _ in range(3))
+        self.outs = nn.ModuleList(nn.Linear(DIM, 2 * DIM) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        total = torch.zeros_like(x)
+        made = self.outs[0](torch.tanh(self.ins[0](x)))
+        x = x + made[..., :DIM]
+        total = total + made[..., DIM:]
+        made = self.outs[1](torch.tanh(self.ins[1](x)))
+        x = x + made[..., :DIM]
+        total = total + made[..., DIM:]
+        return total + self.outs[2](torch.tanh(self.ins[2](x)))[..., DIM:]
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        total = torch.zeros_like(x)
+        for i in range(2):
+            rest, given = self.outs[i](torch.tanh(self.ins[i](x))).chunk(2, -1)
+            x, total = x + h[i] * rest, total + given
+        return total + self.outs[2](torch.tanh(self.ins[2](x)))[..., DIM:]
