@@ -122,6 +122,29 @@ def test_of_two_streams_that_begin_alike_no_sum_is_lost(at_once: bool, steps: in
         eulernet.patch(model, 0.3, example_inputs=x)
 
 
+class ByParts(nn.Module):
+    """The real and the imaginary part of a state are changed by themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = linear(), linear()
+
+    def forward(self, z: Tensor) -> Tensor:
+        size = z.abs()
+        return torch.complex(z.real + self.a(size), z.imag + self.b(size))
+
+
+def test_the_parts_of_a_complex_state_are_states() -> None:
+    model, z = ByParts(), torch.randn(2, 5, DIM, dtype=torch.complex64)
+    steps = eulernet.patch(model, [0.3, 0.4], example_inputs=z) and eulernet.steps(model)
+    assert [(step.name, step.kind, step.h) for step in steps] == [
+        ("<root>:0", "identity", 0.3),
+        ("<root>:1", "identity", 0.4),
+    ]
+    expected = torch.complex(z.real + 0.3 * model.a(z.abs()), z.imag + 0.4 * model.b(z.abs()))
+    torch.testing.assert_close(model(z), expected)
+
+
 class Ladder(nn.Module):
     """Ladder residual: each branch begins one block earlier."""
 

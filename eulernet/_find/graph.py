@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import permutations
 from typing import Literal
 
 from eulernet._find.trace import ADDITIONS, CONTRACTIONS, FUSED_ADDITIONS, JOINS, SLICES, Addition, Node, Ref, Trace
@@ -272,6 +273,8 @@ class Graph:
     def _sum_of_maps(self, parts: tuple[int, ...], start: int) -> int | None:
         """What two linear maps that are summed up were given, which are one: a map and its low-rank update."""
         chains: list[set[int]] = []
+        if any(one in self.ancestors(other, start, one) for one, other in permutations(parts, 2)):
+            return None  # a sum of a state and its own map
         for node in parts:
             chains.append(set())
             mapped = False

@@ -1,6 +1,7 @@
 """A patched model has the state, the names and the hooks of the original."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -83,12 +84,13 @@ def test_hooks_run(original: Net, x: Tensor, when: str) -> None:
     def register(model: Net) -> None:
         model.plain.register_forward_pre_hook(lambda module, args: seen.append("pre"))
         model.plain.register_forward_hook(lambda module, args, out: seen.append("post"))
-        model.extended.register_forward_hook(lambda module, args, out: out * 2)
+        model.extended.register_forward_hook(lambda module, args, out: out * 2)  # which patch warns of
         model.plain.register_full_backward_hook(lambda module, grads, out: seen.append("backward"))
 
     if when == "before":
         register(original)
-    patched = eulernet.patch(copy.deepcopy(original), 1.0, example_inputs=x)
+    with pytest.warns(eulernet.EulernetWarning, match="extended: forward hooks") if when == "before" else nullcontext():
+        patched = eulernet.patch(copy.deepcopy(original), 1.0, example_inputs=x)
     if when == "after":
         register(original)
         register(patched)

@@ -167,7 +167,7 @@ class WhatCodesLeaveOver(WithABlock):
             code = self.up(low + (low.round() - low).detach())
             x = x - code
             total = total + code
-        return total + x
+        return 2 * total + x
 
     def forward(self, x: Tensor) -> Tensor:
         return self.run(self.block(x))
