@@ -52,7 +52,7 @@ PACKAGES = {
         net("RetinexFormer.retinexformer_arch.RetinexFormer", 12, n_feat=16, stage=1),
         net("SAFMN.safmn.SAFMN", 4, dim=16, n_blocks=2, long=1),
         net("SAFMNBCIE.safmn_bcie.SAFMN_BCIE", 8, dim=16, n_blocks=2, num_layers=2, long=3),
-        net("SPAN.span.SPAN", 8, num_in_ch=3, num_out_ch=3, feature_channels=16, upscale=2),
+        net("SPAN.span.SPAN", 6, num_in_ch=3, num_out_ch=3, feature_channels=16, upscale=2),
         net("SwiftSRGAN.SwiftSRGAN.Generator", 2, num_channels=16, num_blocks=2, long=1),
         net("Swin2SR.Swin2SR.Swin2SR", 8, **SWIN, upsampler="pixelshuffledirect", long=3),
         net("SwinIR.SwinIR.SwinIR", 8, **SWIN, long=4),
