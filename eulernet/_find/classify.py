@@ -164,7 +164,7 @@ def _starts(graph: Graph, trace: Trace, addition: Addition, skip: int) -> Iterat
 def _pairs(addition: Addition) -> Iterator[tuple[int, int]]:
     """The operands that may be skip and branch, with the left one as the skip first."""
     operands = (addition.left, *addition.right)
-    only_left = "sub" in addition.op or addition.op in FUSED_ADDITIONS
+    only_left = "sub" in addition.op or (addition.op in FUSED_ADDITIONS and addition.op != "lerp")
     operands = operands[:2] if addition.op == "lerp" else operands
     for i, skip in enumerate(operands[:1] if only_left else operands):
         yield from ((skip, branch) for j, branch in enumerate(operands) if i != j)

@@ -191,7 +191,11 @@ class Graph:
         """Whether the value of an operation is the sum of its skip and its branch, and no other mixture."""
         node = self.nodes[addition.result]
         if addition.op in FUSED_ADDITIONS:
-            return node.kwargs.get("beta", 1) == 1 and len(node.args) <= 4 and skip == addition.left
+            return (
+                node.kwargs.get("beta", 1) == 1
+                and len(node.args) <= 4
+                and (skip == addition.left or addition.op == "lerp")
+            )
         if addition.op != "sum" or len(node.inputs) != 1:
             return addition.op in ADDITIONS
         made = self.nodes[node.inputs[0]]

@@ -294,7 +294,7 @@ def _goes_on(graph: Graph, call: StepCall, outer: StepCall, links: Mapping[StepC
     comes = any(node < call.addition.result and node not in outer.within for node in before)
     own_state = outer.within.union(_raw(graph, outer.skip), (outer.state,))
     comes = comes or own_state.isdisjoint(_raw(graph, call.skip, scaled=True))
-    own = outer.within | {outer.addition.result}
+    own = outer.within.union((outer.addition.result,), graph.nodes[outer.addition.result].inputs)  # or its stack
     state = [call.addition.result]  # as it is, normed or a multiple
     for node in state if comes else ():
         readers = graph.readers.get(node, set())
