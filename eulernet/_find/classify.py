@@ -131,8 +131,7 @@ def _step_call(graph: Graph, trace: Trace, addition: Addition, results: dict[int
                     found = found or _detached(graph, skip, branch)
                 if found and not _is_score(graph, branch, start):
                     kind, state, within, first = found
-                    taken_out = _is_centred(graph, addition.result, within) or _is_coded(graph, within)
-                    if kind == "identity" and "sub" in addition.op and taken_out:
+                    if kind == "identity" and "sub" in addition.op and _takes_out(graph, addition.result, within):
                         kind = "decomposition"
                     call = StepCall(addition, kind, skip, branch, skip == addition.left, state, within, first=first)
                     call.sums, call.mixture = graph.gives_sum(addition, skip), addition.op == "lerp"
@@ -196,7 +195,7 @@ def _detached(graph: Graph, skip: int, branch: int) -> Match | None:
     if graph.constant[skip] or not graph.constant[branch]:
         return None
     states, ancestors = set(graph.same(skip, 0)), graph.ancestors(branch, 0, -1)
-    for cut in (n for n in ancestors if graph.nodes[n].op == "detach" and n not in graph.same(branch, 0)):
+    for cut in (n for n in ancestors.difference(graph.same(branch, 0)) if graph.nodes[n].op == "detach"):
         if any(not states.isdisjoint(graph.ancestors(n, 0, min(states))) for n in graph.detached(cut)):
             path = graph.path(cut, branch, ancestors)
             if graph.mixes(path, cut):
@@ -296,6 +295,11 @@ def _is_centred(graph: Graph, result: int, within: set[int]) -> bool:
     """Whether what was subtracted was pooled (Autoformer), or is a mean, of which a variance is made."""
     squared = graph.uses(result)
     return not any(map(graph.is_map, within)) or (bool(squared) and all(graph.nodes[n].op in SQUARES for n in squared))
+
+
+def _takes_out(graph: Graph, result: int, within: set[int]) -> bool:
+    """Whether a difference is what is left over, and no step."""
+    return _is_centred(graph, result, within) or _is_coded(graph, within)
 
 
 def _is_coded(graph: Graph, within: set[int]) -> bool:

@@ -211,8 +211,6 @@ def _is_freed(tensor: Tensor) -> bool:
 
 def scaled_add(left: Any, right: Any, h: float | Tensor, skip_is_left: bool, alpha: float) -> Any:
     """`left + alpha * right` with the branch scaled; the result has the original's dtype and strides."""
-    if is_begun(left, right):
-        return _add(left, right, alpha)
     if isinstance(h, float):
         if h == 1.0:
             return _add(left, right, alpha)
@@ -221,6 +219,8 @@ def scaled_add(left: Any, right: Any, h: float | Tensor, skip_is_left: bool, alp
                 return torch.add(left, right, alpha=alpha * h)
             if alpha == 1 and left.stride() == right.stride():  # else the first operand decides the result's strides
                 return torch.add(right, left, alpha=h)
+    if is_begun(left, right):
+        return _add(left, right, alpha)
     return _add(left, _scaled(right, left, h), alpha) if skip_is_left else _add(_scaled(left, right, h), right, alpha)
 
 
