@@ -226,7 +226,7 @@ def scaled_add(left: Any, right: Any, h: float | Tensor, skip_is_left: bool, alp
 
 def is_begun(left: Any, right: Any) -> bool:
     """Whether a running sum begins here, at a number: nothing is added to a state yet."""
-    return isinstance(left, int | float) or isinstance(right, int | float)
+    return isinstance(left, (int, float)) or isinstance(right, (int, float))
 
 
 def _scaled(branch: Any, skip: Any, h: Any) -> Any:
