@@ -223,6 +223,9 @@ def definition_of(function: FunctionType) -> tuple[ast.Module, ast.stmt, ast.Fun
                 first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
                 if first == code.co_firstlineno and compiled(tree, statement, statement, function) == code:
                     return tree, statement, node
+    where = f"{code.co_filename}:{code.co_firstlineno}"
+    if code.co_flags & (inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR):
+        raise EulernetError(f"{where}: {code.co_qualname} is a coroutine; write the addition in a function with def.")
     rewritten = "@pytest_ar" in code.co_names or "@pytest_ar" in function.__globals__
     why = (
         "pytest rewrote the assertions of this file when it was imported; move the model to a module of its own, or "
@@ -230,9 +233,7 @@ def definition_of(function: FunctionType) -> tuple[ast.Module, ast.stmt, ast.Fun
         if rewritten
         else "the file was changed after it was imported; import it anew (restart Python or the notebook's kernel)"
     )
-    raise EulernetError(
-        f"{code.co_filename}:{code.co_firstlineno}: the source of {code.co_qualname} is not what runs: {why}."
-    )
+    raise EulernetError(f"{where}: the source of {code.co_qualname} is not what runs: {why}.")
 
 
 def compiled(tree: ast.Module, old: ast.stmt, new: ast.stmt, function: FunctionType) -> CodeType | None:

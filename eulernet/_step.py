@@ -105,6 +105,7 @@ Reason = Literal[
     "position or injected input",  # the branch comes from the skip only through the branches of other steps
     "inside a branch",  # it is part of what a step computes
     "gate or score",  # squashed by a sigmoid, tanh or softmax
+    "noise",  # a random draw, spread by what was computed: reparametrisation
     "siblings",  # both were computed from one state, neither from the other
     "resolutions",  # the same, at another resolution
     "no map between",  # one was computed from the other without a convolution, linear map, attention or pooling

@@ -161,6 +161,7 @@ REASONS: dict[str, tuple[nn.Module, Any]] = {
     "position or injected input": (Passed(), X),
     "inside a branch": (linear_model(lambda m, x: x + m.a(torch.relu(m.a(x) + m.b(x)))), X),
     "gate or score": (linear_model(lambda m, x, z: torch.sigmoid(m.a(x) + m.b(z)) * x), (X, X.clone())),
+    "noise": (linear_model(lambda m, x: x + m.a(x).exp() * torch.randn_like(x)), X),
     "siblings": (linear_model(lambda m, x: m.a(x) + m.b(x)), X),
     "resolutions": (
         image_model(lambda m, x: m.a(x) + F.interpolate(m.b(F.avg_pool2d(x, 2)), scale_factor=2.0)),
@@ -178,6 +179,32 @@ REASONS: dict[str, tuple[nn.Module, Any]] = {
 
 def test_each_reason_has_its_network() -> None:
     assert set(REASONS) == set(get_args(eulernet.Reason))
+
+
+DEEPER = torch.nn.functional.gelu
+REPARAMETRISED = {
+    "a deeper head for the scale": lambda m, x: m.a(x) + torch.randn_like(x) * m.b(DEEPER(m.a(x))).exp(),
+    "a deeper head for the mean": lambda m, x: m.b(DEEPER(m.a(x))) + m.a(x).exp() * torch.randn(x.shape),
+    "scaled twice": lambda m, x: 0.5 * (torch.empty_like(x).normal_() * m.b(DEEPER(m.a(x)))) + m.a(x),
+    "fused": lambda m, x: torch.addcmul(x, torch.randn_like(x), m.a(x).exp()),
+    "a distribution": lambda m, x: torch.distributions.Normal(x, m.a(x).exp()).rsample(),
+}
+
+
+@pytest.mark.parametrize("spelled", REPARAMETRISED)
+def test_reparametrisation_is_no_step(spelled: str) -> None:
+    steps = eulernet.find_steps(linear_model(REPARAMETRISED[spelled]), example_inputs=X)
+    assert [step.name for step in steps] == ["last"]
+    assert {left.reason for left in steps.left_out} <= {"noise", "constant operand"}
+
+
+def test_a_random_mask_leaves_a_branch_what_it_is() -> None:
+    def shaken(m: nn.Module, x: Tensor) -> Tensor:
+        drawn = torch.rand(len(x), *[1] * (x.dim() - 1))
+        return x + drawn * m.a(x) + (1 - drawn) * m.b(x)
+
+    steps = eulernet.find_steps(linear_model(shaken), example_inputs=X)
+    assert [step.kind for step in steps] == ["parallel", "identity"]
 
 
 @pytest.mark.parametrize("reason", REASONS)

@@ -452,3 +452,57 @@ def test_a_model_whose_only_step_is_long_is_told_how_to_take_it() -> None:
     expected = first + 0.1 * (second + 0.1 * model.b(second))
     eulernet.patch(model, 0.1, example_inputs=x, include="*")
     torch.testing.assert_close(model(x), expected)
+
+
+class ForwardKept(Block):
+    """A method that its instance keeps as forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.forward = self.fast
+
+    def fast(self, x: Tensor) -> Tensor:
+        return x + self.a(x)
+
+
+class Coroutine(Block):
+    async def add(self, x: Tensor) -> Tensor:
+        return x + self.a(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        try:
+            self.add(x).send(None)
+        except StopIteration as end:
+            return end.value  # type: ignore[no-any-return]
+        raise AssertionError
+
+
+class Total:
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+
+    def __iadd__(self, other: Tensor) -> "Total":
+        self.value = self.value + other
+        return self
+
+
+class AddedByAnOperator(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        total = Total(x)
+        total += self.a(x)
+        return total.value
+
+
+@pytest.mark.parametrize(
+    ("cls", "words"),
+    [
+        (ForwardKept, "ForwardKept keeps its method fast as forward on the instance; write def forward"),
+        (Coroutine, "Coroutine.add is a coroutine; write the addition in a function with def"),
+        (AddedByAnOperator, r"made by Total.__iadd__, which line \d+ of AddedByAnOperator.forward runs without a call"),
+    ],
+)
+def test_what_hides_an_addition_is_said(cls: type[nn.Module], words: str) -> None:
+    model, x = nn.Sequential(Block(), cls()), torch.randn(2, DIM)
+    with pytest.warns(eulernet.EulernetWarning, match=f"not scaled.*{words}"):
+        eulernet.patch(model, 0.3, example_inputs=x)
+    assert {step.name: step.h for step in eulernet.steps(model)}["0"] == 0.3

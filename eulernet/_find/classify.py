@@ -90,6 +90,8 @@ def _reason(graph: Graph, trace: Trace, addition: Addition, branches: list[set[i
     operands = (addition.left, *addition.right)
     if any(graph.constant[node] or graph.bare[node] for node in operands):
         return "detached" if any(graph.is_detached(node) for node in operands) else "constant operand"
+    if any(map(graph.is_noise, operands)):
+        return "noise"
     if any(addition.result in within for within in branches):
         return "inside a branch"
     uses = graph.uses(addition.result)
@@ -118,6 +120,7 @@ def _step_call(graph: Graph, trace: Trace, addition: Addition, results: dict[int
         for skip, branch in _pairs(addition)
         if (graph.nodes[skip].shape == graph.nodes[addition.result].shape or addition.op in RUNNING)
         and not _is_series(graph, skip, branch)
+        and not any(map(graph.is_noise, (addition.left, *addition.right)))
     ]
     # Mapped skips last: beside the result of a step, `b(x) + (x + a(x))`, a single map is a branch.
     for mapped in (False, True):

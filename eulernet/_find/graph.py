@@ -48,6 +48,7 @@ _REDUCTIONS = frozenset("max amax mean sum".split())  # pooling by hand, over a 
 UPSAMPLES = re.compile(r"interpolate|upsample|conv_transpose|pixel_shuffle")
 SQUASHES = frozenset("sigmoid hardsigmoid logsigmoid tanh softmax log_softmax softmin".split())
 SQUARES = frozenset("pow square float_power abs".split())  # what an error or a variance is made by
+_DRAWS = frozenset("randn randn_like normal log_normal cauchy exponential".split())  # no masks, as uniform ones are
 # Values are left out, replaced or rounded, each by itself.
 _MASKS = frozenset(
     "masked_fill where nan_to_num round fake_quantize_per_tensor_affine fake_quantize_per_channel_affine "
@@ -131,6 +132,13 @@ class Graph:
 
     def is_map(self, node: int) -> bool:
         return bool(_MAPS.search(self.nodes[node].op))
+
+    def is_noise(self, node: int) -> bool:
+        """Whether it is a random draw, or one that is spread by what was computed."""
+        chain = list(self.same(node, 0, scaled=True))
+        parts = {i for n in chain if self.nodes[n].op in SCALES for i in self.nodes[n].inputs}
+        sources = (n for i in (*chain, *parts) for n in self.same(i, 0, scaled=True))
+        return any(self.constant[n] and self.nodes[n].op in _DRAWS for n in sources)
 
     def is_detached(self, node: int) -> bool:
         """Whether it is computed from the model's input, and does not hand on its gradient."""
@@ -343,15 +351,18 @@ class Graph:
         common = set(chains[0]).intersection(*chains[1:])
         return (max(common), max(chain[max(common)] for chain in chains)) if common else None
 
-    def ancestors(self, node: int, start: int, floor: int) -> set[int]:
-        """The nodes that `node` was computed from, within a call that began at `start`, none older than `floor`."""
+    def ancestors(self, node: int, start: int, floor: int, without: Collection[int] = ()) -> set[int]:
+        """The nodes that `node` was computed from, within a call that began at `start`, none older than `floor`.
+
+        `without`: beside these.
+        """
         found = {node}
         pending = [node]
         while pending:
             current = pending.pop()
             if current >= start and current > floor:
                 for i in self.nodes[current].inputs:
-                    if i >= floor and i not in found:
+                    if i >= floor and i not in found and i not in without:
                         found.add(i)
                         pending.append(i)
         return found

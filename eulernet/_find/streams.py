@@ -123,7 +123,7 @@ def _is_of_a_stream(graph: Graph, call: StepCall, carried: Mapping[int, list[Ste
 def _is_driven_by_itself(graph: Graph, call: StepCall, calls: list[StepCall]) -> bool:
     """Whether a branch comes from its state beside all other streams too."""
     own = call.within | {call.addition.result, call.state}
-    others = {e.addition.result: e.skip for e in calls if e.addition.result in call.within}
+    others = _cut(e for e in calls if e.addition.result in call.within)
     streams = {  # which come from outside of the branch, and go on beside it
         n
         for n in call.within & graph.sums
@@ -163,7 +163,7 @@ def _raw(graph: Graph, node: int, *, scaled: bool = False) -> Iterator[int]:
 
 def _is_later(graph: Graph, call: StepCall, calls: list[StepCall]) -> bool:
     """Whether between the skip and the branch there is nothing but other sums and norms."""
-    cut = {e.addition.result: e.skip for e in _inner(call, calls)}
+    cut = _cut(_inner(call, calls))
     way = _way(graph, call, cut) - {call.state} if cut else set()
     return bool(way) and not any(n not in cut and (graph.is_map(n) or POOLS.search(graph.nodes[n].op)) for n in way)
 
@@ -183,11 +183,16 @@ def _inner(call: StepCall, calls: list[StepCall]) -> list[StepCall]:
     return [e for e in calls if e.supported and e.addition.result in call.within]
 
 
+def _cut(calls: Iterable[StepCall]) -> dict[int, int]:
+    """Sums whose branches are cut: by the node of the result, that of the skip, from which alone it comes."""
+    return {e.addition.result: e.skip for e in calls}
+
+
 def of_their_skip(graph: Graph, calls: list[StepCall], steps: list[StepCall]) -> list[StepCall]:
     """The gated updates whose candidate comes from the state not only through the branches of steps."""
     for call in calls:
         inner = [e for e in steps if e.supported and not e.long and e.addition.result in call.within]
-        if inner and not _way(graph, call, {e.addition.result: e.skip for e in inner}):
+        if inner and not _way(graph, call, _cut(inner)):
             call.reason = "position or injected input"
     return [call for call in calls if call.reason is None]
 
@@ -201,7 +206,7 @@ class _Own(NamedTuple):
 
 def _own(graph: Graph, call: StepCall, inner: Iterable[StepCall]) -> _Own | None:
     """What is left of the branch; None where it does not come from the skip any more."""
-    cut = {e.addition.result: e.skip for e in inner}
+    cut = _cut(inner)
     way = _way(graph, call, cut)
     if not way:
         return None
@@ -324,23 +329,10 @@ def _of_layers(graph: Graph, sums: list[StepCall], links: Mapping[StepCall, set[
     results = {call.addition.result for call in sums}
     for call in sums:
         head = _head(call)
-        if any(_is_made_of(graph, call.branch, b, results) for b in branches[head]):
+        if any(b in graph.ancestors(call.branch, 0, b, without=results) for b in branches[head]):
             found.add(head)
         branches[head].append(call.branch)
     return {head for head in found if found.isdisjoint(links.get(head, ()))}
-
-
-def _is_made_of(graph: Graph, node: int, other: int, cut: Collection[int]) -> bool:
-    """Whether a node was computed from an earlier one beside these."""
-    pending, seen = [node], {node}
-    while pending:
-        one = pending.pop()
-        if one == other:
-            return True
-        later = {i for i in graph.nodes[one].inputs if i >= other and i not in seen and i not in cut}
-        pending += later
-        seen |= later
-    return False
 
 
 def _through_each_other(sums: list[StepCall]) -> Iterator[StepCall]:

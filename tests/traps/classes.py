@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from tests.traps.base import DIM, Block, Expected, Form, T, Trap, each, linear, mlp, trap
+from tests.traps.base import DIM, Block, Expected, Form, T, Trap, each, linear, mlp, trap, two
 
 
 @trap
@@ -250,6 +250,40 @@ class Decorated(Form):
     @passes_on
     def forward(self, x: Tensor) -> Tensor:
         return x + self.a(x)
+
+
+def residual(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @functools.wraps(function)
+    def wrapper(module: Any, x: Tensor) -> Tensor:
+        return x + function(module, x)
+
+    return wrapper
+
+
+@trap
+class OneDecoratorOfTwoMethods(Trap):
+    """The wrapper adds: one code for both methods, each of which is a step."""
+
+    expected = two()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = mlp(), mlp()
+
+    @residual
+    def one(self, x: Tensor) -> Tensor:
+        return self.a(x)  # type: ignore[no-any-return]
+
+    @residual
+    def other(self, x: Tensor) -> Tensor:
+        return self.b(x)  # type: ignore[no-any-return]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.other(self.one(x))
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        x = x + h[0] * self.a(x)
+        return x + h[1] * self.b(x)
 
 
 @trap
