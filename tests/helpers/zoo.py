@@ -314,6 +314,8 @@ _RULES: list[tuple[str, _Rule]] = [
         lambda n, v, s: v,
     ),
     (r"vocab", _at_most(VOCABULARY)),
+    (r"attention_window", _at_most(8)),  # to a multiple of which longformers pad what they are given
+    (r"max_text_length", _at_most(16)),  # so often a decoder of tables runs
     (r"num_queries|num_denoising|num_proposals|two_stage_num", _at_most(10)),
     (r"num_frames|frames_per_clip", _at_most(4)),
     (r"(^|_)(n_?|num_?)?(layers?|depth|blocks?)$", lambda n, v, s: min(v, s.layers)),
@@ -339,6 +341,7 @@ _RULES: list[tuple[str, _Rule]] = [
     ),
 ]
 _LISTS: list[tuple[str, Callable[[list[int], Scale], list[int]]]] = [
+    (r"attention_window", lambda v, s: [min(x, 8) for x in v]),
     (r"patch|kernel|window|stride|ratio|factor|_idx|index|section|strides", lambda v, s: v),
     (r"depths|repeats|blocks|numb_of_layers|n_layers", lambda v, s: [min(x, s.layers) for x in v]),
     (r"image|img", lambda v, s: [min(x, s.image) for x in v]),
