@@ -122,6 +122,29 @@ def test_of_two_streams_that_begin_alike_no_sum_is_lost(at_once: bool, steps: in
         eulernet.patch(model, 0.3, example_inputs=x)
 
 
+class AtOnce(Copied):
+    """Two streams from two inputs, mapped or not."""
+
+    def __init__(self, stem: bool) -> None:
+        super().__init__(at_once=True)
+        self.stem = stem
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        if self.stem:
+            a, b = self.block(a), self.block.a(b)
+        for f, g in zip(self.f, self.g, strict=True):
+            a, b = a + f(b), b + g(a)
+        return torch.cat((a, b), dim=-1)
+
+
+@pytest.mark.parametrize(("stem", "steps"), [(True, 1), (False, 0)])
+def test_two_streams_from_two_inputs_that_change_each_other_at_once_are_named(stem: bool, steps: int) -> None:
+    found = eulernet.find_steps(AtOnce(stem), example_inputs=(torch.randn(2, 5, DIM), torch.randn(2, 5, DIM)))
+    assert len(found) == steps and not found.left_out
+    (line,) = found.unsupported
+    assert "reversible network" in line
+
+
 class ByParts(nn.Module):
     """The real and the imaginary part of a state are changed by themselves."""
 

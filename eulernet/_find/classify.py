@@ -7,9 +7,10 @@ step that `s` is the result of (parallel). A step whose branch runs through othe
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
-from itertools import pairwise, permutations
-from typing import NamedTuple
+from itertools import combinations, pairwise, permutations
+from typing import Any, NamedTuple
 
 from eulernet._find.gated import gated
 from eulernet._find.graph import REARRANGES, SCALES, SQUARES, SQUASHES, UPSAMPLES, VIEWS, Graph, MatchKind, StepCall
@@ -51,6 +52,9 @@ def classify(trace: Trace) -> Sums:
     kept = [*kept, *_other_halves(graph, trace, kept)]
     known: dict[int, Reason | None] = {id(e.addition): e.reason for e in step_calls if e.reason}
     known.update((id(e.addition), None) for e in kept)
+    crossing = _crossing(graph, trace, [e for e in trace.additions if id(e) not in known])
+    kept += crossing
+    known.update((id(e.addition), None) for e in crossing)
     branches = [e.within for e in kept if e.supported and not e.left_alone] + [inner]
     left_out = []
     for addition in trace.additions:
@@ -83,6 +87,32 @@ def _goes_on_beside(graph: Graph, step: StepCall, result: int, skip: int, branch
         return False
     ancestors = graph.ancestors(branch, step.state, step.state)
     return graph.mixes(graph.path(step.state, branch, ancestors), step.state)
+
+
+def _crossing(graph: Graph, trace: Trace, additions: list[Addition]) -> list[StepCall]:
+    """The sums of two streams that are changed at once, each by the other alone: `a, b = a + f(b), b + g(a)`."""
+    alike: dict[Any, list[StepCall]] = defaultdict(list)
+    for addition in additions:
+        for skip, branch in _pairs(addition) if len(addition.right) == 1 and "sub" not in addition.op else ():
+            shapes = {graph.nodes[n].shape for n in (skip, branch, addition.result)}
+            if len(shapes) == 1 and not graph.constant[skip] and not graph.constant[branch]:
+                one = StepCall(addition, "identity", skip, branch, skip == addition.left, skip, coupled=True)
+                alike[addition.call, *shapes].append(one)
+
+    def reads(one: StepCall, other: StepCall) -> bool:
+        start = trace.calls[one.addition.call].start
+        for state in graph.same(other.skip, start):
+            ancestors = graph.ancestors(one.branch, start, state)
+            if state in ancestors and graph.mixes(graph.path(state, one.branch, ancestors), state):
+                return True
+        return False
+
+    found: dict[int, StepCall] = {}
+    for group in alike.values():
+        for one, other in combinations(group, 2):
+            if one.addition is not other.addition and reads(one, other) and reads(other, one):
+                found.update((each.addition.result, each) for each in (one, other))
+    return list(found.values())
 
 
 def _reason(graph: Graph, trace: Trace, addition: Addition, branches: list[set[int]]) -> Reason:

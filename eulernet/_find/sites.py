@@ -24,8 +24,8 @@ from eulernet._source import Unsupported
 
 Originals = dict[nn.Module, nn.Module]  # a copy's modules -> the model's
 COUPLED = (
-    "it and another step run through each other's branches, as in a reversible network, of which eulernet scales but "
-    "one half"
+    "it and another step run through each other's branches, as in a reversible network, of which eulernet scales one "
+    "half at most"
 )
 
 
