@@ -214,18 +214,24 @@ class _Method:
     def norm_of(self, name: str, following: list[ast.stmt]) -> tuple[ast.Call | None, list[ast.expr]]:
         """The call of a norm with what a name holds, `self.norm(x)`, if it is the next thing to be called.
 
-        Before it the name may get another shape, and there may be an `if` with one way, whose test is given too.
+        Before it the name may get another shape, and there may be an `if` with one way, whose test is given too. It
+        may stand in an `if` of its own, which the module takes as it is now.
         """
         tests: list[ast.expr] = []
         for statement in following:
             match statement:
-                case ast.Assign(targets=[ast.Name(id=target)], value=ast.Name()) if target != name:
-                    continue  # `residual = x`
+                case ast.Assign(targets=[ast.Name(id=target)], value=value) if target != name and _calls_nothing(value):
+                    continue  # `residual = x`, `shape = x.shape`
                 case ast.Assign(targets=[ast.Name(id=target)], value=value) if target == name and _reshapes(
                     value, name
                 ):
                     continue  # `x = x.reshape(batch, -1, channels)`
-                case ast.If(test=ast.Compare() as test, orelse=[]) if _calls_nothing(test) and _plain(test):
+                case ast.If(test=ast.Attribute(value=ast.Name(id=of), attr=flag), body=body) if (
+                    of == self.receiver and getattr(self.module, flag, None) is True
+                ):
+                    call, inner = self.norm_of(name, body)
+                    return call, tests + inner
+                case ast.If(test=test, orelse=[]) if _calls_nothing(test) and _plain(test):
                     tests.append(test)
                     continue
             if isinstance(statement, _SIMPLE) and _plain(statement):
@@ -307,8 +313,16 @@ def _reshapes(node: ast.expr, name: str) -> bool:
     """Whether an expression is what a name holds in another shape."""
     match node:
         case ast.Call(func=ast.Attribute(value=ast.Name(id=of), attr="reshape" | "view" | "flatten"), keywords=[]):
-            return of == name and all(_calls_nothing(argument) for argument in node.args) and _plain(node)
+            return of == name and all(_is_size(argument) for argument in node.args) and _plain(node)
     return False
+
+
+def _is_size(node: ast.expr) -> bool:
+    """Whether an expression calls nothing but `x.size(...)`."""
+    match node:
+        case ast.Call(func=ast.Attribute(value=ast.Name(), attr="size"), args=args, keywords=[]):
+            return all(map(_calls_nothing, args))
+    return _calls_nothing(node)
 
 
 def _blocks(node: ast.AST) -> list[list[ast.stmt]]:

@@ -234,7 +234,7 @@ class _Editor(ast.NodeTransformer):
                 kept = ast.NamedExpr(ast.Name(_key_name(place), ast.Store()), node.func)
                 node.func = ast.copy_location(kept, node.func)
         if edit is None:
-            return self._surrounding(node) if isinstance(node, ast.Call | ast.BinOp | ast.Name | ast.Compare) else node
+            return self._surrounding(node) if isinstance(node, ast.expr) else node
         _, (kind, index) = edit
         if kind == "via":
             assert isinstance(node, ast.Call)
@@ -326,7 +326,7 @@ class _Editor(ast.NodeTransformer):
         assigned = ast.Assign([ast.copy_location(targets, target)], ast.copy_location(call, sum_))
         return ast.copy_location(assigned, node)
 
-    def _surrounding(self, node: ast.Call | ast.BinOp | ast.Name | ast.Compare) -> ast.expr:
+    def _surrounding(self, node: ast.expr) -> ast.expr:
         kind, index = self.around.get(span_of(node, self.first), (None, 0))
         match kind, node:
             case "materialize", _:
@@ -337,7 +337,7 @@ class _Editor(ast.NodeTransformer):
                 new = ast.Call(
                     self._attribute(TAKE_NORM), [func, argument, ast.Name(_normed_name(index), ast.Load())], []
                 )
-            case "forget norm", ast.Compare():
+            case "forget norm", _:
                 forgotten = ast.NamedExpr(ast.Name(_normed_name(index), ast.Store()), ast.Constant(None))
                 always = ast.Compare(forgotten, [ast.Is()], [ast.Constant(None)])
                 return ast.copy_location(ast.BoolOp(ast.And(), [node, always]), node)

@@ -17,6 +17,7 @@ from tests.helpers.fused import (
     KERNELS,
     MODELS,
     Builder,
+    Flagged,
     InStatements,
     PostNorm,
     PreNorm,
@@ -126,6 +127,20 @@ def test_a_norm_that_is_not_called_next_is_called(build: Builder, launches: list
         with kernels.mode("triton"):
             torch.testing.assert_close(model(x.clone()), expected)
     assert "norm_forward" not in launches
+
+
+def test_a_flag_that_is_changed_after_patching_decides(launches: list[str]) -> None:
+    """Then the norm of the sum is called, and writes into it: what was computed ahead is not taken any more."""
+    model, x = randomized(Flagged()).eval(), tokens()
+    eulernet.patch(model, h=0.3, example_inputs=x)
+    model.norm1.register_forward_hook(lambda module, args, out: args[0].copy_(out))
+    for flag in (False, True):
+        model.norm_before = flag
+        with torch.inference_mode():
+            expected = model(x.clone())
+            with kernels.mode("triton"):
+                torch.testing.assert_close(model(x.clone()), expected)
+    assert "norm_forward" in launches
 
 
 def test_what_was_computed_ahead_is_not_kept(launches: list[str]) -> None:

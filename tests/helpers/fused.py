@@ -206,6 +206,27 @@ class Reshaped(PreNorm):
         return x.view(batch, length, channels)
 
 
+class Flagged(PreNorm):
+    """As in OPT: two norms stand behind flags, of which one is up, and the shape is kept and changed between."""
+
+    norm_before = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        if not self.norm_before:
+            x = self.norm1(x)
+        shape = x.shape
+        x = x.reshape(-1, x.size(-1))
+        residual = x
+        if self.norm_before:
+            x = self.norm2(x)
+        x = self.mlp(x)
+        x = (residual + x).view(shape)
+        if not self.norm_before:
+            x = self.norm2(x)
+        return x
+
+
 class BeforeAnIf(SkipOnTheRight):
     """As in EfficientNet: what is done to the branch stands before the `if` that the sum stands in."""
 
@@ -352,6 +373,7 @@ MODELS: dict[str, tuple[Builder, Callable[[], Tensor], str, str]] = {
     "InAnIfSmooth": (InAnIfSmooth, images, "s", "b"),
     "BetweenIfs": (BetweenIfs, tokens, "n", "n"),
     "Reshaped": (Reshaped, tokens, "n", "n"),
+    "Flagged": (Flagged, tokens, "n", "n"),
     "NormWithActivation": (NormWithActivation, images, "s", "b"),
     "BeforeAnIf": (BeforeAnIf, images, "s", "b"),
     "AugmentedElsewhere": (AugmentedElsewhere, images, "s", ""),
