@@ -304,5 +304,6 @@ def _step_norm(
     if known.written_out and dtype == torch.float64:
         return None
     autocast = not known.written_out and torch.is_autocast_enabled(skip.device.type)
-    affine = known.weight, known.bias, known.eps, known.kind
-    return _norm.step_norm(skip, branch, h, scale, mask, *affine, dtype, autocast)
+    weight = 1 + known.weight.float() if known.shifted and known.weight is not None else known.weight
+    affine = weight, known.bias, known.eps, known.kind
+    return _norm.step_norm(skip, branch, h, scale, mask, *affine, dtype, autocast, wide_weight=known.shifted)

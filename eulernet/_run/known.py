@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -74,6 +75,7 @@ class Norm(NamedTuple):
     bias: Tensor | None
     eps: float
     written_out: bool = False  # in operations that autocast leaves alone, rounded to float32 at most
+    shifted: bool = False  # its factor is 1 + weight, in float32, and the result has the state's dtype: Gemma
 
 
 def norm(module: Any) -> Norm | None:
@@ -81,10 +83,11 @@ def norm(module: Any) -> Norm | None:
     cls = type(module)
     kind = _NORMS.get((cls.__module__, cls.__qualname__))
     if kind is None:
-        if not _proven(cls, "RMSNorm"):
+        shifted = not _proven(cls, "RMSNorm")
+        if shifted and not _proven(cls, "RMSNorm", "shifted RMSNorm"):
             return None
-        weight = held(module, "weight")
-        return Norm("rms_norm", weight.numel(), weight, None, module.variance_epsilon, written_out=True)
+        weight, eps = held(module, "weight"), module.eps if shifted else module.variance_epsilon
+        return Norm("rms_norm", weight.numel(), weight, None, eps, written_out=True, shifted=shifted)
     # The RmsNorm of timm before 1.0.13 divides by the variance.
     if not (cls.__module__.startswith("torch.") or _proof(cls, kind)):
         return None
@@ -113,19 +116,20 @@ def held(module: nn.Module, name: str) -> Any:
     return getattr(module, name)
 
 
-def _proven(cls: type, name: str) -> bool:
+def _proven(cls: type, name: str, what: str = "") -> bool:
     """Whether a class of this name computes what those of Hugging Face and timm do, of which models have their own."""
-    return cls.__name__.endswith(name) and issubclass(cls, nn.Module) and _proof(cls, name)
+    return cls.__name__.endswith(name) and issubclass(cls, nn.Module) and _proof(cls, what or name)
 
 
 def _proof(cls: type[nn.Module], what: str) -> bool:
     """Whether the forward of a class computes this, found once."""
-    if cls not in _proofs:
-        _proofs[cls] = _computes(cls, what)
-    return _proofs[cls]
+    proofs = _proofs.setdefault(cls, {})
+    if what not in proofs:
+        proofs[what] = _computes(cls, what)
+    return proofs[what]
 
 
-_proofs: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
+_proofs: weakref.WeakKeyDictionary[type, dict[str, bool]] = weakref.WeakKeyDictionary()
 
 
 def _computes(cls: type[nn.Module], what: str) -> bool:
@@ -136,10 +140,15 @@ def _computes(cls: type[nn.Module], what: str) -> bool:
     module: Any = SimpleNamespace(**scales, drop_prob=1 - keep, training=True, weight=gamma, variance_epsilon=eps)
     if what in _NORMS.values():
         module = SimpleNamespace(normalized_shape=(4,), weight=gamma, bias=gamma, eps=eps, _fast_norm=False)
+    if what == "shifted RMSNorm":
+        module = SimpleNamespace(weight=gamma, eps=eps)
+        if callable(part := getattr(cls, "_norm", None)):
+            module._norm = partial(part, module)
     expected: dict[str, Callable[[], Tensor]] = {
         "LayerScale": lambda: x * gamma,
         "DropPath": lambda: x.div(keep) * torch.rand(16, 1, device="cpu").add_(keep).floor_(),
         "RMSNorm": lambda: F.rms_norm(x, (4,), gamma, eps),
+        "shifted RMSNorm": lambda: F.rms_norm(x, (4,), 1 + gamma, eps),
         "rms_norm": lambda: F.rms_norm(x, (4,), gamma, eps),
         "layer_norm": lambda: F.layer_norm(x, (4,), gamma, gamma, eps),
     }
@@ -147,6 +156,8 @@ def _computes(cls: type[nn.Module], what: str) -> bool:
     with entered(draws), torch.no_grad(), torch.autocast("cpu", enabled=False):
         try:
             result = cls.forward(module, x)
+            if what == "shifted RMSNorm" and cls.forward(module, x.half()).dtype != torch.float16:
+                return False
         except Exception:
             return False
         draws.seed(0)

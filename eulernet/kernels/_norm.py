@@ -107,8 +107,12 @@ def step_norm(
     kind: str,
     dtype: torch.dtype,
     autocast: bool,
+    wide_weight: bool = False,
 ) -> tuple[Tensor, Tensor] | None:
-    """The state in `dtype` and its norm, which autocast may widen; None where the kernel does not take the operands."""
+    """The state in `dtype` and its norm, which autocast may widen; None where the kernel does not take the operands.
+
+    `wide_weight`: the weight may be in float32 beside a state that is not.
+    """
     for small in (scale, mask, weight, bias):
         if small is not None and not (plain(small) and small.device == skip.device):
             return None
@@ -116,7 +120,7 @@ def step_norm(
         return None
     if dtype == torch.float64 and h != 1:  # a number reaches a kernel in fp32
         scale, h = in_double(h, scale, skip), 1.0
-    plan = _plan(skip, branch, scale, mask, weight, bias, eps, kind, dtype, autocast)
+    plan = _plan(skip, branch, scale, mask, weight, bias, eps, kind, dtype, autocast, wide_weight)
     if plan is None:
         return None
     learned = (skip, branch, scale, weight, bias)
@@ -140,13 +144,14 @@ def _plan(
     kind: str,
     dtype: torch.dtype,
     autocast: bool,
+    wide_weight: bool,
 ) -> Plan | None:
     shape = skip.shape
     if shape != branch.shape:
         return None
     key = (
         shape, skip.stride(), branch.stride(), skip.dtype, branch.dtype, skip.device, branch.device, dtype,
-        eps, kind, autocast, described(scale), described(mask), described(weight), described(bias),
+        eps, kind, autocast, wide_weight, described(scale), described(mask), described(weight), described(bias),
     )  # fmt: skip
     try:
         return _plans[key]
@@ -154,7 +159,7 @@ def _plan(
         pass
     if len(_plans) >= MOST_PLANS:
         _plans.clear()
-    plan = _plans[key] = _new_plan(skip, branch, scale, mask, weight, bias, eps, kind, dtype, autocast)
+    plan = _plans[key] = _new_plan(skip, branch, scale, mask, weight, bias, eps, kind, dtype, autocast, wide_weight)
     return plan
 
 
@@ -169,6 +174,7 @@ def _new_plan(
     kind: str,
     dtype: torch.dtype,
     autocast: bool,
+    wide_weight: bool,
 ) -> Plan | None:
     columns = skip.shape[-1] if skip.dim() else 0
     affine = [t for t in (weight, bias) if t is not None]
@@ -182,7 +188,7 @@ def _new_plan(
         if not widened(kind, skip.device):
             return None
         normed_dtype = torch.promote_types(dtype, torch.float32)
-    elif any(t.dtype != dtype for t in affine):
+    elif not wide_weight and any(t.dtype != dtype for t in affine):
         return None  # eager refuses some of these
     last = skip.dim() - 1 if columns > 1 else SINGLE
     along, across = varying(scale, skip.shape), varying(mask, skip.shape)

@@ -83,6 +83,8 @@ def test_a_class_is_known_by_what_it_computes() -> None:
     assert known.before(layers.Dinov2DropPath(0.5)) == "DropPath"
     norm = transformers.models.llama.modeling_llama.LlamaRMSNorm(8)
     assert known.norm(norm) == known.Norm("rms_norm", 8, norm.weight, None, 1e-6, written_out=True)
+    norm = transformers.models.gemma2.modeling_gemma2.Gemma2RMSNorm(8)
+    assert known.norm(norm) == known.Norm("rms_norm", 8, norm.weight, None, 1e-6, written_out=True, shifted=True)
     ambiguous = MyLayerScale()
     ambiguous.lambda1 = nn.Parameter(torch.rand(8))
     others = [ambiguous, MyDropPath(), TwiceLayerScale(), MyRMSNorm(), nn.LayerNorm((2, 8))]

@@ -24,6 +24,7 @@ from tests.helpers.fused import (
     PreRMSNorm,
     Returns,
     Tail,
+    gemma,
     ids,
     images,
     llama,
@@ -196,15 +197,15 @@ def test_a_learned_h_has_the_gradient_of_eager(launches: list[str]) -> None:
         torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("build", [PreNorm, PreRMSNorm, llama], ids=lambda build: build.__name__)
+@pytest.mark.parametrize("build", [PreNorm, PreRMSNorm, llama, gemma], ids=lambda build: build.__name__)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
 def test_norms_give_the_dtypes_of_eager(
     build: Builder, dtype: torch.dtype, autocast: bool, launches: list[str]
 ) -> None:
-    model, x = randomized(build()).to(dtype).eval(), ids() if build is llama else tokens().to(dtype)
+    model, x = randomized(build()).to(dtype).eval(), ids() if build in (llama, gemma) else tokens().to(dtype)
     eulernet.patch(model, h=0.3, example_inputs=x)
-    inner = model.layers[0].mlp if build is llama else model.mlp
+    inner = model.layers[0].mlp if build in (llama, gemma) else model.mlp
     given: list[Tensor] = []
     inner.register_forward_pre_hook(lambda module, args: given.append(args[0]))
     with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):

@@ -345,6 +345,14 @@ def encoder(norm_first: bool) -> Callable[[], nn.Module]:
     return lambda: nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True, norm_first=norm_first)
 
 
+def gemma() -> nn.Module:
+    config = transformers.Gemma2Config(
+        vocab_size=50, hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=4, use_cache=False, pad_token_id=0,
+    )  # fmt: skip
+    return transformers.Gemma2Model(config)
+
+
 def gpt2() -> nn.Module:
     config = transformers.GPT2Config(
         vocab_size=50, n_embd=8, n_layer=2, n_head=2, use_cache=False, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0
@@ -389,6 +397,7 @@ MODELS: dict[str, tuple[Builder, Callable[[], Tensor], str, str]] = {
     "torchvision ConvNeXt": (torchvision_convnext, large_pictures, "sss", "sss"),
     "DINOv2": (dinov2, pictures, "nsns", "nsns"),
     "Llama": (llama, ids, "nn", "nn"),
+    "Gemma 2": (gemma, ids, "nn", "nn"),
     "BERT": (bert, ids, "nnnn", "nnnn"),
     "TransformerEncoderLayer, pre-norm": (encoder(norm_first=True), tokens, "n", "n"),
     "TransformerEncoderLayer, post-norm": (encoder(norm_first=False), tokens, "nn", "nn"),
