@@ -168,25 +168,6 @@ def test_the_parts_of_a_complex_state_are_states() -> None:
     torch.testing.assert_close(model(z), expected)
 
 
-class Ladder(nn.Module):
-    """Ladder residual: each branch begins one block earlier."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(linear() for _ in range(4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        before = x
-        for layer in self.layers:
-            before, x = x, x + torch.relu(layer(before))
-        return x
-
-
-def test_branches_that_begin_one_block_earlier_are_named() -> None:
-    found = eulernet.find_steps(nn.Sequential(Block(), Ladder()), example_inputs=torch.randn(2, 5, DIM))
-    assert [step.name for step in found] == ["0"] and [step.name for step in found.long] == ["1"]
-
-
 class Placed(nn.Module):
     """What a branch gives is added to some places of a copy, in place."""
 

@@ -148,7 +148,7 @@ def _step_call(graph: Graph, trace: Trace, addition: Addition, results: dict[int
     pairs = [
         (skip, branch)
         for skip, branch in _pairs(addition)
-        if (graph.nodes[skip].shape == graph.nodes[addition.result].shape or addition.op in RUNNING)
+        if (graph.fits(skip, addition.result) or addition.op in RUNNING)
         and not _is_series(graph, skip, branch)
         and not any(map(graph.is_noise, (addition.left, *addition.right)))
     ]
@@ -160,6 +160,7 @@ def _step_call(graph: Graph, trace: Trace, addition: Addition, results: dict[int
                     found = _mapped(graph, addition, skip, branch, start, results)
                 else:
                     found = _identity(graph, skip, branch, start, addition.op in PRODUCTS)
+                    found = found or _shifted(graph, skip, branch, start)
                     found = found or _parallel(graph, skip, branch, start, results)
                     found = found or _detached(graph, skip, branch)
                 if found and not _is_score(graph, branch, start):
@@ -234,6 +235,45 @@ def _detached(graph: Graph, skip: int, branch: int) -> Match | None:
             if graph.mixes(path, cut):
                 return Match("identity", cut, set(path) - {cut})
     return None
+
+
+def _shifted(graph: Graph, skip: int, branch: int, start: int) -> Match | None:
+    """A state to which something else was added first, `(x + c) + f(x)`: a condition, a position."""
+    last = [*graph.same(skip, start, scaled=True)][-1]
+    parts = graph.state_inputs(last) if last in graph.sums else ()
+    for part in parts if len(parts) == 2 else ():
+        chain = [*graph.same(part, start, scaled=True)]
+        ancestors = graph.ancestors(branch, start, chain[-1])
+        state = next((n for n in chain if n in ancestors and n != branch), None)
+        if state is None or last in ancestors:
+            continue
+        path = graph.path(state, branch, ancestors)
+        (other,) = (i for i in parts if i != part)
+        if graph.mixes(path, state) and _is_foreign(graph, other, state, path):
+            return Match("identity", state, set(path) - {state})
+    return None
+
+
+def _is_foreign(graph: Graph, other: int, state: int, path: dict[int, int]) -> bool:
+    """Whether what was added to a state has nothing to do with it, is no map of it, or was added to its stream before.
+
+    Nor is it made of another stream that the branch reads, `path`, as where two are changed at once.
+    """
+    made_of = graph.ancestors(other, 0, -1)
+    sums = (n for n in path if n in graph.sums and n != state)
+    joined = {i for n in sums for i in graph.state_inputs(n) if i not in path}
+    if not made_of.isdisjoint(joined):
+        return False
+    if state in made_of:
+        return not graph.mixes(graph.path(state, other, made_of), state)
+    before, pending = graph.ancestors(state, 0, -1), [other]
+    while pending:
+        chain = [*graph.same(pending.pop(), 0, scaled=True)]
+        known = [n for n in chain if n in before]
+        if known and not any(graph.mixed_in(n, state, before, {}) for n in known):
+            return False
+        pending += graph.state_inputs(chain[-1]) if chain[-1] in graph.sums and not known else ()
+    return True
 
 
 def _multistep(graph: Graph, skip: int, branch: int, start: int, results: dict[int, StepCall]) -> Match | None:
@@ -312,7 +352,8 @@ def _is_aside(graph: Graph, result: int, branch: int, within: set[int]) -> bool:
         if graph.is_map(node) or not mapped.isdisjoint(graph.nodes[node].inputs):
             mapped.add(node)
     goes_on = any(graph.readers.get(node, set()) - own for node in mapped - last)
-    return goes_on and all(graph.nodes[n].op in SQUASHES or n in graph.sums for n in graph.uses(result))
+    unread = result not in graph.readers and result not in graph.outputs  # as the last of WaveNet's
+    return goes_on and not unread and all(graph.nodes[n].op in SQUASHES or n in graph.sums for n in graph.uses(result))
 
 
 def _is_series(graph: Graph, skip: int, branch: int) -> bool:

@@ -27,7 +27,15 @@ _RECORDING = tuple(str(Path(__file__).with_name(name)) for name in ("trace.py", 
 _MODULE_CALL = nn.Module.__call__.__code__.co_filename
 _PLUMBING = tuple(
     torch.__path__[0] + name
-    for name in ("/overrides.py", "/_ops.py", "/_compile.py", "/utils/_python_dispatch.py", "/_dynamo/", "/_tensor.py")
+    for name in (
+        "/overrides.py",
+        "/_ops.py",
+        "/_library/",
+        "/_compile.py",
+        "/utils/_python_dispatch.py",
+        "/_dynamo/",
+        "/_tensor.py",
+    )
 )
 
 

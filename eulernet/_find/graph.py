@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import permutations
 from typing import Literal
@@ -211,6 +211,41 @@ class Graph:
         shape = made.shape[: axes[0]] + made.shape[axes[0] + 1 :]
         stacked = made.op in JOINS | {"stack"} and made.shape[axes[0]] == 2 == len(made.inputs)
         return stacked and axes[0] == axes[1] and node.shape == shape == self.nodes[skip].shape
+
+    def fits(self, skip: int, result: int) -> bool:
+        """Whether a sum has the shape of its skip; one made of parameters may be spread over the batch."""
+        mine, whole = self.nodes[skip].shape, self.nodes[result].shape
+        if mine == whole or not self.constant[skip]:
+            return mine == whole
+        mine = (1,) * (len(whole) - len(mine)) + mine
+        axes = [axis for axis, (one, other) in enumerate(zip(mine, whole, strict=False)) if one != other]
+        return len(mine) == len(whole) > 1 and axes == [0] and mine[0] == 1
+
+    def mixed_in(
+        self, node: int, whole: int, within: Iterable[int], cut: Mapping[int, int], mapped: bool = False
+    ) -> int:
+        """Whether a state was added to one that is not made of it, which `whole` is since: 1, or 2 after more steps.
+
+        `within`: the nodes on the way. `cut`: the results of steps, which come from their skips. `mapped`: or whether
+        what was made of it was added.
+        """
+        mixed = {node: 0}
+        for one in sorted(within):
+            inputs = (cut[one],) if one in cut else self.state_inputs(one)
+            reached = [mixed[i] for i in inputs if i in mixed]
+            adds = one in self.sums and one not in cut
+            if reached and (adds or one in cut or self._keeps(one)):
+                others = [i for i in inputs if adds and i not in mixed and not self.constant[i]]
+                foreign = any(node not in self.ancestors(i, 0, node) for i in others)
+                mixed[one] = max(*reached, int(foreign))
+                if one in cut and mixed[one]:
+                    mixed[one] = 2
+            elif reached and mapped:
+                mixed[one] = 0
+        return mixed.get(whole, 0)
+
+    def _keeps(self, node: int) -> bool:
+        return len(self.state_inputs(node)) == 1 and (self.keeps_resolution(node) or self.nodes[node].op in SCALES)
 
     def is_state(self, node: int) -> bool:
         """Whether a node is handed on, no result of a map: given, a part or a join of what was, or a sum."""

@@ -45,6 +45,7 @@ class Sandbox:
         if self.mode and any(isinstance(v, torch.ScriptObject) for m in all_modules(model) for v in vars(m).values()):
             self.mode.cache_enabled = False  # it compares arguments, which packed weights refuse
         self.tracer: Tracer | None = None  # while it runs
+        self.differentiates = False  # whether the model asks for gradients in eval mode too, as a force field does
         memo: dict[int, Any] = {}
         fakes, draws = FakeCopyMode(self.mode) if self.mode else contextlib.nullcontext(), Draws()
         with fakes, own_numbers(draws), draws, _generators_cloned():
@@ -106,7 +107,7 @@ class Sandbox:
         self.copy.train(training)
         draws = Draws()
         with contextlib.ExitStack() as stack:
-            stack.enter_context(torch.set_grad_enabled(training))
+            stack.enter_context(torch.set_grad_enabled(training or self.differentiates))
             stack.enter_context(_uncompiled())
             if self.mode is not None:
                 stack.enter_context(self.mode)

@@ -128,7 +128,7 @@ def _run(model: nn.Module, example_inputs: Any, sandboxes: list[Sandbox]) -> tup
     if any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
         attempts += [(fake, True) for fake, _ in attempts]  # some models do their work in hooks
     remaining = iter(attempts)
-    sandbox = _sandbox(model, *next(remaining), sandboxes)
+    sandbox = _sandbox(model, *(attempt := next(remaining)), sandboxes)
     runs: list[Run] = []
     traces: list[Trace] = []
     notes: list[str] = []
@@ -140,8 +140,11 @@ def _run(model: nn.Module, example_inputs: Any, sandboxes: list[Sandbox]) -> tup
                 try:
                     traces.append(sandbox.run(*arguments, training=training))
                 except Exception as error:
-                    attempt = next(remaining, None)
-                    if attempt is not None:
+                    if "does not require grad" in str(error) and not sandbox.differentiates:
+                        sandbox = _sandbox(model, *attempt, sandboxes)
+                        sandbox.differentiates = True
+                    elif (following := next(remaining, None)) is not None:
+                        attempt = following
                         sandbox = _sandbox(model, *attempt, sandboxes)
                     elif not meta:
                         raise

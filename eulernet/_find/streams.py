@@ -95,6 +95,8 @@ def _of_the_skip(
             call.reason = "position or injected input"
         elif inner and graph.constant[call.state]:
             call.reason = "constant operand"
+        elif inner and _is_injected_again(graph, call, _cut(inner)):
+            call.reason = "position or injected input"
         elif inner and _own(graph, call, inner) is None:
             taken_out = any(e.kind == "decomposition" for e in inner)
             if call in scores or taken_out or not _is_of_a_stream(graph, call, carried):
@@ -105,6 +107,11 @@ def _of_the_skip(
         else:
             sums.append(call)
     return sums
+
+
+def _is_injected_again(graph: Graph, call: StepCall, cut: Mapping[int, int]) -> bool:
+    """Whether its skip is what was added to the stream that is its branch, `x + c`, before the steps between."""
+    return graph.mixed_in(call.state, call.branch, call.within, cut, mapped=call.kind == "projection") == 2
 
 
 def _is_of_a_stream(graph: Graph, call: StepCall, carried: Mapping[int, list[StepCall]]) -> bool:

@@ -120,6 +120,8 @@ def name_of(func: Any) -> str:
         name = func._schema.name.removeprefix("aten::")
         if name == "detach":  # not by the model, but within a scripted function that autograd has specialised
             return "alias"
+    elif isinstance(func, torch._ops.OpOverloadPacket):
+        name = func._qualified_op_name.removeprefix("aten::")
     return name.strip("_")
 
 

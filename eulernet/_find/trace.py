@@ -324,6 +324,8 @@ class Tracer(TorchFunctionMode):
             lists = zip(*(a for a in args if isinstance(a, (list, tuple))), strict=False)
             calls = zip(lists, results, strict=False)
             yield from ((self._operands(op.removeprefix("foreach_"), a, kwargs, nodes), r) for a, r in calls)
+        elif "::" in op:
+            yield from ((self._operands(op, args, kwargs, nodes), r) for r in results if is_float(r))
         elif results and is_float(results[0]):
             yield self._operands(op, args, kwargs, nodes), results[0]
 

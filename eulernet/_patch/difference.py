@@ -238,9 +238,11 @@ def _refs(value: Any) -> Iterator[int]:
 
 
 def _values(trace: Trace, node: int) -> set[int]:
-    """The nodes that have the value of a node: sum((x, f)) begins with 0 + x."""
+    """The nodes that have the value of a node: sum((x, f)) begins with 0 + x, a script that ran before with aliases."""
     found = {node}
-    while (made := trace.nodes[node]).op in ADDITIONS and len(made.inputs) == 1 and 0 in made.args:
+    while (made := trace.nodes[node]).op == "alias" or (
+        made.op in ADDITIONS and len(made.inputs) == 1 and 0 in made.args
+    ):
         node = _handed(trace, made.inputs[0])[-1]
         found.add(node)
     return found
