@@ -336,6 +336,21 @@ def test_unequal_twins_are_named() -> None:
     assert f"{__file__}:" in said
 
 
+def test_unequal_twins_are_told_apart_on_one_line() -> None:
+    """In the first module the first of two sums on a line has no map in its branch."""
+
+    class OnOneLine(nn.Module):
+        def __init__(self, a: nn.Module) -> None:
+            super().__init__()
+            self.a, self.b = a, nn.Linear(DIM, DIM)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + self.a(x); return x + self.b(x)  # noqa: E702  # fmt: skip
+
+    (said,) = said_by_patch(nn.Sequential(OnOneLine(nn.ReLU()), OnOneLine(nn.Linear(DIM, DIM))))
+    assert "is a step in 1 of 2 modules of class OnOneLine, and none in 0;" in said
+
+
 def test_what_is_not_supported_is_said_once_a_place() -> None:
     class Overwritten(nn.Module):
         def __init__(self) -> None:

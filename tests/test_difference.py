@@ -142,6 +142,34 @@ def test_a_sum_is_found_whether_or_not_the_model_ran_before() -> None:
         assert (len(found), found.unsupported) == (1, ())
 
 
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # TorchScript is deprecated
+
+    @torch.jit.script
+    def biased(x: Tensor, f: Tensor, bias: Tensor) -> Tensor:
+        """As Megatron's, which adds a bias and drops."""
+        return x + torch.dropout(f + bias, 0.0, True)
+
+
+class Scripted(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = torch.nn.Linear(DIM, DIM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return biased(x, torch.tanh(self.a(x)), self.a.bias)
+
+
+@pytest.mark.parametrize("runs", [0, 1, 3])
+def test_a_script_that_autograd_has_specialised_is_as_it_was(runs: int) -> None:
+    model, x = Scripted(), torch.randn(2, DIM)
+    for _ in range(runs):
+        model(x).sum().backward()
+    eulernet.patch(model, 0.3, example_inputs=x)
+    expected = x + 0.3 * (torch.tanh(model.a(x)) + model.a.bias)
+    torch.testing.assert_close(model(x), expected)
+
+
 # ---- what is refused
 
 REFUSED = {

@@ -172,3 +172,31 @@ def test_the_hint_fits_the_model(model: nn.Module, hint: str) -> None:
     with pytest.raises(eulernet.EulernetError) as error:
         eulernet.find_steps(model)
     assert str(error.value).endswith(hint)
+
+
+class Forces(nn.Module):
+    """A force field: the gradient of an energy, for which the caller's grad mode has to be on."""
+
+    def __init__(self, detached: bool) -> None:
+        super().__init__()
+        self.detached = detached
+        self.blocks, self.energy = nn.Sequential(Residual(), Residual()), nn.Linear(4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_() if self.detached else x.requires_grad_()
+        energy = self.energy(torch.tanh(self.blocks(x))).sum()
+        return -torch.autograd.grad(energy, x, create_graph=self.training)[0]
+
+
+@pytest.mark.parametrize("detached", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_model_may_ask_for_gradients_in_its_forward(detached: bool, training: bool) -> None:
+    model, x = Forces(detached).train(training), torch.randn(3, 4)
+    before = model(x)
+    eulernet.patch(model, 1.0, example_inputs=x)
+    assert [step.name for step in eulernet.steps(model)] == ["blocks.0", "blocks.1"]
+    assert torch.equal(model(x), before) and not x.grad_fn
+    eulernet.set_h(model, 0.3)
+    assert not torch.allclose(model(x), before)
+    with pytest.raises(RuntimeError, match="does not require grad"), torch.no_grad():
+        model(x)

@@ -510,3 +510,65 @@ def test_what_hides_an_addition_is_said(cls: type[nn.Module], words: str) -> Non
     with pytest.warns(eulernet.EulernetWarning, match=f"not scaled.*{words}"):
         eulernet.patch(model, 0.3, example_inputs=x)
     assert {step.name: step.h for step in eulernet.steps(model)}["0"] == 0.3
+
+
+@torch.library.custom_op("eulernet_tests::add_norm", mutates_args=())
+def add_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """As vLLM and Mamba have it: the norm, and the sum."""
+    residual = x + residual
+    return torch.nn.functional.rms_norm(residual, (DIM,), weight), residual
+
+
+@add_norm.register_fake
+def _(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(x)
+
+
+@torch.library.custom_op("eulernet_tests::add_norm_", mutates_args=("x", "residual"))
+def add_norm_(x: Tensor, residual: Tensor, weight: Tensor) -> None:
+    residual.add_(x)
+    x.copy_(torch.nn.functional.rms_norm(residual, (DIM,), weight))
+
+
+def returned(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    return add_norm(x, residual, weight)  # type: ignore[no-any-return]
+
+
+def through_ops(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.ops.eulernet_tests.add_norm(x, residual, weight)  # type: ignore[no-any-return]
+
+
+def written(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    x, residual = x.clone(), residual.clone()
+    add_norm_(x, residual, weight)
+    return x, residual
+
+
+def written_through_ops(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    x, residual = x.clone(), residual.clone()
+    torch.ops.eulernet_tests.add_norm_(x, residual, weight)
+    return x, residual
+
+
+class WithOperators(nn.Module):
+    def __init__(self, add: Any) -> None:
+        super().__init__()
+        self.block, self.add = Block(), add
+        self.layers = nn.ModuleList(linear() for _ in range(3))
+        self.weight = nn.Parameter(torch.ones(DIM))
+
+    def forward(self, x: Tensor) -> Tensor:
+        residual = self.block(x)
+        x = torch.tanh(residual)
+        for layer in self.layers:
+            x, residual = self.add(layer(x), residual, self.weight)
+        return residual
+
+
+@pytest.mark.parametrize("add", [returned, through_ops, written, written_through_ops])
+def test_operators_of_others_that_add_and_do_more_are_named(add: Any) -> None:
+    model, x = WithOperators(add), torch.randn(2, DIM)
+    words = r"<root> \(.*test_unsupported.py.*eulernet_tests::add_norm adds and does something else in one operation"
+    with torch.no_grad(), pytest.warns(eulernet.EulernetWarning, match=words):
+        eulernet.patch(model, 0.3, example_inputs=x)
+    assert [step.name for step in eulernet.steps(model)] == ["block"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -28,6 +28,7 @@ class Origin(NamedTuple):
     file: str
     line: int
     function: str
+    columns: tuple[int | None, ...] = ()
 
 
 def origin_of(addition: Addition, trace: Trace, originals: Originals, model: nn.Module) -> Origin:
@@ -37,8 +38,8 @@ def origin_of(addition: Addition, trace: Trace, originals: Originals, model: nn.
     if not addition.frames:
         return Origin(module, "", 0, "")
     code = addition.frames[0].code
-    line = list(code.co_positions())[addition.frames[0].lasti // 2][0] or code.co_firstlineno
-    return Origin(module, code.co_filename, line, code.co_qualname)
+    line, _, *columns = list(code.co_positions())[addition.frames[0].lasti // 2]
+    return Origin(module, code.co_filename, line or code.co_firstlineno, code.co_qualname, tuple(columns))
 
 
 # ---- what was left out
@@ -64,11 +65,11 @@ def left_out(seen: Iterable[tuple[Origin, Reason, int]], names: Names, ends: Map
 
 def unequal_twins(seen: Iterable[tuple[Origin, bool]], names: Names) -> Iterator[str]:
     """Sums of one place in the source, outside of all branches, that are steps in some modules and none in others."""
-    places: dict[tuple[type[nn.Module], str, int], tuple[dict[str, None], dict[str, None]]] = {}
+    places: dict[tuple[type[nn.Module], str, int, Any], tuple[dict[str, None], dict[str, None]]] = {}
     for origin, is_step in seen:
-        key = type(origin.module), origin.file, origin.line
+        key = type(origin.module), origin.file, origin.line, origin.columns
         places.setdefault(key, ({}, {}))[not is_step][names[origin.module]] = None
-    for (cls, file, line), (steps, others) in places.items():
+    for (cls, file, line, _), (steps, others) in places.items():
         without = [name for name in others if name not in steps]
         if steps and without:
             yield (

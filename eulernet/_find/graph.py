@@ -213,9 +213,9 @@ class Graph:
         return stacked and axes[0] == axes[1] and node.shape == shape == self.nodes[skip].shape
 
     def fits(self, skip: int, result: int) -> bool:
-        """Whether a sum has the shape of its skip; one made of parameters may be spread over the batch."""
+        """Whether a sum has the shape of its skip; of parameters, and no bias, it may be spread over the batch."""
         mine, whole = self.nodes[skip].shape, self.nodes[result].shape
-        if mine == whole or not self.constant[skip]:
+        if mine == whole or not self.constant[skip] or len(mine) < 2:
             return mine == whole
         mine = (1,) * (len(whole) - len(mine)) + mine
         axes = [axis for axis, (one, other) in enumerate(zip(mine, whole, strict=False)) if one != other]

@@ -86,7 +86,8 @@ def site_of(step_call: StepCall, originals: Originals, sites: dict[Any, TracedSi
     if step_call.mixture:
         raise Unsupported("it mixes what it is added to with what is added")
     if addition.op not in ADDITIONS:
-        raise Unsupported(f"{addition.op} adds and does something else in one operation")
+        does = "adds lists of tensors" if addition.op.startswith("foreach") else "adds and does something else"
+        raise Unsupported(f"{addition.op} {does} in one operation")
     if addition.function is not None and not again:
         raise Unsupported(
             f"it runs in {addition.function}, a torch.autograd.Function, whose own backward knows nothing of h"
