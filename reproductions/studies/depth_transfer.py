@@ -337,7 +337,7 @@ def _picture(results: Results) -> Figure:
     for axes in panels[:5]:
         axes.set_ylim(min(low), max(high))
     _over_depth(panels[5], results)
-    panels[0].legend(title="depth", fontsize=8, title_fontsize=8)
+    panels[0].legend(title="depth", fontsize=8, title_fontsize=8, ncols=2, loc="upper left")
     for axes in (panels[0], panels[3]):
         axes.set_ylabel("held-out loss, nats a byte")
     figure.tight_layout(h_pad=1.5, w_pad=1.5)
