@@ -174,10 +174,16 @@ class Graph:
 
     def leaves_resolution(self, skipped: Sequence[int]) -> bool:
         """Whether a skip is sized up again from less than its state: a context that was pooled."""
-        least = math.prod(self.nodes[skipped[-1]].shape[2:])
-        ups = (n for n in skipped if UPSAMPLES.search(self.nodes[n].op) or self.nodes[n].op in _REPEATS)
-        sources = {i for n in ups for i in self.nodes[n].inputs if i in skipped}
-        return any(math.prod(self.nodes[i].shape[2:]) < least for i in sources)
+        state = self.nodes[skipped[-1]].shape
+        for node in skipped:
+            op, shape = self.nodes[node].op, self.nodes[node].shape
+            if UPSAMPLES.search(op) or op in _REPEATS:
+                sources = [self.nodes[i].shape for i in self.nodes[node].inputs if i in skipped]
+                spread = (zip(s, shape, state, strict=False) for s in sources if len(s) == len(shape) == len(state))
+                pooled = any(one == 1 < min(more, whole) for axes in spread for one, more, whole in axes)
+                if pooled or any(math.prod(s[2:]) < math.prod(state[2:]) for s in sources):
+                    return True
+        return False
 
     def size(self, node: int) -> int:
         return math.prod(self.nodes[node].shape)
@@ -320,8 +326,10 @@ class Graph:
     def _sum_of_maps(self, parts: tuple[int, ...], start: int) -> int | None:
         """What two linear maps that are summed up were given, which are one: a map and its low-rank update."""
         chains: list[set[int]] = []
-        if any(one in self.ancestors(other, start, one) for one, other in permutations(parts, 2)):
-            return None  # a sum of a state and its own map
+        for one, other in permutations(parts, 2):
+            states = set(self.same(one, start))
+            if not states.isdisjoint(self.ancestors(other, start, min(states))):
+                return None  # a sum of a state and its own map
         for node in parts:
             chains.append(set())
             mapped = False

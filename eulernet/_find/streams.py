@@ -7,7 +7,8 @@ which weights other states and does nothing else, is in no chain, and counts in 
 1. A sum whose branch comes from its skip only through the branches of other sums is no step: a position, a score, an
    input that is injected again; unless it carries a stream of its own, and those others are driven by themselves as
    well. Where they are driven by it alone, it is the other half of a reversible network, which is named.
-   So is a sum that is read in a branch alone, while its own branch goes on without it, as the skip of another sum.
+   So is a sum that is read in a branch alone, while its own branch goes on without it, as the skip of another sum,
+   and one whose skip was added to its branch's stream before, as a condition that each block adds.
 2. A sum with sums inside its branch is long (a) where, with their branches cut, nothing is left of its own (no map,
    norm or pooling), or what is left passes another resolution; (b) around a stream that begins at its own skip, through
    no map; (c) around a stream, or around several sums that are no projections, where it is in no stream itself, and

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from tests.traps.base import DIM, PROJECTION, Expected, Form, Trap, each, linear, mlp, trap
+from tests.traps.base import DIM, PROJECTION, Expected, Form, Trap, each, linear, mlp, trap, two
+from tests.traps.nested import HandNorm
 
 
 @trap
@@ -206,3 +207,26 @@ class SkipAndBranchAreRounded(Trap):
     def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
         y = x + h[0] * self.a(x)
         return y + h[1] * self.b(y)
+
+
+@trap
+class ACopiedSkipBesideALinearBranch(Trap):
+    """The copy and the map of it are no two maps of what the stem was given; behind them a norm written by hand."""
+
+    expected = two()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.a, self.b, self.norm = linear(), linear(), mlp(), HandNorm()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = x.clone()
+        y -= self.a(x)
+        x = self.norm(y)
+        return torch.tanh(x) + self.b(x)
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        x = self.stem(x)
+        x = self.norm(x - h[0] * self.a(x))
+        return torch.tanh(x) + h[1] * self.b(x)

@@ -51,7 +51,7 @@ class NetworkWriter(BlockWriter):
 
     def site(self, cls: Class, name: str, width: int, trunk: bool = True) -> int:
         """Statements of `cls` that take x on, and x's new width; outside the trunk the width stays."""
-        excluded = [] if trunk else ["inline", "projection", "fusion", "hyper-connections"]
+        excluded = [] if trunk else ["inline", "projection", "fusion", "hyper-connections", "conditioned"]
         excluded += ["decoder", "hyper-connections"] if not self.tokens else []
         choice = self.pick(SITES, *excluded, *([] if self.stream == "conv2d" else ["fusion"]))
         path, w, out = f"self.{name}", str(width), 12 - width
@@ -97,6 +97,16 @@ class NetworkWriter(BlockWriter):
                 cls.init.append(f"{path} = {self.helper('Decoder')}({w}, {n})")
                 cls.forward.append(f"x = {path}(x)")
                 cls.steps += [Local(f"{name}.layers.{i}", f"h{j}", "identity") for i in range(n) for j in range(2)]
+                return width
+            case "conditioned":  # on the network's input, in each of two steps
+                axes = 1 if self.tokens else tuple(range(2, 2 + self.space))
+                cls.init.append(f"{path}_c = {self.linear('3', w)}")
+                cls.forward.append(f"c = {path}_c(given.mean({axes}, keepdim=True)).expand_as(x)")
+                for i in range(2):
+                    cls.init.append(f"{path}_{i} = nn.Sequential({self.norm(w)}, {self.linear(w, w)}, nn.Tanh())")
+                    f = f"<<self.{cls.factor('identity')} * >>{path}_{i}(x)"
+                    spelled = self.choose(f"x + c + {f}", f"x + {f} + c", f"c + x + {f}")
+                    cls.forward.append(f"x = {spelled}  # step")
                 return width
             case "hyper-connections":
                 layers = [f"nn.Sequential({self.norm(w)}, {self.linear(w, w)}, nn.GELU())" for _ in range(2)]
@@ -184,7 +194,7 @@ class NetworkWriter(BlockWriter):
         w = str(width)
         choice = self.pick(STEMS, *([] if self.tokens else ["class token", "queries"]))
         cls.init.append(f"self.stem = {self.linear('3', w)}")
-        cls.forward.append("x = self.stem(x)")
+        cls.forward += ["given = x", "x = self.stem(x)"]
         tokens = 4
         match choice:
             case "position embedding":
