@@ -109,8 +109,11 @@ def _is_written_anew(graph: Graph, node: int) -> bool:
 def outside(graph: Graph, trace: Trace, originals: Originals, names: Names, reached: Collection[int]) -> Outside:
     """Which parameters lie outside of all branches, by the outermost modules that hold no others.
 
-    The norms between two steps, which a post-norm network has everywhere, are counted and not named.
+    The norms between two steps, which a post-norm network has everywhere, are counted and not named. Nothing is known
+    where no tensor was returned.
     """
+    if not trace.outputs:
+        return Outside()
     inside: dict[str, int] = {}
     beyond: dict[str, int] = {}
     shown: dict[str, int] = {}  # with the nodes

@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from itertools import combinations, pairwise, permutations
 from typing import Any, NamedTuple
 
+from eulernet._find.depths import number_streams
 from eulernet._find.gated import gated
 from eulernet._find.graph import REARRANGES, SCALES, SQUARES, SQUASHES, UPSAMPLES, VIEWS, Graph, MatchKind, StepCall
-from eulernet._find.streams import number_streams, of_their_skip, steps_of
+from eulernet._find.streams import of_their_skip, steps_of
 from eulernet._find.trace import FUSED_ADDITIONS, PRODUCTS, RUNNING, SLICES, Addition, Trace
 from eulernet._step import Reason
 
@@ -150,7 +151,7 @@ def _step_call(graph: Graph, trace: Trace, addition: Addition, results: dict[int
         for skip, branch in _pairs(addition)
         if (graph.fits(skip, addition.result) or addition.op in RUNNING)
         and not _is_series(graph, skip, branch)
-        and not any(map(graph.is_noise, (addition.left, *addition.right)))
+        and not graph.is_noise(branch)
     ]
     # Mapped skips last: beside the result of a step, `b(x) + (x + a(x))`, a single map is a branch.
     for mapped in (False, True):
@@ -176,7 +177,7 @@ def _step_call(graph: Graph, trace: Trace, addition: Addition, results: dict[int
 def _mapped(
     graph: Graph, addition: Addition, skip: int, branch: int, start: int, results: dict[int, StepCall]
 ) -> Match | None:
-    found = _projection(graph, skip, branch, start)
+    found = None if graph.is_noise(skip) else _projection(graph, skip, branch, start)
     if found and not _is_aside(graph, addition.result, branch, found.within):
         return found
     return _multistep(graph, skip, branch, start, results)
@@ -261,7 +262,8 @@ def _is_foreign(graph: Graph, other: int, state: int, path: dict[int, int]) -> b
     """
     made_of = graph.ancestors(other, 0, -1)
     sums = (n for n in path if n in graph.sums and n != state)
-    joined = {i for n in sums for i in graph.state_inputs(n) if i not in path}
+    beside = (i for n in sums for i in graph.state_inputs(n) if i not in path)
+    joined = {n for i in beside for n in graph.same(i, 0, scaled=True)}
     if not made_of.isdisjoint(joined):
         return False
     if state in made_of:

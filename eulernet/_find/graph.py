@@ -48,7 +48,7 @@ _REDUCTIONS = frozenset("max amax mean sum".split())  # pooling by hand, over a 
 UPSAMPLES = re.compile(r"interpolate|upsample|conv_transpose|pixel_shuffle")
 SQUASHES = frozenset("sigmoid hardsigmoid logsigmoid tanh softmax log_softmax softmin".split())
 SQUARES = frozenset("pow square float_power abs".split())  # what an error or a variance is made by
-_DRAWS = frozenset("randn randn_like normal log_normal cauchy exponential".split())  # no masks, as uniform ones are
+_DRAWS = frozenset("randn randn_like normal cauchy".split())  # no masks, as uniform ones are
 # Values are left out, replaced or rounded, each by itself.
 _MASKS = frozenset(
     "masked_fill where nan_to_num round fake_quantize_per_tensor_affine fake_quantize_per_channel_affine "
@@ -134,11 +134,16 @@ class Graph:
         return bool(_MAPS.search(self.nodes[node].op))
 
     def is_noise(self, node: int) -> bool:
-        """Whether it is a random draw, or one that is spread by what was computed."""
-        chain = list(self.same(node, 0, scaled=True))
-        parts = {i for n in chain if self.nodes[n].op in SCALES for i in self.nodes[n].inputs}
-        sources = (n for i in (*chain, *parts) for n in self.same(i, 0, scaled=True))
-        return any(self.constant[n] and self.nodes[n].op in _DRAWS for n in sources)
+        """Whether it is a random draw around zero, or one that is spread by what was computed."""
+        pending = [node]
+        while pending:
+            made = self.nodes[n := pending.pop()]
+            if self.constant[n] and made.op in _DRAWS:
+                numbers = [a for a in (*made.args, made.kwargs.get("mean")) if type(a) in (int, float)]
+                return not (made.op == "normal" and numbers and numbers[0])
+            if made.op in SCALES or (self.keeps_resolution(n) and len(made.inputs) == 1):
+                pending += made.inputs
+        return False
 
     def is_detached(self, node: int) -> bool:
         """Whether it is computed from the model's input, and does not hand on its gradient."""

@@ -25,7 +25,7 @@ from eulernet._commit import surely
 from eulernet._draws import Draws, entered, own_numbers
 from eulernet._errors import EulernetError
 from eulernet._find.apart import OneDtype, alone, quiet, without_global_hooks
-from eulernet._find.tensors import all_modules, deepcopied, tensors_in
+from eulernet._find.tensors import all_modules, deepcopied, returned, tensors_in
 from eulernet._find.trace import DispatchTracer, Trace, Tracer
 from eulernet._step import ROOT
 
@@ -80,7 +80,10 @@ class Sandbox:
                 stack.enter_context(tracer)
                 output = self.copy(*args, **kwargs)
                 tracer.inside = True
-                tracer.trace.outputs = [tracer.node(t) for t in tensors_in(output)]
+                tracer.trace.outputs = [tracer.node(t) for t in returned(output)]
+                if not tracer.trace.outputs:
+                    of = f"{type(self.copy).__name__} returns a {type(output).__name__}"
+                    tracer.trace.breaks[f"{of}, in which no tensor is seen"] = None
                 if backward:
                     tracer.inside, tracer.trace.forward = False, len(tracer.trace.additions)
                     _differentiate(output)

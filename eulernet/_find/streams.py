@@ -44,7 +44,7 @@ def steps_of(graph: Graph, calls: list[StepCall], by_gates: list[StepCall]) -> l
     scores = _scores(graph, calls)
     sums = _with_first(_of_the_skip(graph, calls, by_gates, scores))
     ends = {e.addition.result: e for e in sums if e.supported and e.kind != "decomposition" and e not in scores}
-    links = _links(graph, ends)
+    links = links_of(graph, ends)
     of_layers = _of_layers(graph, sums, links)
     for call in (*_through_each_other(sums), *_first_of_halves(graph, sums)):
         call.coupled = True
@@ -57,7 +57,7 @@ def steps_of(graph: Graph, calls: list[StepCall], by_gates: list[StepCall]) -> l
             call.reason = "error or variance" if any(map(graph.is_map, call.within)) else "what pooling took out"
             continue
         around = [o for o in kept if o.supported and not o.long and call.addition.result in o.within]
-        if call.coupled or all(_holds_stream(o, links) or _goes_on(graph, call, o, links) for o in around):
+        if call.coupled or all(_holds_stream(o, links) or goes_on(graph, call, o, links) for o in around):
             call.long = call.supported and _is_long(graph, call, ends, links)
             kept.append(call)
         else:
@@ -89,7 +89,7 @@ def _of_the_skip(
     for call in calls:
         for node in _raw(graph, call.skip, scaled=True):
             carried[node].append(call)
-    positions = set(_positions(graph, calls, carried))
+    positions = {*_positions(graph, calls, carried), *_reinforced(graph, calls)}
     for call in calls:
         inner = _inner(call, sums + _of_the_state(graph, call, by_gates))
         if call in positions:
@@ -158,6 +158,20 @@ def _positions(graph: Graph, calls: list[StepCall], carried: Mapping[int, list[S
             yield call
 
 
+def _reinforced(graph: Graph, calls: list[StepCall]) -> Iterator[StepCall]:
+    """Sums one in another's branch that each add another map of one state, three and more: an image, given again."""
+    again: dict[int, list[StepCall]] = defaultdict(list)
+    for call in calls:
+        if call.kind == "projection":
+            *_, (origin, _) = graph.matched(call.state, 0, 0)
+            nested = again[origin]
+            if not nested or nested[-1].addition.result in call.within:
+                nested.append(call)
+    for nested in again.values():
+        if len(nested) > 2:
+            yield from nested
+
+
 def _raw(graph: Graph, node: int, *, scaled: bool = False) -> Iterator[int]:
     """A node and what it is the same as, a multiple of or normed from."""
     while True:
@@ -208,7 +222,7 @@ def of_their_skip(graph: Graph, calls: list[StepCall], steps: list[StepCall]) ->
 class _Own(NamedTuple):
     """What is left of a branch with the branches of the sums inside it cut."""
 
-    nothing: bool  # no map, norm or pooling
+    nothing: bool  # no map, norm or pooling, or beside a mapped skip no more maps than there
     resized: bool  # all of it passes another resolution
 
 
@@ -222,8 +236,14 @@ def _own(graph: Graph, call: StepCall, inner: Iterable[StepCall]) -> _Own | None
     ops = [graph.nodes[node].op for node in own]
     skipped = [node for node, _ in graph.matched(call.skip, 0) if node >= call.state]
     upsampled = graph.other_resolutions(way, skipped)
+    maps = {call.state: 0}
+    for node in sorted(way - {call.state}):
+        before = (cut[node],) if node in cut else graph.nodes[node].inputs
+        maps[node] = max(maps[i] for i in before if i in maps) + (node not in cut and graph.is_map(node))
+    passed = next((m for n, m in graph.matched(call.skip, 0) if n == call.state), 0)
+    nothing = not maps[call.branch] and not any(op in NORMS or POOLS.search(op) for op in ops)
     return _Own(
-        nothing=not any(graph.is_map(n) for n in own) and not any(op in NORMS or POOLS.search(op) for op in ops),
+        nothing=nothing or (call.kind == "projection" and maps[call.branch] <= passed),
         resized=bool(upsampled) and not _way(graph, call, cut, without=upsampled),
     )
 
@@ -270,7 +290,7 @@ def _head(call: StepCall) -> StepCall:
     return call.first or call
 
 
-def _links(graph: Graph, ends: _Sums) -> dict[StepCall, set[StepCall]]:
+def links_of(graph: Graph, ends: _Sums) -> dict[StepCall, set[StepCall]]:
     """Each sum's neighbours in its chain; those without one are in no stream."""
     links: dict[StepCall, set[StepCall]] = defaultdict(set)
     for call in {_head(e) for e in ends.values()}:
@@ -301,7 +321,7 @@ def _holds_stream(outer: StepCall, links: Mapping[StepCall, set[StepCall]]) -> b
     return any(inside(call) and any(map(inside, near)) for call, near in links.items())
 
 
-def _goes_on(graph: Graph, call: StepCall, outer: StepCall, links: Mapping[StepCall, set[StepCall]]) -> bool:
+def goes_on(graph: Graph, call: StepCall, outer: StepCall, links: Mapping[StepCall, set[StepCall]]) -> bool:
     """Whether a sum in a branch belongs to another stream, which comes from outside of the branch and leaves it."""
     before = (near.addition.result for near in links.get(_head(call), ()))
     comes = any(node < call.addition.result and node not in outer.within for node in before)
@@ -317,7 +337,7 @@ def _goes_on(graph: Graph, call: StepCall, outer: StepCall, links: Mapping[StepC
     return False
 
 
-def _leads_out(call: StepCall, outer: StepCall, links: Mapping[StepCall, set[StepCall]]) -> bool:
+def leads_out(call: StepCall, outer: StepCall, links: Mapping[StepCall, set[StepCall]]) -> bool:
     """Whether the chain of a sum in a branch goes on to another one that is neither in the branch nor ends it."""
     pending, seen = [call], {call}
     while pending:
@@ -397,53 +417,3 @@ def _is_again(one: Addition, other: Addition) -> bool:
         return [(frame.code, frame.lasti, frame.module) for frame in addition.frames]
 
     return bool(one.frames) and made(one) == made(other)
-
-
-# ---- the depth
-
-
-def _role(call: StepCall) -> tuple[bool, bool]:
-    """Steps, long ones and gated ones have streams of their own."""
-    return call.long, call.kind == "gated"
-
-
-def number_streams(graph: Graph, calls: list[StepCall]) -> None:
-    """Number the streams, the chains from skip to result, and count the calls in each.
-
-    A step and the steps inside its branch are streams of their own.
-    """
-    ends = {e.addition.result: e for e in calls if e.supported}
-    links = _links(graph, ends)
-
-    def holds(outer: StepCall, call: StepCall) -> bool:
-        if call.addition.result not in outer.within:
-            return False
-        return not (_leads_out(call, outer, links) or _goes_on(graph, call, outer, links))
-
-    inside = {id(e): frozenset(id(o) for o in calls if holds(o, e)) for e in calls}
-    streams = 0
-    for role in (False, False), (True, False), (False, True):
-        before: list[frozenset[StepCall]] = []  # for each node, the nearest steps of this kind that it comes from
-        for index, node in enumerate(graph.nodes):
-            call = ends.get(index)
-            if call is None:
-                before.append(frozenset().union(*(before[i] for i in node.inputs)))
-            elif _role(call) != role:
-                before.append(before[call.skip])
-            else:
-                nearest = call.first.before if call.first is not None else before[call.skip]
-                call.before = tuple(e for e in nearest if inside[id(e)] == inside[id(call)])
-                call.position = 1 + max((e.position for e in call.before), default=0)
-                before.append(frozenset((call,)))
-        members = [e for e in calls if _role(e) == role]
-        for call in members:
-            start = max(call.before, key=lambda e: e.position, default=call.first)
-            call.stream = streams if start is None else start.stream
-            streams += start is None
-            call.depth = call.position
-        for call in reversed(members):  # D is the length of the longest chain through the step
-            for other in (*call.before, *([call.first] if call.first is not None else [])):
-                other.depth = max(other.depth, call.depth)
-        for call in members:
-            if call.first is not None:
-                call.depth = call.first.depth

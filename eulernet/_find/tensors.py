@@ -22,6 +22,24 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
                 yield from tensors_in(item)
 
 
+def returned(value: Any) -> list[Tensor]:
+    """The tensors that a model returns: where containers hold none, those that attributes of objects hold."""
+    found = list(tensors_in(value))
+    seen: set[int] = set()
+    pending = [] if found else [value]
+    while pending:
+        one = pending.pop()
+        if isinstance(one, Tensor):
+            found.append(one)
+        elif id(one) not in seen and not isinstance(one, (type, nn.Module)):
+            seen.add(id(one))
+            names = [name for cls in type(one).__mro__ for name in getattr(cls, "__slots__", ())]
+            pending += [*vars(one).values()] if hasattr(one, "__dict__") else []
+            pending += [getattr(one, name) for name in names if isinstance(name, str) and hasattr(one, name)]
+            pending += one.values() if isinstance(one, dict) else one if isinstance(one, (tuple, list, set)) else []
+    return found
+
+
 def layers_of(tensor: Tensor) -> Iterator[Tensor]:
     """A tensor, and those that it wraps where a transform of `torch.func` runs, such as vmap."""
     yield tensor
