@@ -572,3 +572,59 @@ def test_operators_of_others_that_add_and_do_more_are_named(add: Any) -> None:
     with torch.no_grad(), pytest.warns(eulernet.EulernetWarning, match=words):
         eulernet.patch(model, 0.3, example_inputs=x)
     assert [step.name for step in eulernet.steps(model)] == ["block"]
+
+
+class InAPlainList(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.known, self.others = Block(), [Block()]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.others[0](self.known(x))  # type: ignore[no-any-return]
+
+
+def test_a_module_that_model_modules_does_not_know_is_named_and_left_alone() -> None:
+    """Neither set_h nor unpatch would reach it."""
+    model, x = InAPlainList(), torch.randn(2, DIM)
+    with pytest.warns(eulernet.EulernetWarning, match="does not know the module that makes it; use nn.ModuleList"):
+        eulernet.patch(model, 0.3, example_inputs=x)
+    assert type(model.others[0]) is Block and [step.name for step in eulernet.steps(model)] == ["known"]
+
+
+class ReturnsAnObject(nn.Module):
+    def __init__(self, wrap: Any) -> None:
+        super().__init__()
+        self.block, self.head, self.wrap = Block(), linear(), wrap
+
+    def forward(self, x: Tensor) -> Any:
+        return self.wrap(self.head(self.block(x)))
+
+
+class Holder:
+    def __init__(self, y: Tensor) -> None:
+        self.inner = [{"y": y}]
+
+
+@pytest.mark.parametrize("wrap", [Holder, lambda y: torch.distributions.Normal(y, 1.0, validate_args=False)])
+def test_what_an_object_holds_is_an_output(wrap: Any) -> None:
+    found = eulernet.find_steps(ReturnsAnObject(wrap), example_inputs=torch.randn(2, DIM))
+    assert found.outside.names == ("head",)
+
+
+def test_where_no_output_is_seen_nothing_is_said_of_what_lies_outside() -> None:
+    found = eulernet.find_steps(ReturnsAnObject(lambda y: lambda: y), example_inputs=torch.randn(2, DIM))
+    assert found.outside.of == 0 and "lie in branches" not in str(found)
+    assert any("returns a function, in which no tensor is seen" in note for note in found.notes)
+
+
+class WithoutALength(tuple[int, ...]):
+    """As e3nn's Irreps."""
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+
+def test_a_tuple_without_a_length_may_be_held() -> None:
+    model = Block()
+    model.held = [WithoutALength((1, 2))]
+    assert len(eulernet.find_steps(model, example_inputs=torch.randn(2, DIM))) == 1

@@ -8,7 +8,7 @@ step that `s` is the result of (parallel). A step whose branch runs through othe
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from itertools import combinations, pairwise, permutations
 from typing import Any, NamedTuple
 
@@ -250,12 +250,13 @@ def _shifted(graph: Graph, skip: int, branch: int, start: int) -> Match | None:
             continue
         path = graph.path(state, branch, ancestors)
         (other,) = (i for i in parts if i != part)
-        if graph.mixes(path, state) and _is_foreign(graph, other, state, path):
+        again = {n for n in path if n in graph.sums and set(graph.state_inputs(n)) == set(parts)}
+        if graph.mixes(path, state) and _is_foreign(graph, other, state, path.keys() - again):
             return Match("identity", state, set(path) - {state})
     return None
 
 
-def _is_foreign(graph: Graph, other: int, state: int, path: dict[int, int]) -> bool:
+def _is_foreign(graph: Graph, other: int, state: int, path: Collection[int]) -> bool:
     """Whether what was added to a state has nothing to do with it, is no map of it, or was added to its stream before.
 
     Nor is it made of another stream that the branch reads, `path`, as where two are changed at once.

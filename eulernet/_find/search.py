@@ -286,6 +286,7 @@ def _places(
     sites: dict[Any, TracedSite] = {}
     unplaced: dict[Any, Unplaced] = {}
     refused: dict[int, str] = {}
+    registered = set(model.modules())
 
     def rest(step_call: StepCall, number: int, reason: str) -> None:
         at = origin_of(step_call.addition, traces[number], runs[number].sandbox.original, model)
@@ -302,6 +303,8 @@ def _places(
             at = origin(step_call, run.sandbox.original)
             try:
                 site = site_of(step_call, run.sandbox.original, sites, at in again)
+                if site.host not in registered:
+                    raise Unsupported("model.modules() does not know the module that makes it; use nn.ModuleList")
                 if steps_at[at] != runs_at[at]:
                     others = runs_at[at] - steps_at[at]
                     raise Unsupported(

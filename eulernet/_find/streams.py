@@ -1,8 +1,8 @@
 """Sums inside sums: which of them carry a stream, which belong to a branch, and which are long.
 
 A *chain* is sums that follow one another from skip to result through at most one map. A *stream* is a chain of two or
-more: the places of one parallel step count once, and two projections alone are none. A sum of scores or of gates,
-which weights other states and does nothing else, is in no chain, and counts in no branch.
+more: the places of one parallel step count once, and a projection follows another where it begins at its result. A sum
+of scores or of gates, which weights other states and does nothing else, is in no chain, and counts in no branch.
 
 1. A sum whose branch comes from its skip only through the branches of other sums is no step: a position, a score, an
    input that is injected again; unless it carries a stream of its own, and those others are driven by themselves as
@@ -10,10 +10,10 @@ which weights other states and does nothing else, is in no chain, and counts in 
    So is a sum that is read in a branch alone, while its own branch goes on without it, as the skip of another sum,
    and one whose skip was added to its branch's stream before, as a condition that each block adds.
 2. A sum with sums inside its branch is long (a) where, with their branches cut, nothing is left of its own (no map,
-   norm or pooling), or what is left passes another resolution; (b) around a stream that begins at its own skip, through
-   no map; (c) around a stream, or around several sums that are no projections, where it is in no stream itself, and
-   not all of them have its own skip, as the stages of a Runge-Kutta step have; (d) around another run of the same
-   addition of the source, as the skips of a U-Net that one loop adds.
+   norm or pooling; beside a mapped skip, no more maps than there), or what is left passes another resolution; (b)
+   around a stream that begins at its own skip, through no map; (c) around a stream, or around several sums that are no
+   projections, where it is in no stream itself, and not all of them have its own skip, as the stages of a Runge-Kutta
+   step have; (d) around another run of the same addition of the source, as the skips of a U-Net that one loop adds.
 3. Inside the branch of a step that is not long a sum counts only where that branch holds a stream, or where a stream
    that began before goes on through it and beside the step; otherwise it belongs to the branch.
 4. A sum of layers, `x + f(x) + g(f(x))`, each made of the one before and none of the sum, is no step, unless its chain
@@ -296,7 +296,8 @@ def links_of(graph: Graph, ends: _Sums) -> dict[StepCall, set[StepCall]]:
     for call in {_head(e) for e in ends.values()}:
         earlier = (ends[n] for n in _back(graph, call.skip, ends) if n in ends and ends[n] is not call)
         before = next((_head(e) for e in earlier), call)
-        if before is not call and {call.kind, before.kind} != {"projection"}:
+        follows = {call.kind, before.kind} != {"projection"} or before.addition.result in _raw(graph, call.state)
+        if before is not call and follows:
             links[call].add(before)
             links[before].add(call)
     return dict(links)

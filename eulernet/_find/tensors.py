@@ -18,7 +18,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
         for item in value.values() if isinstance(value, dict) else value:
             if isinstance(item, Tensor):
                 yield item
-            elif isinstance(item, (tuple, list, dict)) and item:
+            elif isinstance(item, (tuple, list, dict)):  # whose length may be an error: e3nn's Irreps
                 yield from tensors_in(item)
 
 

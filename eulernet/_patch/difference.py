@@ -55,7 +55,7 @@ class _Seen(NamedTuple):
 
 def by_difference(sums: Sequence[Unplaced], runs: Sequence[Run], traces: Sequence[Trace]) -> list[TracedSite | str]:
     """For each sum the place at which it is scaled by difference, or the reason why there is none."""
-    originals = {twin: module for run in runs for twin, module in run.sandbox.original.items()}
+    originals = {twin: run.sandbox.original[twin] for run in runs for twin in run.sandbox.copy.modules()}
     places: dict[Any, _Place] = {}
     around = [list(_places_around(each, originals, places)) for each in sums]
     before = {run.training: trace for run, trace in zip(runs, traces, strict=True)}

@@ -126,6 +126,16 @@ class NoMapBetween(Conditioned):
 
 
 @trap
+class AStateWrittenTwice(Conditioned):
+    class Layer(Conditioned.Layer):
+        def forward(self, x: Tensor, c: Tensor) -> Tensor:
+            return x + c + self.a(x + c)
+
+        def reference(self, x: Tensor, c: Tensor, h: float) -> Tensor:
+            return x + c + h * self.a(x + c)
+
+
+@trap
 class HintsBetweenBlocks(Trap):
     """T2I-Adapter, ControlNet: after each block a map of the hint, which is no mapped skip of it."""
 
@@ -243,3 +253,81 @@ class TheLastSumIsNotRead(Trap):
             skips.append(s(y)[..., -8:])
             x = factor * r(y) + x[..., -y.size(2) :]
         return torch.cat(skips, 1)
+
+
+class Projected(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.shortcut, self.a = linear(), mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.shortcut(x) + self.a(x)
+
+    def reference(self, x: Tensor, h: float) -> Tensor:
+        return self.shortcut(x) + h * self.a(x)
+
+
+@trap
+class ASkipAroundProjections(Trap):
+    """TiDE: a linear skip around blocks that are all projections is long."""
+
+    expected = tuple(Expected(f"blocks.{i}", "projection", depth=3) for i in range(3))
+    long = ("<root>",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks, self.skip = nn.Sequential(*(Projected() for _ in range(3))), linear()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(x) + self.skip(x)
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        *inner, long = h if len(h) > 3 else (*h, 1.0)
+        y = x
+        for factor, block in zip(inner, self.blocks, strict=True):
+            y = block.reference(y, factor)
+        return long * y + self.skip(x)
+
+
+@trap
+class AnImageGivenAgain(Trap):
+    """Behind a stem and its blocks a map of the image is added: with the blocks cut no shallower, so long."""
+
+    expected = tuple(Expected(f"blocks.{i}", depth=1) for i in range(2))
+    long = ("<root>:0", "<root>:1")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.blocks = linear(), nn.ModuleList(Block() for _ in range(2))
+        self.k, self.m = linear(), linear()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.blocks[0](self.stem(x))
+        y = y + self.k(x)
+        y = self.blocks[1](y)
+        return y + self.m(x)
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        first, second, *long = h if len(h) > 2 else (*h, 1.0, 1.0)
+        y = long[0] * self.blocks[0].reference(self.stem(x), first) + self.k(x)
+        return long[1] * self.blocks[1].reference(y, second) + self.m(x)
+
+
+@trap
+class NoiseThatMultiplies(Trap):
+    """A factor of 1 + noise leaves a branch what it is; a state may begin as a draw."""
+
+    expected = each("<root>:0", "<root>:1")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = mlp(), mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.randn_like(x) * 0.0
+        y = y + self.a(y + x)
+        return y + self.b(y) * (1 + 0.0 * torch.randn_like(y))
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        y = torch.randn_like(x) * 0.0 + h[0] * self.a(x)
+        return y + h[1] * self.b(y) * (1 + 0.0 * torch.randn_like(y))
