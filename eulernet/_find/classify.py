@@ -8,10 +8,11 @@ step that `s` is the result of (parallel). A step whose branch runs through othe
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from itertools import combinations, pairwise, permutations
 from typing import Any, NamedTuple
 
+from eulernet._find.conditions import shifted
 from eulernet._find.depths import number_streams
 from eulernet._find.gated import gated
 from eulernet._find.graph import REARRANGES, SCALES, SQUARES, SQUASHES, UPSAMPLES, VIEWS, Graph, MatchKind, StepCall
@@ -239,44 +240,8 @@ def _detached(graph: Graph, skip: int, branch: int) -> Match | None:
 
 
 def _shifted(graph: Graph, skip: int, branch: int, start: int) -> Match | None:
-    """A state to which something else was added first, `(x + c) + f(x)`: a condition, a position."""
-    last = [*graph.same(skip, start, scaled=True)][-1]
-    parts = graph.state_inputs(last) if last in graph.sums else ()
-    for part in parts if len(parts) == 2 else ():
-        chain = [*graph.same(part, start, scaled=True)]
-        ancestors = graph.ancestors(branch, start, chain[-1])
-        state = next((n for n in chain if n in ancestors and n != branch), None)
-        if state is None or last in ancestors:
-            continue
-        path = graph.path(state, branch, ancestors)
-        (other,) = (i for i in parts if i != part)
-        again = {n for n in path if n in graph.sums and set(graph.state_inputs(n)) == set(parts)}
-        if graph.mixes(path, state) and _is_foreign(graph, other, state, path.keys() - again):
-            return Match("identity", state, set(path) - {state})
-    return None
-
-
-def _is_foreign(graph: Graph, other: int, state: int, path: Collection[int]) -> bool:
-    """Whether what was added to a state has nothing to do with it, is no map of it, or was added to its stream before.
-
-    Nor is it made of another stream that the branch reads, `path`, as where two are changed at once.
-    """
-    made_of = graph.ancestors(other, 0, -1)
-    sums = (n for n in path if n in graph.sums and n != state)
-    beside = (i for n in sums for i in graph.state_inputs(n) if i not in path)
-    joined = {n for i in beside for n in graph.same(i, 0, scaled=True)}
-    if not made_of.isdisjoint(joined):
-        return False
-    if state in made_of:
-        return not graph.mixes(graph.path(state, other, made_of), state)
-    before, pending = graph.ancestors(state, 0, -1), [other]
-    while pending:
-        chain = [*graph.same(pending.pop(), 0, scaled=True)]
-        known = [n for n in chain if n in before]
-        if known and not any(graph.mixed_in(n, state, before, {}) for n in known):
-            return False
-        pending += graph.state_inputs(chain[-1]) if chain[-1] in graph.sums and not known else ()
-    return True
+    found = shifted(graph, skip, branch, start)
+    return None if found is None else Match("identity", *found)
 
 
 def _multistep(graph: Graph, skip: int, branch: int, start: int, results: dict[int, StepCall]) -> Match | None:

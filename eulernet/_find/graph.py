@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import permutations
 from typing import Literal
@@ -232,30 +232,8 @@ class Graph:
         axes = [axis for axis, (one, other) in enumerate(zip(mine, whole, strict=False)) if one != other]
         return len(mine) == len(whole) > 1 and axes == [0] and mine[0] == 1
 
-    def mixed_in(
-        self, node: int, whole: int, within: Iterable[int], cut: Mapping[int, int], mapped: bool = False
-    ) -> int:
-        """Whether a state was added to one that is not made of it, which `whole` is since: 1, or 2 after more steps.
-
-        `within`: the nodes on the way. `cut`: the results of steps, which come from their skips. `mapped`: or whether
-        what was made of it was added.
-        """
-        mixed = {node: 0}
-        for one in sorted(within):
-            inputs = (cut[one],) if one in cut else self.state_inputs(one)
-            reached = [mixed[i] for i in inputs if i in mixed]
-            adds = one in self.sums and one not in cut
-            if reached and (adds or one in cut or self._keeps(one)):
-                others = [i for i in inputs if adds and i not in mixed and not self.constant[i]]
-                foreign = any(node not in self.ancestors(i, 0, node) for i in others)
-                mixed[one] = max(*reached, int(foreign))
-                if one in cut and mixed[one]:
-                    mixed[one] = 2
-            elif reached and mapped:
-                mixed[one] = 0
-        return mixed.get(whole, 0)
-
-    def _keeps(self, node: int) -> bool:
+    def keeps(self, node: int) -> bool:
+        """Whether it is one state as it is, or a multiple of it."""
         return len(self.state_inputs(node)) == 1 and (self.keeps_resolution(node) or self.nodes[node].op in SCALES)
 
     def is_state(self, node: int) -> bool:

@@ -30,6 +30,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from eulernet._find.conditions import mixed_in
 from eulernet._find.graph import NORMS, POOLS, SQUASHES, Graph, StepCall
 from eulernet._find.trace import Addition
 
@@ -112,7 +113,7 @@ def _of_the_skip(
 
 def _is_injected_again(graph: Graph, call: StepCall, cut: Mapping[int, int]) -> bool:
     """Whether its skip is what was added to the stream that is its branch, `x + c`, before the steps between."""
-    return graph.mixed_in(call.state, call.branch, call.within, cut, mapped=call.kind == "projection") == 2
+    return mixed_in(graph, call.state, call.branch, call.within, cut, mapped=call.kind == "projection") == 2
 
 
 def _is_of_a_stream(graph: Graph, call: StepCall, carried: Mapping[int, list[StepCall]]) -> bool:
