@@ -1,8 +1,8 @@
 """Sums inside sums: which of them carry a stream, which belong to a branch, and which are long.
 
 A *chain* is sums that follow one another from skip to result through at most one map. A *stream* is a chain of two or
-more: the places of one parallel step count once, and a projection follows another where it begins at its result. A sum
-of scores or of gates, which weights other states and does nothing else, is in no chain, and counts in no branch.
+more: the places of one parallel step count once, and two projections alone are none. A sum of scores or of gates,
+which weights other states and does nothing else, is in no chain, and counts in no branch.
 
 1. A sum whose branch comes from its skip only through the branches of other sums is no step: a position, a score, an
    input that is injected again; unless it carries a stream of its own, and those others are driven by themselves as
@@ -12,8 +12,9 @@ of scores or of gates, which weights other states and does nothing else, is in n
 2. A sum with sums inside its branch is long (a) where, with their branches cut, nothing is left of its own (no map,
    norm or pooling; beside a mapped skip, no more maps than there), or what is left passes another resolution; (b)
    around a stream that begins at its own skip, through no map; (c) around a stream, or around several sums that are no
-   projections, where it is in no stream itself, and not all of them have its own skip, as the stages of a Runge-Kutta
-   step have; (d) around another run of the same addition of the source, as the skips of a U-Net that one loop adds.
+   projections, or projections that begin one at the result of the other, where it is in no stream itself, and not all
+   of them have its own skip, as the stages of a Runge-Kutta step have; (d) around another run of the same addition of
+   the source, as the skips of a U-Net that one loop adds.
 3. Inside the branch of a step that is not long a sum counts only where that branch holds a stream, or where a stream
    that began before goes on through it and beside the step; otherwise it belongs to the branch.
 4. A sum of layers, `x + f(x) + g(f(x))`, each made of the one before and none of the sum, is no step, unless its chain
@@ -297,8 +298,7 @@ def links_of(graph: Graph, ends: _Sums) -> dict[StepCall, set[StepCall]]:
     for call in {_head(e) for e in ends.values()}:
         earlier = (ends[n] for n in _back(graph, call.skip, ends) if n in ends and ends[n] is not call)
         before = next((_head(e) for e in earlier), call)
-        follows = {call.kind, before.kind} != {"projection"} or before.addition.result in _raw(graph, call.state)
-        if before is not call and follows:
+        if before is not call and {call.kind, before.kind} != {"projection"}:
             links[call].add(before)
             links[before].add(call)
     return dict(links)
@@ -408,7 +408,11 @@ def _is_long(graph: Graph, call: StepCall, ends: _Sums, links: Mapping[StepCall,
     begins_here = any(call.state in _back(graph, node, {}, 0) for node in begins)
     heads = {head for e in inner if (head := _head(e)).kind != "projection"}
     stages = all(call.state in graph.same(head.skip, 0) for head in heads)
-    several = len(heads) > 1 and not stages
+    projections = {e.addition.result: e for e in inner if e.kind == "projection"}
+    chained = any(
+        n != e.addition.result for e in projections.values() for n in _raw(graph, e.state) if n in projections
+    )
+    several = chained or (len(heads) > 1 and not stages)
     return (bool(in_streams) and begins_here) or ((bool(in_streams) or several) and not in_one_itself)
 
 

@@ -68,7 +68,9 @@ PACKAGES = {
         forecast("iTransformer", 4, True, hidden_size=16, n_heads=2, d_ff=24, e_layers=2),
         forecast("TSMixer", 4, True, n_block=2, ff_dim=8),
         forecast("TSMixerx", 1 + 3 * 2, True, n_block=2, ff_dim=8),
-        forecast("TiDE", 1, hidden_size=16, decoder_output_dim=4, temporal_decoder_dim=8, num_encoder_layers=2),
+        # Its norm over one feature gives a constant: nothing before it would have an effect.
+        forecast("TiDE", 4, hidden_size=16, decoder_output_dim=4, temporal_decoder_dim=8, num_encoder_layers=2,
+            layernorm=False, long=1),
         forecast("TimesNet", 2, hidden_size=16, conv_hidden_size=16, encoder_layers=2, top_k=2),
         forecast("TimeMixer", 0, True, d_model=16, d_ff=16, e_layers=2),
         forecast("TimeXer", 6, True, patch_len=4, hidden_size=16, n_heads=2, e_layers=2, d_ff=16),
