@@ -37,7 +37,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from reproductions.evidence.claims import NOT_RUN, REFUTED, SUPPORTED, UNDECIDED, Results, Row
+from reproductions.evidence.claims import HOLDS, NOT_RUN, REFUTED, SUPPORTED, UNDECIDED, VIOLATED, Results, Row
 from reproductions.evidence.statistics import Estimate
 from reproductions.evidence.style import BLUE, GREEN, GREY, ORANGE, VERMILLION
 from reproductions.training.depth_cells import BASE, Cell
@@ -217,6 +217,7 @@ def claims(results: Results, preset: str) -> list[Row]:
     ]
     for arm in ("zero", "gpt2", "Depth-muP"):
         rows.append(_number(results, f"{arm}: the loss falls with depth (beside)", arm, "loss at depth", below=0.0))
+    rows += [_edges(results, arm) for arm in LOOKS]
     for setting, words, depth in (
         ("long", "1,000 iterations", 16),
         ("sgd", "SGD", 16),
@@ -288,6 +289,16 @@ def _number(
         yes, no = low > above, high < above
     word = SUPPORTED if yes else REFUTED if no else UNDECIDED
     return Row(claim, _run(arm, depth, setting, len(found[name])), outcome, word if len(found[name]) > 1 else UNDECIDED)
+
+
+def _edges(results: Results, arm: str, setting: str = "adamw") -> Row:
+    """Whether a deep network still trains at all rates up to the largest at which the base does."""
+    claim = f"{arm}: trainings fail at no lower rate than at the base (beside)"
+    base, deep = (edge(results, arm, depth, setting) for depth in (BASE, DEEP["desk"]))
+    if not base or not losses(results, arm, DEEP["desk"], setting):
+        return Row(claim, _run(arm, DEEP["desk"], setting, 0), "", NOT_RUN)
+    outcome = f"none up to {base:g} -> up to {deep:g}, of {max(GRIDS[setting]):g}"
+    return Row(claim, _run(arm, DEEP["desk"], setting, SEEDS), outcome, HOLDS if deep >= base else VIOLATED)
 
 
 def _against(results: Results, claim: str, other: str, depth: int = DEEP["desk"], setting: str = "adamw") -> Row:
