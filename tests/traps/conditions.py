@@ -314,6 +314,33 @@ class AnImageGivenAgain(Trap):
 
 
 @trap
+class AnImageGivenToEachStage(Trap):
+    """ESPNet v2: behind each stage another map of the image is added to what a map makes of the stream."""
+
+    expected = each(*(f"blocks.{i}" for i in range(4)))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.blocks = linear(), nn.ModuleList(Block() for _ in range(4))
+        self.down, self.k = (nn.ModuleList(linear() for _ in range(3)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.blocks[0](self.stem(x))
+        y = torch.relu(self.down[0](y)) + self.k[0](x)
+        y = self.blocks[1](y)
+        y = torch.relu(self.down[1](y)) + self.k[1](x)
+        y = self.blocks[2](y)
+        y = torch.relu(self.down[2](y)) + self.k[2](x)
+        return self.blocks[3](y)  # type: ignore[no-any-return]
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        y = self.blocks[0].reference(self.stem(x), h[0])
+        for down, k, block, factor in zip(self.down, self.k, self.blocks[1:], h[1:], strict=True):
+            y = block.reference(torch.relu(down(y)) + k(x), factor)
+        return y
+
+
+@trap
 class NoiseThatMultiplies(Trap):
     """A factor of 1 + noise leaves a branch what it is; a state may begin as a draw."""
 
