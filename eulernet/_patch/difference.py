@@ -55,7 +55,9 @@ class _Seen(NamedTuple):
 
 def by_difference(sums: Sequence[Unplaced], runs: Sequence[Run], traces: Sequence[Trace]) -> list[TracedSite | str]:
     """For each sum the place at which it is scaled by difference, or the reason why there is none."""
-    originals = {twin: run.sandbox.original[twin] for run in runs for twin in run.sandbox.copy.modules()}
+    registered = {twin for run in runs for twin in run.sandbox.copy.modules()}
+    known = (item for run in runs for item in run.sandbox.original.items())
+    originals = {twin: module for twin, module in known if twin in registered}
     places: dict[Any, _Place] = {}
     around = [list(_places_around(each, originals, places)) for each in sums]
     before = {run.training: trace for run, trace in zip(runs, traces, strict=True)}
