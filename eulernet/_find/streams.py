@@ -240,12 +240,12 @@ def _own(graph: Graph, call: StepCall, inner: Iterable[StepCall]) -> _Own | None
     upsampled = graph.other_resolutions(way, skipped)
     maps = {call.state: 0}
     for node in sorted(way - {call.state}):
-        before = (cut[node],) if node in cut else graph.nodes[node].inputs
-        maps[node] = max(maps[i] for i in before if i in maps) + (node not in cut and graph.is_map(node))
-    passed = next((m for n, m in graph.matched(call.skip, 0) if n == call.state), 0)
+        passed = max(maps[i] for i in _inputs(graph, node, cut) if i in maps)
+        maps[node] = passed + (node not in cut and graph.is_map(node))
+    of_skip = next((m for n, m in graph.matched(call.skip, 0) if n == call.state), 0)
     nothing = not maps[call.branch] and not any(op in NORMS or POOLS.search(op) for op in ops)
     return _Own(
-        nothing=nothing or (call.kind == "projection" and maps[call.branch] <= passed),
+        nothing=nothing or (call.kind == "projection" and maps[call.branch] <= of_skip),
         resized=bool(upsampled) and not _way(graph, call, cut, without=upsampled),
     )
 
@@ -253,20 +253,21 @@ def _own(graph: Graph, call: StepCall, inner: Iterable[StepCall]) -> _Own | None
 def _way(graph: Graph, call: StepCall, cut: Mapping[int, int], without: Collection[int] = ()) -> set[int]:
     """The nodes from the state to the branch, where a result that is cut comes from its skip only; none: no way."""
 
-    def inputs(node: int) -> tuple[int, ...]:
-        return (cut[node],) if node in cut else graph.nodes[node].inputs
-
     reached = {call.state}
     for node in sorted(call.within.difference(without)):
-        if not reached.isdisjoint(inputs(node)):
+        if not reached.isdisjoint(_inputs(graph, node, cut)):
             reached.add(node)
     if call.branch not in reached:
         return set()
     leads = {call.branch}
     for node in sorted(reached, reverse=True):
         if node in leads and node != call.state:
-            leads.update(i for i in inputs(node) if i in reached)
+            leads.update(i for i in _inputs(graph, node, cut) if i in reached)
     return leads
+
+
+def _inputs(graph: Graph, node: int, cut: Mapping[int, int]) -> tuple[int, ...]:
+    return (cut[node],) if node in cut else graph.nodes[node].inputs
 
 
 # ---- chains and streams
@@ -408,10 +409,9 @@ def _is_long(graph: Graph, call: StepCall, ends: _Sums, links: Mapping[StepCall,
     begins_here = any(call.state in _back(graph, node, {}, 0) for node in begins)
     heads = {head for e in inner if (head := _head(e)).kind != "projection"}
     stages = all(call.state in graph.same(head.skip, 0) for head in heads)
-    projections = {e.addition.result: e for e in inner if e.kind == "projection"}
-    chained = any(
-        n != e.addition.result for e in projections.values() for n in _raw(graph, e.state) if n in projections
-    )
+    projections = [e for e in inner if e.kind == "projection"]
+    results = {e.addition.result for e in projections}  # its own comes after its state
+    chained = any(not results.isdisjoint(_raw(graph, e.state)) for e in projections)
     several = chained or (len(heads) > 1 and not stages)
     return (bool(in_streams) and begins_here) or ((bool(in_streams) or several) and not in_one_itself)
 

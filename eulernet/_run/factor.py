@@ -226,6 +226,7 @@ def scaled_add(left: Any, right: Any, h: float | Tensor, skip_is_left: bool, alp
 
 def is_begun(left: Any, right: Any) -> bool:
     """Whether a running sum begins here, at a number: nothing is added to a state yet."""
+    # No `int | float`, which Dynamo of torch 2.8 cannot trace.
     return isinstance(left, (int, float)) or isinstance(right, (int, float))
 
 
