@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from eulernet._find.conditions import shifted
 from eulernet._find.depths import number_streams
 from eulernet._find.gated import gated
-from eulernet._find.graph import REARRANGES, SCALES, SQUARES, SQUASHES, UPSAMPLES, VIEWS, Graph, MatchKind, StepCall
+from eulernet._find.graph import REARRANGES, SCALES, SQUARES, SQUASHES, UPSAMPLES, VIEWS, Graph, Match, StepCall
 from eulernet._find.streams import of_their_skip, steps_of
 from eulernet._find.trace import FUSED_ADDITIONS, PRODUCTS, RUNNING, SLICES, Addition, Trace
 from eulernet._step import Reason
@@ -162,7 +162,7 @@ def _step_call(graph: Graph, trace: Trace, addition: Addition, results: dict[int
                     found = _mapped(graph, addition, skip, branch, start, results)
                 else:
                     found = _identity(graph, skip, branch, start, addition.op in PRODUCTS)
-                    found = found or _shifted(graph, skip, branch, start)
+                    found = found or shifted(graph, skip, branch, start)
                     found = found or _parallel(graph, skip, branch, start, results)
                     found = found or _detached(graph, skip, branch)
                 if found and not _is_score(graph, branch, start):
@@ -205,15 +205,6 @@ def _pairs(addition: Addition) -> Iterator[tuple[int, int]]:
         yield from ((skip, branch) for j, branch in enumerate(operands) if i != j)
 
 
-class Match(NamedTuple):
-    """What an addition is found to be; the fields are those of `StepCall`."""
-
-    kind: MatchKind
-    state: int
-    within: set[int]
-    first: StepCall | None = None
-
-
 def _identity(graph: Graph, skip: int, branch: int, start: int, multiplied: bool) -> Match | None:
     """A skip that is the state as it is, beside a branch with a map in it; a matrix product in the sum is a map."""
     chain = list(graph.same(skip, start))
@@ -237,11 +228,6 @@ def _detached(graph: Graph, skip: int, branch: int) -> Match | None:
             if graph.mixes(path, cut):
                 return Match("identity", cut, set(path) - {cut})
     return None
-
-
-def _shifted(graph: Graph, skip: int, branch: int, start: int) -> Match | None:
-    found = shifted(graph, skip, branch, start)
-    return None if found is None else Match("identity", *found)
 
 
 def _multistep(graph: Graph, skip: int, branch: int, start: int, results: dict[int, StepCall]) -> Match | None:

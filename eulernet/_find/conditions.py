@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 
-from eulernet._find.graph import Graph
+from eulernet._find.graph import Graph, Match
 
 
-def shifted(graph: Graph, skip: int, branch: int, start: int) -> tuple[int, set[int]] | None:
-    """The state `x` to which something else was added first, `(x + c) + f(x)`, and the nodes of its branch."""
+def shifted(graph: Graph, skip: int, branch: int, start: int) -> Match | None:
+    """A skip that is the state `x` to which something else was added first, `(x + c) + f(x)`."""
     last = [*graph.same(skip, start, scaled=True)][-1]
     parts = graph.state_inputs(last) if last in graph.sums else ()
     for part in parts if len(parts) == 2 else ():
@@ -22,7 +22,7 @@ def shifted(graph: Graph, skip: int, branch: int, start: int) -> tuple[int, set[
         again = {n for n in path if n in graph.sums and _made(graph, graph.state_inputs(n)) == _made(graph, parts)}
         reads = graph.mixes(path, state) and _is_read(graph, state, path, again)
         if reads and _is_foreign(graph, other, state, path.keys() - again):
-            return state, set(path) - {state}
+            return Match("identity", state, set(path) - {state})
     return None
 
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import permutations
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from eulernet._find.trace import ADDITIONS, CONTRACTIONS, FUSED_ADDITIONS, JOINS, SLICES, Addition, Node, Ref, Trace
 from eulernet._step import Reason
@@ -95,6 +95,15 @@ class StepCall:
     def left_alone(self) -> bool:
         """Whether it is scaled only where it is asked for."""
         return self.long or self.kind == "gated"
+
+
+class Match(NamedTuple):
+    """What an addition is found to be; the fields are those of `StepCall`."""
+
+    kind: MatchKind
+    state: int
+    within: set[int]
+    first: StepCall | None = None
 
 
 class Graph:

@@ -69,6 +69,7 @@ GRIDS: dict[str, tuple[float, ...]] = {
     "wide": (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3),
 }
 HALVES = (1.4e-3, 2.8e-3, 5.7e-3, 1.13e-2)  # between those of `adamw`, near the best
+TUNED = {"0.02": 1e-3, "sgd": 0.05, "vit": 5e-4}  # the rate of each grid that was best at the base
 
 
 def cell(arm: str, depth: int, learning_rate: float, setting: str = "adamw", seed: int = 0) -> Cell:
@@ -127,6 +128,10 @@ def cells(preset: str, seeds: int = SEEDS) -> list[Cell]:
         part(five, (32,), adamw[1:6]),
         part(ARMS, (deep,), adamw[2:5]),
         part(ends, (BASE, deep), (4e-3,), more=2),
+        # Added when the rest had been seen: half octaves at depth too, and the other settings at 64 blocks, each at the
+        # rate that was best at its base.
+        part(ends, (deep,), HALVES[:3]),
+        *(part(ends, (BASE, 16, deep), (rate,), setting, more=2) for setting, rate in TUNED.items()),
     ]
     return list(dict.fromkeys(each for some in parts for each in some))
 
@@ -218,11 +223,12 @@ def claims(results: Results, preset: str) -> list[Row]:
     for arm in ("zero", "gpt2", "Depth-muP"):
         rows.append(_number(results, f"{arm}: the loss falls with depth (beside)", arm, "loss at depth", below=0.0))
     rows += [_edges(results, arm) for arm in LOOKS]
+    deep = DEEP["desk"]
     for setting, words, depth in (
         ("long", "1,000 iterations", 16),
-        ("sgd", "SGD", 16),
-        ("0.02", "initial weights of 0.02", 16),
-        ("vit", "a ViT on CIFAR-10", 16),
+        *(("sgd", "SGD", depth) for depth in (16, deep)),
+        *(("0.02", "initial weights of 0.02", depth) for depth in (16, deep)),
+        *(("vit", "a ViT on CIFAR-10", depth) for depth in (16, deep)),
         ("wide", "width 256, on a GPU", DEEP["gpu"]),
     ):
         claim = f"{words}, depth {depth}: with h = 4/D the loss falls with depth (beside)"
