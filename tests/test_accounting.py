@@ -198,6 +198,12 @@ def test_reparametrisation_is_no_step(spelled: str) -> None:
     assert {left.reason for left in steps.left_out} <= {"noise", "constant operand"}
 
 
+@pytest.mark.parametrize("like", [Tensor.expand_as, Tensor.type_as, lambda p, x: p.expand(x.shape).view_as(x)])
+def test_what_is_read_for_its_shape_alone_has_no_part_in_a_sum(like: Callable[..., Tensor]) -> None:
+    steps = eulernet.find_steps(linear_model(lambda m, x: m.a(x) + like(m.p, x)), example_inputs=X)
+    assert [left.reason for left in steps.left_out] == ["constant operand"] and len(steps) == 1
+
+
 def test_a_random_mask_leaves_a_branch_what_it_is() -> None:
     def shaken(m: nn.Module, x: Tensor) -> Tensor:
         drawn = torch.rand(len(x), *[1] * (x.dim() - 1))

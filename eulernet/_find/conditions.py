@@ -73,8 +73,8 @@ def mixed_in(
 ) -> int:
     """Whether a state was added to one that is not made of it, which `whole` is since: 1, or 2 after more steps.
 
-    `within`: the nodes on the way. `cut`: the results of steps, which come from their skips. `mapped`: or whether
-    what was made of it was added.
+    One that steps have changed before is a stream, and what is added to it is not: -1. `within`: the nodes on the way.
+    `cut`: the results of steps, which come from their skips. `mapped`: or whether what was made of it was added.
     """
     mixed = {node: 0}
     for one in sorted(within):
@@ -84,9 +84,11 @@ def mixed_in(
         if reached and (adds or one in cut or graph.keeps(one)):
             others = [i for i in inputs if adds and i not in mixed and not graph.constant[i]]
             foreign = any(node not in graph.ancestors(i, 0, node) for i in others)
-            mixed[one] = max(*reached, int(foreign))
-            if one in cut and mixed[one]:
-                mixed[one] = 2
+            mixed[one] = before = max(reached)
+            if one in cut:
+                mixed[one] = 2 if before > 0 else -1
+            elif before == 0 and foreign:
+                mixed[one] = 1
         elif reached and mapped:
             mixed[one] = 0
     return mixed.get(whole, 0)

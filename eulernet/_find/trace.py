@@ -278,7 +278,8 @@ class Tracer(TorchFunctionMode):
             read = nodes
         called = _referring(args, read), _referring(kwargs, read)
 
-        constant = name in _SHAPE_ONLY or all(self.trace.nodes[n].constant for _, n, _ in before)
+        values = before[:1] if name in _SHAPE_FROM_SECOND else before
+        constant = name in _SHAPE_ONLY or all(self.trace.nodes[n].constant for _, n, _ in values)
 
         written = [t for t, _, v in before if version_of(t) != v]
         seen = set(nodes)

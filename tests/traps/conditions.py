@@ -290,6 +290,35 @@ class ASkipAroundProjections(Trap):
 
 
 @trap
+class ALongSkipAroundACondition(Trap):
+    """What blocks have changed is a stream: a condition that is added to it there does not make its start one."""
+
+    expected = each(*(f"blocks.{i}" for i in range(4)))
+    long = ("<root>",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.time = linear(), linear()
+        self.blocks = nn.ModuleList(Block() for _ in range(4))
+
+    def inputs(self) -> tuple[Any, ...]:
+        return torch.randn(self.shape), torch.randn(self.shape)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        start = self.stem(x)
+        x = self.blocks[1](self.blocks[0](start))
+        x = x + self.time(c)
+        return start + self.blocks[3](self.blocks[2](x))
+
+    def reference(self, x: Tensor, c: Tensor, *, h: Sequence[float]) -> Tensor:
+        *inner, long = h if len(h) > 4 else (*h, 1.0)
+        start = y = self.stem(x)
+        for i, factor in enumerate(inner):
+            y = self.blocks[i].reference(y + self.time(c) if i == 2 else y, factor)
+        return start + long * y
+
+
+@trap
 class AnImageGivenAgain(Trap):
     """Behind a stem and its blocks a map of the image is added: with the blocks cut no shallower, so long."""
 
