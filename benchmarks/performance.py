@@ -31,7 +31,8 @@ COUNTED = """
 ## What is fused
 
 Counted, not timed: each model runs once as a GPU would run it in eager mode with large states. A step that is not fused
-is one kernel of ATen's. In a pre-norm transformer that is each second one: its norm is called by the next block.
+is one kernel of ATen's. In a pre-norm transformer the norm of each second step is called by the next block: it is fused
+in evaluation (under `torch.no_grad()`, not in inference mode, where nobody counts who writes into the state between).
 """
 ON_GPU = """
 ## On a GPU

@@ -44,6 +44,7 @@ class Span:
     edits: tuple[tuple[str, Span], ...] = field(default=(), compare=False)
     add_norm: str | None = field(default=None, compare=False)
     epilogue: bool = field(default=False, compare=False)
+    given: str | None = field(default=None, compare=False)
     # The call, in the same function, of the module that makes the branch, where each such module has an h of its own.
     key: Span | None = None
     # Where the expression gives the sum and is not taken apart: the variable that holds the skip, or the operand.

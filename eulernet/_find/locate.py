@@ -327,4 +327,4 @@ def _with_surroundings(span: Span, function: FunctionType, module: nn.Module, sk
     found = surroundings(definition, node, branch, function.__code__, receiver_of(definition.args), module)
     first = function.__code__.co_firstlineno
     edits = tuple((kind, span_of(each, first)) for kind, each in found.edits)
-    return replace(span, edits=edits, add_norm=found.add_norm, epilogue=found.epilogue)
+    return replace(span, edits=edits, add_norm=found.add_norm, epilogue=found.epilogue, given=found.given)

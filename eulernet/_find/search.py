@@ -30,6 +30,8 @@ from eulernet._find.sites import (
     Unplaced,
     grouped,
     is_left_alone,
+    next_norm,
+    normed,
     origin,
     pair_modes,
     site_of,
@@ -62,6 +64,7 @@ class Site:
     skip_is_left: bool
     subtracts: bool
     calls: tuple[int, int]  # in eval mode, in training
+    next_norm: tuple[nn.Module, str] | None = None  # which takes its state in another block: that, and its name there
 
 
 @dataclass(frozen=True)
@@ -236,11 +239,12 @@ def _collect(model: nn.Module, runs: list[Run], traces: list[Trace], notes: list
     # What is left alone last, so that those which `patch` scales by default are numbered without gaps.
     last = sorted(groups, key=is_left_alone)
     numbers = {id(g): i for i, g in enumerate(last)}
+    taken = normed(traces[0]), traces[0], runs[0].sandbox.original
     found = [
         FoundStep(
             _step(numbers[id(group)], group, groups, names),
             group[0].module,
-            tuple(Site(s.location, s.skip_is_left, s.subtracts, s.calls) for s in group),
+            tuple(Site(s.location, s.skip_is_left, s.subtracts, s.calls, next_norm(s, *taken)) for s in group),
             group[0].host,
             next((s.error for s in group if s.error is not None), None),
             any(s.again for s in group),

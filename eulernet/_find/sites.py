@@ -19,7 +19,8 @@ from eulernet._errors import EulernetError
 from eulernet._find.account import Origin
 from eulernet._find.graph import StepCall
 from eulernet._find.locate import Location, keyed, locate, nowhere
-from eulernet._find.trace import ADDITIONS, Addition, Trace
+from eulernet._find.trace import ADDITIONS, Addition, ModuleCall, Trace
+from eulernet._run import known
 from eulernet._source import Unsupported
 
 Originals = dict[nn.Module, nn.Module]  # a copy's modules -> the model's
@@ -206,6 +207,31 @@ def _makers(step_call: StepCall, trace: Trace, originals: Originals) -> dict[tup
                 break
             called, method = frame.module, frame.code.co_name
     return {at: originals[m] for at, m in last.items() if at in leading and m in originals}
+
+
+def normed(trace: Trace) -> dict[int, ModuleCall]:
+    """The nodes that norms take which a step knows, each with the first call of one."""
+    taken: dict[int, ModuleCall] = {}
+    for call in trace.calls:
+        if call.parent >= 0 and known.norm(call.module) is not None:
+            for node in trace.nodes[call.start : call.end]:
+                for read in node.inputs:
+                    taken.setdefault(read, call)
+    return taken
+
+
+def next_norm(
+    site: TracedSite, taken: dict[int, ModuleCall], trace: Trace, originals: Originals
+) -> tuple[nn.Module, str] | None:
+    """The norm that takes the state of a site's step, where another block calls it: that, and the norm's name there."""
+    found: set[tuple[nn.Module, str] | None] = set()
+    for step_call in site.step_calls[False]:
+        call = taken.get(step_call.addition.result)
+        block = None if call is None else trace.calls[call.parent].module
+        if call is None or block is None or originals.get(block) in (None, site.host):
+            return None
+        found.add(next(((originals[block], name) for name, m in block._modules.items() if m is call.module), None))
+    return found.pop() if len(found) == 1 else None
 
 
 def pair_modes(groups: list[Group], called: list[set[nn.Module | None]], names: dict[nn.Module, str]) -> Iterator[str]:

@@ -21,8 +21,9 @@ from eulernet._source import nodes_of
 
 # What an expression is: a module's call or a product with gamma, which can be deferred; a name that is read where
 # its branch may be deferred; the call of a norm or an activation that takes what was computed together with the sum;
-# the test of an `if` before that call, which forgets it where it is true.
-EditKind = Literal["defer", "gamma first", "gamma last", "materialize", "take norm", "forget norm"]
+# the test of an `if` before that call, which forgets it where it is true; the call of a norm that takes what the
+# method was given, of which the block before may have computed it.
+EditKind = Literal["defer", "gamma first", "gamma last", "materialize", "take norm", "forget norm", "take given"]
 Edit = tuple[EditKind, ast.expr]
 
 _SIMPLE = (ast.Assign, ast.AugAssign, ast.AnnAssign, ast.Return, ast.Expr)
@@ -37,11 +38,13 @@ _READ_ALL_NAMES = frozenset({"locals", "vars", "eval", "exec"})
 
 @dataclass
 class Surroundings:
-    """What to do with which expressions; the norm that is called next; whether the sum is an activation's or norm's."""
+    """What to do with which expressions; the norm that is called next; whether the sum is an activation's or norm's;
+    the norm that is called first, with what the method was given."""
 
     edits: list[Edit] = field(default_factory=list)
     add_norm: str | None = None
     epilogue: bool = False
+    given: str | None = None
 
 
 def surroundings(
@@ -67,6 +70,9 @@ def surroundings(
             if call is not None and isinstance(call.func, ast.Attribute):
                 found.add_norm = call.func.attr
                 found.edits += [("take norm", call), *(("forget norm", test) for test in tests)]
+    if (first := method.norm_of_argument()) is not None and isinstance(first.func, ast.Attribute):
+        found.given = first.func.attr
+        found.edits.append(("take given", first))
     return found
 
 
@@ -241,6 +247,20 @@ class _Method:
                         return call, tests
             break
         return None, []
+
+    def norm_of_argument(self) -> ast.Call | None:
+        """The first call of a norm with an argument of the method as it was given."""
+        arguments = self.definition.args
+        given = {argument.arg for argument in (*arguments.posonlyargs, *arguments.args)} - {self.receiver}
+        for statement in self.definition.body:
+            nodes = nodes_of(statement) if _plain(statement) else ()
+            for call in sorted((node for node in nodes if isinstance(node, ast.Call)), key=_start):
+                match call.args:
+                    case [ast.Name(id=name)] if name in given and known.norm(self.called(call)):
+                        return call
+            stored = (node for node in nodes_of(statement) if isinstance(node, ast.Name))
+            given -= {node.id for node in stored if isinstance(node.ctx, ast.Store)}
+        return None
 
     def activation_after(self, name: str, block: list[ast.stmt], i: int) -> ast.Call | None:
         """The activation of a sum that is the last thing in an `if`: the next statement, `x = self.act(x)`."""

@@ -366,6 +366,7 @@ class _Change:
     hs: list[float]
     places: dict[Targets, int] = field(default_factory=dict)
     keys: dict[nn.Module, dict[int, int | None]] = field(default_factory=dict)  # place -> step, None: not chosen
+    norms: dict[int, nn.Module] = field(default_factory=dict)  # place -> what the next block calls with its state
 
     def of(self, twin: Callable[[nn.Module], nn.Module], learned: Sequence[Slot] = ()) -> Become:
         """The change, of the module or of its `twin` in a copy, with these parameters for its h."""
@@ -374,7 +375,8 @@ class _Change:
             factors[slot.number] = LearnedFactor(slot.name)
         parameters = {slot.name: slot.parameter for slot in learned}
         keys = {twin(key): at for key, at in self.keys.items()}
-        return Become(twin(self.module), self.cls, factors, [f.step for f in self.found], parameters, keys)
+        norms = {place: twin(norm) for place, norm in self.norms.items()}
+        return Become(twin(self.module), self.cls, factors, [f.step for f in self.found], parameters, keys, norms)
 
 
 def _like(module: nn.Module) -> Tensor | None:
@@ -405,6 +407,12 @@ def _changes(
             check_names(f.module, f.step, [other.step.name for other in keyed])
         cls = patched_class(original_class(module), tuple(plan.values()))
         changes.append(_Change(module, cls, mine, [hs[f.step.index] for f in mine], places, keys))
+    taken = {(c.module, targets[-1][1].given) for c in changes for targets in c.places}
+    for change in changes:
+        for s in (s for f in change.found for s in f.sites):
+            if s.next_norm is not None and s.next_norm in taken:
+                block, name = s.next_norm
+                change.norms[change.places[s.location.targets]] = getattr(block, name)
     layers = {id(c.module) for c in changes if isinstance(c.module, nn.TransformerEncoderLayer)}
     for encoder in model.modules():
         if isinstance(encoder, nn.TransformerEncoder) and any(id(layer) in layers for layer in encoder.layers):

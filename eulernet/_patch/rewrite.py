@@ -31,6 +31,7 @@ from eulernet._run.patched import (
     SCALE,
     STEP,
     STEP_IN_PLACE,
+    TAKE_GIVEN,
     TAKE_NORM,
 )
 from eulernet._source import (
@@ -337,6 +338,8 @@ class _Editor(ast.NodeTransformer):
                 new = ast.Call(
                     self._attribute(TAKE_NORM), [func, argument, ast.Name(_normed_name(index), ast.Load())], []
                 )
+            case "take given", ast.Call(func=func, args=[argument]):
+                new = ast.Call(self._attribute(TAKE_GIVEN), [func, argument], [])
             case "forget norm", _:
                 forgotten = ast.NamedExpr(ast.Name(_normed_name(index), ast.Store()), ast.Constant(None))
                 always = ast.Compare(forgotten, [ast.Is()], [ast.Constant(None)])

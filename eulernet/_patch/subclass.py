@@ -310,4 +310,5 @@ def _keeping(module: Any, kept: list[int]) -> Become:
     names = [factor.name for factor in factors if isinstance(factor, LearnedFactor)]
     parameters = {name: p for name in names if (p := module._parameters.get(name)) is not None}
     cls = patched_class(original_class(module), plan)
-    return Become(module, cls, factors, steps, parameters, keys)
+    norms = {places.index(p): norm for p, norm in module._euler_norms.items() if p in places}
+    return Become(module, cls, factors, steps, parameters, keys, norms)

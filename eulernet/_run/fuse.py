@@ -22,6 +22,8 @@ from eulernet._run.known import DIMENSIONS, Norm, activation, bare, before, gamm
 from eulernet.functional import _factors, _mask, _promoted
 from eulernet.kernels._layout import SEVERAL, varying
 
+_GIVEN = "_euler_given"  # of a tensor, what the next block's norm makes of it
+
 # ---- before the addition
 
 
@@ -236,6 +238,64 @@ def take_norm(module: Any, state: Any, known: PrecomputedNorm | None) -> Any:
         known.state, known.normed = None, None  # it is not kept longer than the original's
         if result is not None and (result is state or bare(module)):
             return result
+    return module(state)
+
+
+# ---- the norm that the next block begins with
+
+
+class GivenNorm:
+    """What the next block's norm makes of a state, on its way with it: an attribute of the tensor.
+
+    In inference only, and where writes into a tensor are counted: else who holds the state between the blocks may
+    differentiate by it, or change it unseen.
+    """
+
+    def __init__(self, module: nn.Module, state: Tensor, normed: Tensor) -> None:
+        self.module, self.normed, self.version = module, normed, state._version
+        self.autocast = _autocast(state)
+
+    def of(self, module: Any, state: Tensor) -> Tensor | None:
+        """What this module makes of the state as it is now, if that is known."""
+        fits = self.module is module and self.version == state._version and self.autocast == _autocast(state)
+        return self.normed if fits and _counted(state) and bare(module) else None
+
+    def __reduce__(self) -> Any:
+        return type(None), ()  # it is not kept with a tensor that is
+
+
+def _counted(state: Tensor) -> bool:
+    return not torch.is_grad_enabled() and not state.is_inference()
+
+
+def _autocast(state: Tensor) -> tuple[bool, torch.dtype]:
+    kind = state.device.type
+    return torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+
+
+def step_and_norm(
+    owner: Any, module: nn.Module, left: Any, right: Any, h: float | Tensor, skip_is_left: bool, alpha: float
+) -> Any:
+    """`left + alpha * right` with the branch scaled; the norm that the next block calls goes with it, if one operation
+    does both."""
+    skip, branch = (materialize(left), right) if skip_is_left else (materialize(right), left)
+    if kernels.possible(skip, pays(module)) and type(skip) is Tensor and _counted(skip) and bare(owner):
+        weight = norm(module)
+        if weight is not None and all(t is None or t.untyped_storage().nbytes() for t in (weight.weight, weight.bias)):
+            both = _fused(module, skip, branch, h, skip_is_left, alpha, in_place=False)
+            if both is not None:
+                both[0].__dict__[_GIVEN] = GivenNorm(module, *both)
+                return both[0]
+    return step(None, left, right, h, skip_is_left, alpha)
+
+
+def take_given(module: Any, state: Any) -> Any:
+    """`module(state)`, which may have come with the state."""
+    if type(state) is Tensor and kernels.possible(state, kernels.WRITTEN_OUT):  # which pays first
+        given = state.__dict__.pop(_GIVEN, None)
+        normed = None if given is None else given.of(module, state)
+        if normed is not None:
+            return normed
     return module(state)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
-from types import CodeType, MethodType
+from types import CodeType, MappingProxyType, MethodType
 from typing import Any, ClassVar
 
 import torch
@@ -37,7 +37,7 @@ from eulernet._step import Step, step_name
 
 STEP, STEP_IN_PLACE, SCALE = "_euler_step", "_euler_step_", "_euler_scale"
 EPILOGUE, EPILOGUE_IN_PLACE = "_euler_epilogue", "_euler_epilogue_"
-ADD_NORM, TAKE_NORM = "_euler_add_norm", "_euler_take_norm"
+ADD_NORM, TAKE_NORM, TAKE_GIVEN = "_euler_add_norm", "_euler_take_norm", "_euler_take_given"
 DEFER, DEFER_MUL, MATERIALIZE = "_euler_defer", "_euler_defer_mul", "_euler_materialize"
 FUNCTION = "_euler_function_"  # with a number: a free function that the addition stands in
 CALL_VIA = "_euler_via"  # with a callee and a number: a function that no name leads to
@@ -48,7 +48,8 @@ PROBE = "_euler_probe"  # with a value, and where it stands: not in a class, but
 OBSERVED = (STEP, STEP_IN_PLACE, SCALE, EPILOGUE, EPILOGUE_IN_PLACE, ADD_NORM, DEFER, DEFER_MUL, DIFFERENCE)
 # The entries of a patched module's __dict__: the factors of its steps, and the steps. Where one addition in a loop is
 # a step for each module that makes its branch (a key), these modules too; each of them holds which step it is where.
-FACTORS, STEPS, KEYS = "_euler", "_euler_steps", "_euler_keys"
+# And the norm that the next block takes the state of, by the places where that is made.
+FACTORS, STEPS, KEYS, NORMS = "_euler", "_euler_steps", "_euler_keys", "_euler_norms"
 SLOTS = "_euler_slots"
 KEY = "eulernet"  # under which the steps stand in the metadata of a state dict
 
@@ -71,6 +72,7 @@ class Patched:
     _euler_is_of_now: ClassVar[bool] = True  # whether they still have them
     _euler: list[Factor]
     _euler_steps: list[Step]
+    _euler_norms: Mapping[int, nn.Module] = MappingProxyType({})
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """A patched class is not announced to the registries of its original's bases."""
@@ -106,6 +108,8 @@ class Patched:
         slot, skip_is_left, sign = self._euler_places[place]
         one = self._euler[slot] if key is None and slot is not None else self._euler_factor(place, key)
         h = one.current(self, left)
+        if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and place in self._euler_norms:
+            return fuse.step_and_norm(self, self._euler_norms[place], left, right, h, skip_is_left, sign * alpha)
         if type(left) is fuse.DeferredBranch or type(right) is fuse.DeferredBranch or type(h) is not float:
             return fuse.step(None, left, right, h, skip_is_left, sign * alpha)
         return scaled_add(left, right, h, skip_is_left, sign * alpha)
@@ -136,6 +140,9 @@ class Patched:
 
     def _euler_take_norm(self, norm: Any, state: Any, known: fuse.PrecomputedNorm | None) -> Any:
         return fuse.take_norm(norm, state, known)
+
+    def _euler_take_given(self, norm: Any, state: Any) -> Any:
+        return fuse.take_given(norm, state)
 
     def _euler_defer(self, module: Any, branch: Any, place: int, key: Any = None) -> Any:
         return fuse.defer(module, branch, self._euler_factor(place, key))
@@ -216,7 +223,7 @@ class Patched:
         twin: Any = self._euler_original.__deepcopy__(self, memo)  # type: ignore[attr-defined]
         if isinstance(twin, Patched) and FACTORS not in twin.__dict__:
             memo[id(self)] = twin
-            for name in (FACTORS, STEPS, KEYS, SLOTS):
+            for name in (FACTORS, STEPS, KEYS, NORMS, SLOTS):
                 if name in self.__dict__:
                     twin.__dict__[name] = deepcopy(self.__dict__[name], memo)
             for name in learned_names(self):  # type: ignore[arg-type]
@@ -258,6 +265,7 @@ class Become:
     steps: Sequence[Step] = ()
     parameters: Mapping[str, nn.Parameter] = field(default_factory=dict)  # those of `factors`, by their names
     keys: Mapping[nn.Module, Mapping[int, int | None]] = field(default_factory=dict)  # which step each is at a place
+    norms: Mapping[int, nn.Module] = field(default_factory=dict)  # that the next block calls with the state of a place
 
     def before(self) -> Callable[[], None]:
         for name in learned_names(self.module):
@@ -302,11 +310,14 @@ class Become:
             held[KEYS] = list(self.keys)
         if self.factors is not None:
             held.update({FACTORS: self.factors, STEPS: list(self.steps)})
+        if self.norms:
+            held[NORMS] = dict(self.norms)
         # Not through the module, whose own __setattr__ may refuse what it does not know.
         object.__setattr__(module, "__class__", on_top_of(self.cls, module))
         for key in former:
             key.__dict__.pop(SLOTS, None)
-        for name in (FACTORS, STEPS, KEYS) if self.factors is None else () if self.keys else (KEYS,):
+        gone = {KEYS: not self.keys, NORMS: not self.norms, **dict.fromkeys((FACTORS, STEPS), self.factors is None)}
+        for name in (name for name, is_gone in gone.items() if is_gone):
             held.pop(name, None)
 
 
@@ -395,7 +406,7 @@ def original_class(module: nn.Module) -> type[nn.Module]:
 
 def check_names(module: nn.Module, step: Step, exclude: str | list[str]) -> None:
     """Raise where a module to be patched has attributes with the names that a patched one gets."""
-    own = {*(FACTORS, STEPS, KEYS, *OBSERVED)} if isinstance(module, Patched) else set()
+    own = {*(FACTORS, STEPS, KEYS, NORMS, *OBSERVED)} if isinstance(module, Patched) else set()
     slots = vars(module).get(SLOTS)  # of a key, whose host may be another model's
     if isinstance(slots, dict) and slots and all(type(place) is int for place in slots):
         own.add(SLOTS)
