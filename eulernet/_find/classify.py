@@ -17,7 +17,7 @@ from eulernet._find.depths import number_streams
 from eulernet._find.gated import gated
 from eulernet._find.graph import REARRANGES, SCALES, SQUARES, SQUASHES, UPSAMPLES, VIEWS, Graph, Match, StepCall
 from eulernet._find.streams import of_their_skip, steps_of
-from eulernet._find.trace import FUSED_ADDITIONS, PRODUCTS, RUNNING, SLICES, Addition, Trace
+from eulernet._find.trace import FUSED_ADDITIONS, JOINS, PRODUCTS, RUNNING, SLICES, Addition, Trace
 from eulernet._step import Reason
 
 
@@ -85,7 +85,9 @@ def _goes_on_beside(graph: Graph, step: StepCall, result: int, skip: int, branch
     goes_on = graph.readers.get(result, set()) - step.within - {step.addition.result}
     alike = graph.nodes[skip].shape == graph.nodes[branch].shape == graph.nodes[result].shape
     foreign = skip not in step.within and skip != step.state and not graph.constant[skip] and graph.is_state(skip)
-    if not (goes_on and alike and foreign and branch in step.within):
+    if all(graph.nodes[n].op in SQUASHES for n in goes_on):  # as a gate
+        return False
+    if not (alike and foreign and branch in step.within):
         return False
     ancestors = graph.ancestors(branch, step.state, step.state)
     return graph.mixes(graph.path(step.state, branch, ancestors), step.state)
@@ -162,6 +164,7 @@ def _step_call(graph: Graph, trace: Trace, addition: Addition, results: dict[int
                     found = _mapped(graph, addition, skip, branch, start, results)
                 else:
                     found = _identity(graph, skip, branch, start, addition.op in PRODUCTS)
+                    found = found or _joined(graph, skip, branch, start)
                     found = found or shifted(graph, skip, branch, start)
                     found = found or _parallel(graph, skip, branch, start, results)
                     found = found or _detached(graph, skip, branch)
@@ -217,6 +220,21 @@ def _identity(graph: Graph, skip: int, branch: int, start: int, multiplied: bool
     return None
 
 
+def _joined(graph: Graph, skip: int, branch: int, start: int) -> Match | None:
+    """A skip that is joined of states that were changed apart, beside a branch that is made of each of them."""
+    joined = [*graph.same(skip, start)][-1]
+    parts = graph.state_inputs(joined) if graph.nodes[joined].op in JOINS else ()
+    if len(parts) < 2:
+        return None
+    chains = [[*graph.same(part, start)] for part in parts]
+    ancestors = graph.ancestors(branch, start, min(chain[-1] for chain in chains))
+    states = [next((n for n in chain if n in ancestors and n != branch), -1) for chain in chains]
+    paths = [graph.path(state, branch, ancestors) for state in states if state >= 0]
+    if len(paths) < len(parts) or not all(map(graph.mixes, paths, states)):
+        return None
+    return Match("identity", max(states), set().union(*paths) - set(states))
+
+
 def _detached(graph: Graph, skip: int, branch: int) -> Match | None:
     """A branch of the detached state; not one that is detached itself, as a straight-through estimator's is."""
     if graph.constant[skip] or not graph.constant[branch]:
@@ -257,14 +275,25 @@ def _projection(graph: Graph, skip: int, branch: int, start: int) -> Match | Non
             apart = _other_resolutions(graph, path, skipped) | _gating(graph, path)
             direct = graph.path(state, branch, ancestors - apart)
             passed = max(maps, sum(map(graph.is_map, skipped[:-1])))  # a separable convolution is two in a branch
+            if apart and not direct and state in multiples:  # what levels are fused at is no branch of an earlier state
+                return None
             deeper = direct and (direct[branch] > passed or (state in multiples and graph.mixes(direct, state)))
             other = _are_other_parts(graph, skipped, path) or graph.leaves_resolution(skipped)
             # Two linear maps, however many each is made of, are one: a low-rank update, kernels of two sizes.
-            linear = passed > 0 and all(graph.is_linear(n) for n in direct if n != state)
-            other = other or (state not in multiples and linear)
+            linear = passed > 0 and _is_linear(graph, direct, state, {node for node, _ in chain})
+            if linear and state not in multiples:
+                return None
             if deeper and not other:
                 return Match("projection", state, set(path) - {state})
     return None
+
+
+def _is_linear(graph: Graph, path: dict[int, int], state: int, origins: set[int]) -> bool:
+    """Whether a way is linear in its state, and what is beside it has nothing to do with where the state came from."""
+    nodes = [n for n in path if n != state]
+    beside = {i for n in nodes for i in graph.state_inputs(n) if i not in path and not graph.constant[i]}
+    foreign = (origins.isdisjoint(graph.ancestors(i, 0, min(origins))) for i in beside)
+    return all(graph.is_linear(n, path) for n in nodes) and all(foreign)
 
 
 def _other_resolutions(graph: Graph, path: dict[int, int], skipped: list[int]) -> set[int]:
@@ -370,13 +399,19 @@ def _begin_apart(graph: Graph, skip: int, state: int, path: dict[int, int]) -> b
 
 
 def _parallel(graph: Graph, skip: int, branch: int, start: int, results: dict[int, StepCall]) -> Match | None:
-    for node in graph.same(skip, start, scaled=True):
-        first = results.get(node)
-        if first is not None:
-            ancestors = graph.ancestors(branch, start, first.state)
-            if first.state in ancestors and node not in ancestors:
-                path = graph.path(first.state, branch, ancestors)
-                if graph.mixes(path, first.state):
-                    return Match("parallel", first.state, set(path) - {first.state}, first.first or first)
+    """A further branch of the state of a step that the skip is the result of, or of one before it in the same call."""
+    between: set[int] = set()
+    call = None
+    while (node := next((n for n in graph.same(skip, start, scaled=True) if n in results), None)) is not None:
+        first = results[node]
+        between.add(node)
+        call = first.addition.call if call is None else call
+        if first.addition.call != call:
             return None
+        ancestors = graph.ancestors(branch, start, first.state)
+        if first.state in ancestors and between.isdisjoint(ancestors):
+            path = graph.path(first.state, branch, ancestors)
+            if graph.mixes(path, first.state):
+                return Match("parallel", first.state, set(path) - {first.state}, first.first or first)
+        skip = first.skip
     return None

@@ -21,6 +21,8 @@ def shifted(graph: Graph, skip: int, branch: int, start: int) -> Match | None:
         (other,) = (i for i in parts if i != part)
         again = {n for n in path if n in graph.sums and _made(graph, graph.state_inputs(n)) == _made(graph, parts)}
         reads = graph.mixes(path, state) and _is_read(graph, state, path, again)
+        if graph.other_resolutions(path, chain):  # levels that are fused
+            continue
         if reads and _is_foreign(graph, other, state, path.keys() - again):
             return Match("identity", state, set(path) - {state})
     return None

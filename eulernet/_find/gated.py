@@ -28,6 +28,7 @@ class _Update(NamedTuple):
     gate: int | None  # None: a number
     inner: int | None = None  # the difference of the two
     plain: int | None = None  # the one that the rest is added to
+    apart: bool = False  # gates of their own for both
 
 
 def gated(graph: Graph, trace: Trace) -> tuple[dict[int, StepCall | None], set[int]]:
@@ -46,12 +47,28 @@ def gated(graph: Graph, trace: Trace) -> tuple[dict[int, StepCall | None], set[i
             continue
         for update in _updates(graph, addition):
             step_call = _step_call(graph, addition, update)
-            if step_call is None and update.gate is None:
+            if step_call is None and (update.gate is None or update.apart):
                 continue  # the other rules see more
             found[addition.result] = step_call
             inner |= {update.inner} if update.inner is not None else set()
+            if step_call is not None and update.gate is not None and graph.constant[update.gate]:
+                inner.update(_of_coupling(graph, trace, step_call))
             break
     return found, inner
+
+
+def _of_coupling(graph: Graph, trace: Trace, update: StepCall) -> Iterator[int]:
+    """The sums that add to a state what was made of it behind a mask alone, in an update that a mask divides: a flow's.
+
+    The mask takes one part of the state for what is done to the other.
+    """
+    masked = {n for n in graph.readers.get(update.state, ()) if graph.is_diagonal(n)}
+    for addition in trace.additions:
+        if addition.result in update.within and len(addition.right) == 1:
+            for one, other in ((addition.left, addition.right[0]), (addition.right[0], addition.left)):
+                made_of = graph.ancestors(other, 0, update.state, without=masked)
+                if update.state in graph.same(one, 0) and update.state not in made_of:
+                    yield addition.result
 
 
 def _step_call(graph: Graph, addition: Addition, update: _Update) -> StepCall | None:
@@ -107,7 +124,10 @@ def _of_two(
     products: bool = True,
     subtracted: bool = False,
 ) -> Iterator[_Update]:
-    """`plain + gate * (other - plain)`, `plain - gate * (plain - other)`, and `(1 - gate) * one + gate * other`."""
+    """`plain + gate * (other - plain)`, `plain - gate * (plain - other)`, and `(1 - gate) * one + gate * other`.
+
+    In the last one the gates may have nothing to do with each other.
+    """
     for gate, value in factors:
         if gate is not None and not _is_gate(graph, gate):
             continue
@@ -121,6 +141,8 @@ def _of_two(
                 and (_is_rest(graph, gate, other_gate) or _is_rest(graph, other_gate, gate))
             ):
                 yield _Update(other, value, gate)
+            elif gate is not None and other_gate is not None and _is_squashed(graph, gate, other_gate):
+                yield _Update(other, value, gate, apart=True)
 
 
 def _tensors(node: Node, ops: frozenset[str]) -> tuple[int, int] | None:
@@ -130,11 +152,15 @@ def _tensors(node: Node, ops: frozenset[str]) -> tuple[int, int] | None:
 
 
 def _factors(graph: Graph, number: int) -> list[tuple[int | None, int]]:
-    """The factors of a product, in both orders; None for a number."""
+    """The factors of a product, each with the other one; None for a number.
+
+    With a factor of a factor stands the whole product, for what is beside it has no node of its own.
+    """
     node = graph.nodes[number]
     operands = _tensors(node, _PRODUCTS)
     if operands is not None:
-        return [operands, operands[::-1]]
+        inner = [gate for each in operands for gate, _ in _factors(graph, each) if gate is not None]
+        return [operands, operands[::-1], *((gate, number) for gate in inner)]
     refs = [int(a) for a in node.args if isinstance(a, Ref)] if node.op in _PRODUCTS else []
     return [(None, refs[0])] if len(refs) == 1 else []
 
@@ -142,6 +168,16 @@ def _factors(graph: Graph, number: int) -> list[tuple[int | None, int]]:
 def _is_gate(graph: Graph, gate: int) -> bool:
     """Whether a factor is computed or learned, and no mask."""
     return not graph.bare[gate] or any(graph.nodes[n].op == "parameter" for n in graph.ancestors(gate, 0, 0))
+
+
+def _is_squashed(graph: Graph, *gates: int) -> bool:
+    """Whether these are parts of what a sigmoid gave."""
+    for gate in gates:
+        while graph.nodes[gate].op in VIEWS | CASTS and len(graph.nodes[gate].inputs) == 1:
+            (gate,) = graph.nodes[gate].inputs
+        if graph.nodes[gate].op != "sigmoid":
+            return False
+    return True
 
 
 def _is_rest(graph: Graph, number: int, gate: int) -> bool:

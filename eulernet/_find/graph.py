@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import permutations
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from eulernet._find.trace import ADDITIONS, CONTRACTIONS, FUSED_ADDITIONS, JOINS, SLICES, Addition, Node, Ref, Trace
 from eulernet._step import Reason
@@ -35,7 +35,7 @@ _PADS = frozenset("pad constant_pad_nd zeropad2d".split()) | JOINS
 _REPEATS = frozenset("repeat repeat_interleave tile expand expand_as broadcast_to".split())
 REARRANGES = _REPEATS | frozenset(
     "pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle index_select gather take_along_dim flip "
-    "fliplr flipud roll rot90".split()
+    "fliplr flipud roll rot90 unfold".split()
 )
 SCALES = frozenset("mul multiply rmul div divide true_divide imul".split())
 _MAPS = re.compile(
@@ -61,7 +61,7 @@ _MATCHING = _SAME | NORMS | _PADS | SCALES | _REDUCTIONS | REARRANGES
 
 # A decomposition, x - pool(x), is seen here and is no step.
 MatchKind = Literal["identity", "projection", "parallel", "gated", "decomposition"]
-_LINEAR = VIEWS | CASTS | _DROPOUTS | SCALES | ADDITIONS | REARRANGES | _PADS
+_LINEAR = VIEWS | CASTS | _DROPOUTS | SCALES | ADDITIONS | REARRANGES | _PADS | {"setitem", "overwritten"}
 _NOT_LINEAR = re.compile(r"attention|lstm|gru|rnn|::")
 
 
@@ -141,6 +141,12 @@ class Graph:
 
     def is_map(self, node: int) -> bool:
         return bool(_MAPS.search(self.nodes[node].op))
+
+    def is_diagonal(self, node: int) -> bool:
+        """Whether it is a product with a learned vector: a map of each channel by itself."""
+        return self.nodes[node].op in SCALES and any(
+            self.constant[i] and self.size(i) > 1 for i in self.nodes[node].inputs
+        )
 
     def is_noise(self, node: int) -> bool:
         """Whether it is a random draw around zero, or one that is spread by what was computed."""
@@ -248,8 +254,9 @@ class Graph:
     def is_state(self, node: int) -> bool:
         """Whether a node is handed on, no result of a map: given, a part or a join of what was, or a sum."""
         last = list(self.same(node, 0))[-1]
-        op = self.nodes[last].op
-        return last in self.sums or op in SLICES or op in JOINS or not self.nodes[last].inputs
+        made = self.nodes[last]
+        gathered = made.op == "getitem" and sum(isinstance(a, Ref) for a in _flat(made.args)) > 1
+        return last in self.sums or (made.op in SLICES and not gathered) or made.op in JOINS or not made.inputs
 
     def uses(self, node: int) -> set[int]:
         """What is made of a node as it is, masked, scaled or shifted by a constant: the first other nodes."""
@@ -309,11 +316,13 @@ class Graph:
             node = source
             yield node, maps
 
-    def is_linear(self, node: int) -> bool:
-        """Whether it is linear in the one state that it was made of."""
+    def is_linear(self, node: int, path: Collection[int] = ()) -> bool:
+        """Whether it is linear in the one state that it was made of; in what is on a path, where that is given."""
         op = self.nodes[node].op
         linear = op in _LINEAR or (self.is_map(node) and not _NOT_LINEAR.search(op))
-        return linear and len(self.state_inputs(node)) == 1
+        if linear and path and op in ADDITIONS | _PADS:
+            return True
+        return linear and len([i for i in self.state_inputs(node) if i in path or not path]) == 1
 
     def _sum_of_maps(self, parts: tuple[int, ...], start: int) -> int | None:
         """What two linear maps that are summed up were given, which are one: a map and its low-rank update."""
@@ -430,6 +439,12 @@ class Graph:
             return False
         product = self.nodes[made.inputs[0]]
         return product.op in SCALES and [self.constant[i] for i in sorted(product.inputs)].count(True) == 1
+
+
+def _flat(given: Any) -> Iterator[Any]:
+    """The entries of lists in lists."""
+    for each in given if isinstance(given, tuple | list) else ():
+        yield from _flat(each) if isinstance(each, tuple | list) else (each,)
 
 
 def _axis(made: Node, dims: int) -> int:

@@ -18,7 +18,7 @@ which weights other states and does nothing else, is in no chain, and counts in 
 3. Inside the branch of a step that is not long a sum counts only where that branch holds a stream, or where a stream
    that began before goes on through it and beside the step; otherwise it belongs to the branch.
 4. A sum of layers, `x + f(x) + g(f(x))`, each made of the one before and none of the sum, is no step, unless its chain
-   has another such sum, as the next block's.
+   has another such sum, as the next block's. What is added may be a multiple, a part, a sum or a mean of a layer.
 """
 
 from __future__ import annotations
@@ -239,9 +239,10 @@ def _own(graph: Graph, call: StepCall, inner: Iterable[StepCall]) -> _Own | None
     skipped = [node for node, _ in graph.matched(call.skip, 0) if node >= call.state]
     upsampled = graph.other_resolutions(way, skipped)
     maps = {call.state: 0}
+    spread = {n for skip in cut.values() for n in graph.same(skip, 0, scaled=True) if graph.is_diagonal(n)}
     for node in sorted(way - {call.state}):
         passed = max(maps[i] for i in _inputs(graph, node, cut) if i in maps)
-        maps[node] = passed + (node not in cut and graph.is_map(node))
+        maps[node] = passed + (node not in cut and (graph.is_map(node) or node in spread))
     of_skip = next((m for n, m in graph.matched(call.skip, 0) if n == call.state), 0)
     nothing = not maps[call.branch] and not any(op in NORMS or POOLS.search(op) for op in ops)
     return _Own(
@@ -355,14 +356,15 @@ def leads_out(call: StepCall, outer: StepCall, links: Mapping[StepCall, set[Step
 
 def _of_layers(graph: Graph, sums: list[StepCall], links: Mapping[StepCall, set[StepCall]]) -> set[StepCall]:
     """The sums to which a layer is added that was made of one that was added before, none next to another."""
-    branches: dict[StepCall, list[int]] = defaultdict(list)
+    layers: dict[StepCall, set[int]] = defaultdict(set)
     found: set[StepCall] = set()
-    results = {call.addition.result for call in sums}
+    results: dict[StepCall, set[int]] = defaultdict(set)
     for call in sums:
         head = _head(call)
-        if any(b in graph.ancestors(call.branch, 0, b, without=results) for b in branches[head]):
+        if any(n in graph.ancestors(call.branch, 0, n, without=results[head]) for n in layers[head]):
             found.add(head)
-        branches[head].append(call.branch)
+        layers[head].update(n for n, _ in graph.matched(call.branch, 0, 0) if n in call.within)
+        results[head].add(call.addition.result)
     return {head for head in found if found.isdisjoint(links.get(head, ()))}
 
 
