@@ -204,6 +204,62 @@ def test_what_is_read_for_its_shape_alone_has_no_part_in_a_sum(like: Callable[..
     assert [left.reason for left in steps.left_out] == ["constant operand"] and len(steps) == 1
 
 
+def layers(part: Callable[[nn.Module, Tensor, int], Tensor]) -> Callable[[nn.Module, Tensor], Tensor]:
+    """Something of three layers without a residual, summed up."""
+
+    def function(m: nn.Module, x: Tensor) -> Tensor:
+        total = part(m, y := torch.relu(m.a(x)), 0)
+        for n in (1, 2):
+            total = total + part(m, y := torch.relu(m.b(y)), n)
+        return total + torch.relu(y).sum() * 0
+
+    return function
+
+
+def levels(m: nn.Module, x: Tensor) -> Tensor:
+    """The nodes of a pyramid, which weight what they fuse (BiFPN)."""
+    small = torch.relu(m.b(F.avg_pool2d(x, 2)))
+    up = m.a(F.silu(0.5 * x + 0.5 * F.interpolate(small, scale_factor=2)))
+    return F.interpolate(0.5 * small + 0.5 * F.max_pool2d(up, 2), scale_factor=2)
+
+
+def fourier(m: nn.Module, x: Tensor) -> Tensor:
+    made = torch.fft.rfft(x, dim=1)
+    kept = torch.zeros_like(made)
+    kept[:, :2] = made[:, :2] * (1 + m.p)
+    return torch.fft.irfft(kept, n=x.shape[1], dim=1)
+
+
+ADJACENT = torch.rand(5, 5)
+NO_STEPS: dict[str, tuple[nn.Module, Any]] = {
+    "layers, pooled": (linear_model(layers(lambda m, y, n: y.mean(1, keepdim=True))), X),
+    "layers, weighted": (linear_model(layers(lambda m, y, n: m.p * n * y)), X),
+    "layers, their last tokens": (linear_model(layers(lambda m, y, n: y[:, -1:])), X),
+    "layers, sums of logarithms": (
+        linear_model(layers(lambda m, y, n: torch.tanh(y).sum(2, keepdim=True).expand_as(y))),
+        X,
+    ),
+    "a layer behind another input's matrix": (
+        linear_model(lambda m, x, a: torch.relu(m.a(a @ x) + m.b(x))),
+        (X, ADJACENT),
+    ),
+    "two such layers": (
+        linear_model(lambda m, x, a: m.a(a @ (y := torch.relu(m.a(a @ x) + m.b(x)))) + m.b(y)),
+        (X, ADJACENT),
+    ),
+    "a layer in Fourier space": (linear_model(lambda m, x: torch.relu(fourier(m, m.a(x)) + m.b(m.a(x)))), X),
+    "levels of a pyramid": (image_model(levels), IMAGES),
+}
+
+
+@pytest.mark.parametrize("name", NO_STEPS)
+def test_networks_without_a_residual_have_no_step(name: str) -> None:
+    model, inputs = NO_STEPS[name]
+    steps = eulernet.find_steps(model, example_inputs=inputs)
+    assert [step.name for step in steps] == ["last"]
+    assert not (steps.long or steps.gated or steps.unsupported) and steps.left_out
+
+
 def test_a_random_mask_leaves_a_branch_what_it_is() -> None:
     def shaken(m: nn.Module, x: Tensor) -> Tensor:
         drawn = torch.rand(len(x), *[1] * (x.dim() - 1))

@@ -218,3 +218,49 @@ def test_values_that_are_mixed_beside_a_gated_stream_are_no_steps() -> None:
     steps = eulernet.find_steps(ValueResidual(), example_inputs=torch.randn(2, 5, DIM))
     assert len(steps) == 0 and len(steps.gated) == 4 and not steps.long and not steps.unsupported
     assert steps.reasons() == ["3 position or injected input"]
+
+
+class TwoGates(nn.Module):
+    """A highway whose gates have nothing to do with each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.t, self.c = (nn.Linear(DIM, DIM) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.a(x)) * torch.sigmoid(self.t(x)) + x * torch.sigmoid(self.c(x))
+
+
+class Gateway(TwoGates):
+    """D-FINE: both gates are made at once, of the state and the candidate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.t, self.c = nn.Linear(2 * DIM, 2 * DIM), nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.tanh(self.a(x))
+        one, other = torch.sigmoid(self.t(torch.cat((x, y), -1))).chunk(2, -1)
+        return one * x + other * y
+
+
+class MaskedCoupling(TwoGates):
+    """RealNVP: the part behind the mask is given, the other one is shifted and scaled by what was made of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mask", (torch.arange(DIM) % 2).float())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        given = self.mask * x
+        scale, shift = torch.tanh(self.c(given)) * (1 - self.mask), self.a(given) * (1 - self.mask)
+        return (1 - self.mask) * (x - shift) * torch.exp(-scale) + given
+
+
+@pytest.mark.parametrize("cls", [TwoGates, Gateway, MaskedCoupling], ids=lambda cls: cls.__name__)
+def test_updates_with_two_gates_or_a_mask_are_gated(cls: Any) -> None:
+    found = eulernet.find_steps(made(cls), example_inputs=X)
+    assert len(found) == len(found.long) == len(found.unsupported) == 0
+    assert [step.kind for step in found.gated] == ["gated"]
+    model = eulernet.patch(made(cls), 0.3, example_inputs=X, include="*")
+    torch.testing.assert_close(model(X), X + 0.3 * (made(cls)(X) - X), rtol=1e-12, atol=1e-12)

@@ -259,7 +259,7 @@ def _multistep(graph: Graph, skip: int, branch: int, start: int, results: dict[i
         ancestors = graph.ancestors(branch, start, state)
         if state in ancestors and state != branch and not any(before.isdisjoint(chain) for chain in chains):
             path = graph.path(state, branch, ancestors)
-            if graph.mixes(path, state):
+            if graph.mixes(path, state) and not graph.other_resolutions(path, [skip, state]):
                 return Match("identity", state, set(path) - {state})
     return None
 
@@ -304,6 +304,14 @@ def _other_resolutions(graph: Graph, path: dict[int, int], skipped: list[int]) -
     if all(graph.keeps_resolution(node) for node in skipped[:-1]):  # the state itself, or cut out of it
         return set()
     return graph.other_resolutions(path, skipped)
+
+
+def _passes_levels(graph: Graph, path: dict[int, int], state: int, branch: int) -> bool:
+    """Whether all of a branch passes another resolution, of which what was made there is read elsewhere too."""
+    apart = graph.other_resolutions(path, [state])
+    if not apart or graph.path(state, branch, graph.ancestors(branch, 0, state, without=apart)):
+        return False
+    return any(graph.readers.get(n, set()) - path.keys() for n in path.keys() - {state, branch})
 
 
 def _gating(graph: Graph, path: dict[int, int]) -> set[int]:
@@ -411,7 +419,7 @@ def _parallel(graph: Graph, skip: int, branch: int, start: int, results: dict[in
         ancestors = graph.ancestors(branch, start, first.state)
         if first.state in ancestors and between.isdisjoint(ancestors):
             path = graph.path(first.state, branch, ancestors)
-            if graph.mixes(path, first.state):
+            if graph.mixes(path, first.state) and not _passes_levels(graph, path, first.state, branch):
                 return Match("parallel", first.state, set(path) - {first.state}, first.first or first)
         skip = first.skip
     return None

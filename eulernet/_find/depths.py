@@ -38,7 +38,9 @@ def number_streams(graph: Graph, calls: list[StepCall]) -> None:
                 nearest = call.first.before if call.first is not None else before[call.skip]
                 call.before = tuple(e for e in nearest if inside[id(e)] == inside[id(call)])
                 call.position = 1 + max((e.position for e in call.before), default=0)
-                before.append(frozenset((call,)))
+                # Where a branch began earlier, there are steps between it and the one that it belongs to.
+                between = (e for e in before[call.skip] if call.first not in (None, e, e.first))
+                before.append(frozenset((call, *between)))
         members = [e for e in calls if _role(e) == role]
         for call in members:
             start = max(call.before, key=lambda e: e.position, default=call.first)

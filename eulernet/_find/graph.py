@@ -7,7 +7,9 @@ import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import permutations
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
+
+from torch.utils._pytree import tree_leaves
 
 from eulernet._find.trace import ADDITIONS, CONTRACTIONS, FUSED_ADDITIONS, JOINS, SLICES, Addition, Node, Ref, Trace
 from eulernet._step import Reason
@@ -144,9 +146,8 @@ class Graph:
 
     def is_diagonal(self, node: int) -> bool:
         """Whether it is a product with a learned vector: a map of each channel by itself."""
-        return self.nodes[node].op in SCALES and any(
-            self.constant[i] and self.size(i) > 1 for i in self.nodes[node].inputs
-        )
+        made = self.nodes[node]
+        return made.op in SCALES and any(self.constant[i] and self.size(i) > 1 for i in made.inputs)
 
     def is_noise(self, node: int) -> bool:
         """Whether it is a random draw around zero, or one that is spread by what was computed."""
@@ -255,7 +256,7 @@ class Graph:
         """Whether a node is handed on, no result of a map: given, a part or a join of what was, or a sum."""
         last = list(self.same(node, 0))[-1]
         made = self.nodes[last]
-        gathered = made.op == "getitem" and sum(isinstance(a, Ref) for a in _flat(made.args)) > 1
+        gathered = made.op == "getitem" and sum(isinstance(a, Ref) for a in tree_leaves(made.args)) > 1
         return last in self.sums or (made.op in SLICES and not gathered) or made.op in JOINS or not made.inputs
 
     def uses(self, node: int) -> set[int]:
@@ -439,12 +440,6 @@ class Graph:
             return False
         product = self.nodes[made.inputs[0]]
         return product.op in SCALES and [self.constant[i] for i in sorted(product.inputs)].count(True) == 1
-
-
-def _flat(given: Any) -> Iterator[Any]:
-    """The entries of lists in lists."""
-    for each in given if isinstance(given, tuple | list) else ():
-        yield from _flat(each) if isinstance(each, tuple | list) else (each,)
 
 
 def _axis(made: Node, dims: int) -> int:

@@ -8,6 +8,7 @@ steps run) and holds its own reference: the same forward written by hand with a 
 """
 
 from tests.traps import (
+    beside,
     branches,
     callees,
     calls,
@@ -33,6 +34,7 @@ __all__ = [
     "TRAPS",
     "UNSUPPORTED",
     "Trap",
+    "beside",
     "branches",
     "callees",
     "calls",
