@@ -166,7 +166,7 @@ def _step_call(graph: Graph, trace: Trace, addition: Addition, results: dict[int
                     found = _identity(graph, skip, branch, start, addition.op in PRODUCTS)
                     found = found or _joined(graph, skip, branch, start)
                     found = found or shifted(graph, skip, branch, start)
-                    found = found or _parallel(graph, skip, branch, start, results)
+                    found = found or _parallel(graph, addition, skip, branch, start, results)
                     found = found or _detached(graph, skip, branch)
                 if found and not _is_score(graph, branch, start):
                     kind, state, within, first = found
@@ -406,18 +406,18 @@ def _begin_apart(graph: Graph, skip: int, state: int, path: dict[int, int]) -> b
     return part(skip) and all(part(n) and n != skip and graph.nodes[n].shape == shape for n in begins)
 
 
-def _parallel(graph: Graph, skip: int, branch: int, start: int, results: dict[int, StepCall]) -> Match | None:
+def _parallel(
+    graph: Graph, addition: Addition, skip: int, branch: int, start: int, results: dict[int, StepCall]
+) -> Match | None:
     """A further branch of the state of a step that the skip is the result of, or of one before it in the same call."""
-    between: set[int] = set()
-    call = None
+    passed: set[int] = set()
     while (node := next((n for n in graph.same(skip, start, scaled=True) if n in results), None)) is not None:
         first = results[node]
-        between.add(node)
-        call = first.addition.call if call is None else call
-        if first.addition.call != call:
+        if passed and first.addition.call != addition.call:
             return None
+        passed.add(node)
         ancestors = graph.ancestors(branch, start, first.state)
-        if first.state in ancestors and between.isdisjoint(ancestors):
+        if first.state in ancestors and passed.isdisjoint(ancestors):
             path = graph.path(first.state, branch, ancestors)
             if graph.mixes(path, first.state) and not _passes_levels(graph, path, first.state, branch):
                 return Match("parallel", first.state, set(path) - {first.state}, first.first or first)

@@ -112,7 +112,7 @@ def _updates(graph: Graph, addition: Addition) -> Iterator[_Update]:
     elif len(addition.right) == 1 and addition.op in _SUMS:
         left, right = addition.left, addition.right[0]
         yield from _of_two(graph, left, _factors(graph, right))
-        yield from _of_two(graph, right, _factors(graph, left), products=False)
+        yield from _of_two(graph, right, _factors(graph, left))
     elif len(addition.right) == 1 and addition.op in _DIFFERENCES:
         yield from _of_two(graph, addition.left, _factors(graph, addition.right[0]), subtracted=True)
 
@@ -121,12 +121,12 @@ def _of_two(
     graph: Graph,
     plain: int,
     factors: list[tuple[int | None, int]],
-    products: bool = True,
     subtracted: bool = False,
 ) -> Iterator[_Update]:
     """`plain + gate * (other - plain)`, `plain - gate * (plain - other)`, and `(1 - gate) * one + gate * other`.
 
-    In the last one the gates may have nothing to do with each other.
+    In the last one the gates may have nothing to do with each other, where the candidate is made of the state itself,
+    and not of what its gate leaves of it.
     """
     for gate, value in factors:
         if gate is not None and not _is_gate(graph, gate):
@@ -134,14 +134,19 @@ def _of_two(
         operands = _tensors(graph.nodes[value], _DIFFERENCES)
         if operands is not None and operands[not subtracted] == plain:
             yield _Update(plain, operands[subtracted], gate, value, plain)
-        for other_gate, other in _factors(graph, plain) if products and not subtracted else ():
+        for other_gate, other in _factors(graph, plain) if not subtracted else ():
             if (
                 gate is not None
                 and other_gate is not None
                 and (_is_rest(graph, gate, other_gate) or _is_rest(graph, other_gate, gate))
             ):
                 yield _Update(other, value, gate)
-            elif gate is not None and other_gate is not None and _is_squashed(graph, gate, other_gate):
+            elif (
+                gate is not None
+                and other_gate is not None
+                and _is_squashed(graph, gate, other_gate)
+                and other in graph.ancestors(value, 0, other, without={plain})
+            ):
                 yield _Update(other, value, gate, apart=True)
 
 

@@ -96,7 +96,7 @@ def _of_the_skip(
         inner = _inner(call, sums + _of_the_state(graph, call, by_gates))
         if call in positions:
             call.reason = "position or injected input"
-        elif inner and graph.constant[call.state]:
+        elif graph.constant[call.state] and (inner or call.kind == "projection"):
             call.reason = "constant operand"
         elif inner and _is_injected_again(graph, call, _cut(inner)):
             call.reason = "position or injected input"
@@ -239,7 +239,12 @@ def _own(graph: Graph, call: StepCall, inner: Iterable[StepCall]) -> _Own | None
     skipped = [node for node, _ in graph.matched(call.skip, 0) if node >= call.state]
     upsampled = graph.other_resolutions(way, skipped)
     maps = {call.state: 0}
-    spread = {n for skip in cut.values() for n in graph.same(skip, 0, scaled=True) if graph.is_diagonal(n)}
+    spread = {  # multiples of the state by a learned vector, as skips of sums inside
+        n
+        for skip in cut.values()
+        for n in graph.same(skip, 0, scaled=True)
+        if graph.is_diagonal(n) and call.state in graph.same(n, 0, scaled=True)
+    }
     for node in sorted(way - {call.state}):
         passed = max(maps[i] for i in _inputs(graph, node, cut) if i in maps)
         maps[node] = passed + (node not in cut and (graph.is_map(node) or node in spread))
