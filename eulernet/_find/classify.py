@@ -413,7 +413,8 @@ def _parallel(
     passed: set[int] = set()
     while (node := next((n for n in graph.same(skip, start, scaled=True) if n in results), None)) is not None:
         first = results[node]
-        if passed and first.addition.call != addition.call:
+        elsewhere = first.addition.call != addition.call
+        if elsewhere and passed:
             return None
         passed.add(node)
         ancestors = graph.ancestors(branch, start, first.state)
@@ -421,5 +422,7 @@ def _parallel(
             path = graph.path(first.state, branch, ancestors)
             if graph.mixes(path, first.state) and not _passes_levels(graph, path, first.state, branch):
                 return Match("parallel", first.state, set(path) - {first.state}, first.first or first)
+        if elsewhere:
+            return None
         skip = first.skip
     return None
