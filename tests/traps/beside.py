@@ -1,0 +1,327 @@
+"""What stands beside a stream: sums over its layers, skips that are joined, branches that begin earlier."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tests.traps.base import DIM, Block, Expected, Trap, each, linear, mlp, trap
+
+
+class ReadOut(Trap):
+    """Beside the blocks something of each state is summed up; what, a subclass says."""
+
+    expected = each("blocks.0", "blocks.1", "blocks.2")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks, self.weights = nn.ModuleList(Block() for _ in range(3)), nn.Parameter(torch.rand(4))
+
+    def part(self, x: Tensor, n: int) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.part(x, 0)
+        for n, block in enumerate(self.blocks, 1):
+            x = block(x)
+            out = out + self.part(x, n)
+        return out
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        out = self.part(x, 0)
+        for n, (block, factor) in enumerate(zip(self.blocks, h, strict=True), 1):
+            x = block.reference(x, factor)
+            out = out + self.part(x, n)
+        return out
+
+
+@trap
+class PooledReadOut(ReadOut):
+    """Jumping knowledge of a graph network."""
+
+    def part(self, x: Tensor, n: int) -> Tensor:
+        return x.mean(1)
+
+
+@trap
+class WeightedReadOut(ReadOut):
+    """ELMo's scalar mix."""
+
+    def part(self, x: Tensor, n: int) -> Tensor:
+        return self.weights[n] * x
+
+
+@trap
+class LastTokens(ReadOut):
+    def part(self, x: Tensor, n: int) -> Tensor:
+        return x[:, -1]
+
+
+@trap
+class LogDeterminant(Trap):
+    """A flow of affine couplings whose networks have residual blocks: beside them the sum of logarithms is no step."""
+
+    shape = (3, DIM)
+    expected = tuple(Expected(f"layers.{i}.1", depth=3) for i in range(3))
+
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(DIM, DIM)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + torch.tanh(self.a(x))
+
+        def reference(self, x: Tensor, h: float) -> Tensor:
+            return x + h * torch.tanh(self.a(x))
+
+    def __init__(self) -> None:
+        super().__init__()
+        half = DIM // 2
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.Linear(half, DIM), self.Residual(), nn.ReLU(), nn.Linear(DIM, 2 * half)) for _ in range(3)
+        )
+
+    def couple(self, x: Tensor, made: Tensor, layer: Any) -> tuple[Tensor, Tensor]:
+        a, b = x.chunk(2, 1)
+        scale, shift = layer[3](layer[2](made)).chunk(2, 1)
+        scale = torch.tanh(scale)
+        return torch.cat((b * torch.exp(scale) + shift, a), 1), scale.sum(1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        total = torch.zeros(len(x), dtype=x.dtype)
+        for layer in self.layers:
+            made = layer[1](layer[0](x.chunk(2, 1)[0]))
+            x, log = self.couple(x, made, layer)
+            total = total + log
+        return x, total
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> tuple[Tensor, Tensor]:
+        total = torch.zeros(len(x), dtype=x.dtype)
+        for layer, factor in zip(self.layers, h, strict=True):
+            made = layer[1].reference(layer[0](x.chunk(2, 1)[0]), factor)
+            x, log = self.couple(x, made, layer)
+            total = total + log
+        return x, total
+
+
+@trap
+class JoinedSkip(Trap):
+    """TimeSformer: the skip is joined of a token as it was and of others that a step has changed."""
+
+    expected = tuple(Expected(f"layers.{i}:{n}", depth=6) for i in range(2) for n in range(3))
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.time, self.space, self.mlp = linear(), nn.MultiheadAttention(DIM, 1, batch_first=True), mlp()
+
+        def attended(self, token: Tensor, others: Tensor) -> Tensor:
+            batch, length = others.shape[:2]
+            rows = others.reshape(batch * length, 1, DIM)
+            rows = torch.cat((token.repeat(1, length, 1).reshape(batch * length, 1, DIM), rows), 1)
+            made = self.space(rows, rows, rows)[0]
+            first = made[:, 0].reshape(batch, length, DIM).mean(1, keepdim=True)
+            return torch.cat((first, made[:, 1:].reshape(batch, length, DIM)), 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            token, others = x[:, :1], x[:, 1:]
+            others = others + torch.tanh(self.time(others))
+            x = torch.cat((token, others), 1) + self.attended(token, others)
+            return x + self.mlp(x)
+
+        def reference(self, x: Tensor, h: Sequence[float]) -> Tensor:
+            token, others = x[:, :1], x[:, 1:]
+            others = others + h[0] * torch.tanh(self.time(others))
+            x = torch.cat((token, others), 1) + h[1] * self.attended(token, others)
+            return x + h[2] * self.mlp(x)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(self.Layer() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        for n, layer in enumerate(self.layers):
+            x = layer.reference(x, h[3 * n : 3 * n + 3])
+        return x
+
+
+@trap
+class JoinedOfTwoInputs(Trap):
+    """Text and images, joined in the sum, each with a map of its own."""
+
+    expected = each("<root>")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stems, self.maps = (nn.ModuleList(linear() for _ in range(2)) for _ in range(2))
+
+    def inputs(self) -> tuple[Any, ...]:
+        return torch.randn(self.shape), torch.randn(self.shape)
+
+    def parts(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        x, y = self.stems[0](x), self.stems[1](y)
+        return torch.cat((x, y), 1), torch.cat((torch.tanh(self.maps[0](x)), torch.tanh(self.maps[1](y))), 1)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        x, y = self.stems[0](x), self.stems[1](y)
+        return torch.cat((x, y), 1) + torch.cat((torch.tanh(self.maps[0](x)), torch.tanh(self.maps[1](y))), 1)
+
+    def reference(self, x: Tensor, y: Tensor, *, h: Sequence[float]) -> Tensor:
+        skip, branch = self.parts(x, y)
+        return skip + h[0] * branch
+
+
+@trap
+class TwoStepsEarlier(Trap):
+    """LongCat: a branch that begins two steps before it is added."""
+
+    expected = tuple(
+        Expected(f"layers.{i}:{n}", "parallel" if n == 0 else "identity", depth=4, places=2 if n == 0 else 1)
+        for i in range(2)
+        for n in range(2)
+    )
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.experts = linear(), linear(), mlp()
+
+        def forward(self, x: Tensor) -> Tensor:
+            early = self.experts(x)
+            x = x + torch.tanh(self.a(x))
+            x = x + torch.tanh(self.b(x))
+            return x + early
+
+        def reference(self, x: Tensor, h: Sequence[float]) -> Tensor:
+            early = self.experts(x)
+            x = x + h[0] * torch.tanh(self.a(x))
+            x = x + h[1] * torch.tanh(self.b(x))
+            return x + h[0] * early
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(self.Layer() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        for n, layer in enumerate(self.layers):
+            x = layer.reference(x, h[2 * n : 2 * n + 2])
+        return x
+
+
+@trap
+class PooledByUnfold(Trap):
+    """Granite Speech: a skip whose windows `unfold` makes."""
+
+    expected = (Expected(kind="projection", depth=1),)
+    shape = (2, 6, DIM)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv1d(DIM, DIM, 3, 2, 1), nn.SiLU(), nn.Conv1d(DIM, DIM, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.unfold(1, 2, 2).mean(-1) + self.body(x.transpose(1, 2)).transpose(1, 2)
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        return x.unfold(1, 2, 2).mean(-1) + h[0] * self.body(x.transpose(1, 2)).transpose(1, 2)
+
+
+@trap
+class DiagonalInside(Trap):
+    """S4: `x + gelu(convolution(x) + D * x)`, where the inner sum is a part of the branch."""
+
+    expected = each("layers.0", "layers.1", "layers.2")
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kernel, self.d = nn.Parameter(torch.randn(DIM, 5)), nn.Parameter(torch.randn(DIM))
+
+        def branch(self, x: Tensor) -> Tensor:
+            length, u = x.shape[1], x.transpose(1, 2).float()
+            made = torch.fft.rfft(u, n=2 * length) * torch.fft.rfft(self.kernel.float(), n=2 * length)
+            made = torch.fft.irfft(made, n=2 * length)[..., :length].transpose(1, 2).to(x.dtype)
+            return F.gelu(made + x * self.d)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.branch(x)
+
+        def reference(self, x: Tensor, h: float) -> Tensor:
+            return x + h * self.branch(x)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(self.Layer() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        for layer, factor in zip(self.layers, h, strict=True):
+            x = layer.reference(x, factor)
+        return x
+
+
+@trap
+class GatheredSums(Trap):
+    """GatedGCN: what edges gather from their nodes is added to, and is no second stream."""
+
+    autocast = False  # index_add takes one dtype
+    expected = tuple(Expected(f"layers.{i}:{n}", depth=2) for i in range(2) for n in range(2))
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c, self.u, self.v = (linear() for _ in range(5))
+
+        def branches(self, x: Tensor, e: Tensor, i: Tensor, j: Tensor) -> tuple[Tensor, Tensor]:
+            t = self.a(x)[i] + self.b(x)[j]
+            t = t + self.c(e)
+            made = torch.zeros_like(x).index_add(0, i, torch.sigmoid(t) * self.v(x)[j])
+            return torch.relu(self.u(x) + made), torch.relu(t)
+
+        def forward(self, x: Tensor, e: Tensor, i: Tensor, j: Tensor) -> tuple[Tensor, Tensor]:
+            t = self.a(x)[i] + self.b(x)[j]
+            t = t + self.c(e)
+            made = torch.zeros_like(x).index_add(0, i, torch.sigmoid(t) * self.v(x)[j])
+            x = x + torch.relu(self.u(x) + made)
+            return x, e + torch.relu(t)
+
+        def reference(self, x: Tensor, e: Tensor, i: Tensor, j: Tensor, h: Sequence[float]) -> tuple[Tensor, Tensor]:
+            of_nodes, of_edges = self.branches(x, e, i, j)
+            return x + h[0] * of_nodes, e + h[1] * of_edges
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(self.Layer() for _ in range(2))
+
+    def inputs(self) -> tuple[Any, ...]:
+        i, j = torch.tensor([0, 1, 2, 3, 4, 0, 1]), torch.tensor([1, 2, 3, 4, 0, 2, 3])
+        return torch.randn(5, DIM), torch.randn(7, DIM), i, j
+
+    def forward(self, x: Tensor, e: Tensor, i: Tensor, j: Tensor) -> tuple[Tensor, Tensor]:
+        for layer in self.layers:
+            x, e = layer(x, e, i, j)
+        return x, e
+
+    def reference(self, x: Tensor, e: Tensor, i: Tensor, j: Tensor, *, h: Sequence[float]) -> tuple[Tensor, Tensor]:
+        for n, layer in enumerate(self.layers):
+            x, e = layer.reference(x, e, i, j, h[2 * n : 2 * n + 2])
+        return x, e
