@@ -364,7 +364,10 @@ def _picture(results: Results) -> Figure:
 def _rates(axes: Axes, results: Results, arm: str) -> None:
     shades = plt.get_cmap("viridis_r")(np.linspace(0.15, 1.0, len(DEPTHS)))
     for depth, color in zip(DEPTHS, shades, strict=True):
-        found = {r: list(v.values()) for r, v in losses(results, arm, depth, "adamw").items()}
+        found = {  # the seeds that all rates have
+            rate: [loss for seed, loss in by_seed.items() if seed < SEEDS]
+            for rate, by_seed in losses(results, arm, depth, "adamw").items()
+        }
         if len(found) > 2:
             axes.plot(list(found), [np.mean(v) for v in found.values()], ".-", color=color, label=str(depth))
             for rate, values in found.items():
