@@ -2,7 +2,8 @@
 
 `s` is the state, `n` (or `z` alone) was computed from it, `z` is the gate. Such an update says itself how far it goes,
 so it is left alone unless it is asked for; then it becomes `s + h * (what it was - s)`. A cell such as `nn.GRUCell` is
-one as well. Where `z` is a number the update goes a fixed part of the way, and is a step like any other.
+one as well, and so is `a * s + b * n` with a sigmoid for each of both. Where `z` is a number the update goes a fixed part
+of the way, and is a step like any other.
 """
 
 from __future__ import annotations
@@ -135,18 +136,11 @@ def _of_two(
         if operands is not None and operands[not subtracted] == plain:
             yield _Update(plain, operands[subtracted], gate, value, plain)
         for other_gate, other in _factors(graph, plain) if not subtracted else ():
-            if (
-                gate is not None
-                and other_gate is not None
-                and (_is_rest(graph, gate, other_gate) or _is_rest(graph, other_gate, gate))
-            ):
+            if gate is None or other_gate is None:
+                continue
+            if _is_rest(graph, gate, other_gate) or _is_rest(graph, other_gate, gate):
                 yield _Update(other, value, gate)
-            elif (
-                gate is not None
-                and other_gate is not None
-                and _is_squashed(graph, gate, other_gate)
-                and other in graph.ancestors(value, 0, other, without={plain})
-            ):
+            elif _are_squashed(graph, gate, other_gate) and other in graph.ancestors(value, 0, other, without={plain}):
                 yield _Update(other, value, gate, apart=True)
 
 
@@ -175,7 +169,7 @@ def _is_gate(graph: Graph, gate: int) -> bool:
     return not graph.bare[gate] or any(graph.nodes[n].op == "parameter" for n in graph.ancestors(gate, 0, 0))
 
 
-def _is_squashed(graph: Graph, *gates: int) -> bool:
+def _are_squashed(graph: Graph, *gates: int) -> bool:
     """Whether these are parts of what a sigmoid gave."""
     for gate in gates:
         while graph.nodes[gate].op in VIEWS | CASTS and len(graph.nodes[gate].inputs) == 1:
