@@ -2,8 +2,8 @@
 
 `s` is the state, `n` (or `z` alone) was computed from it, `z` is the gate. Such an update says itself how far it goes,
 so it is left alone unless it is asked for; then it becomes `s + h * (what it was - s)`. A cell such as `nn.GRUCell` is
-one as well, and so is `a * s + b * n` with a sigmoid for each of both. Where `z` is a number the update goes a fixed part
-of the way, and is a step like any other.
+one as well, and so is `a * s + b * n` with a sigmoid for each of both. Where `z` is a number the update goes a fixed
+part of the way, and is a step like any other.
 """
 
 from __future__ import annotations
