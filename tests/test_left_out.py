@@ -68,3 +68,29 @@ def test_what_does_not_run_as_a_step_is_left_out_of_the_proof() -> None:
     assert [step.name for step in eulernet.steps(model)] == ["0", "2"]
     assert [name for name, _ in model.named_parameters() if "log_h" in name] == ["0.log_h_bias", "2.log_h_bias"]
     assert type(model[1]) is OnceInTwo
+
+
+class GivenAgain(nn.Module):
+    """A map of the first state is added behind each block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks, self.maps = (nn.ModuleList(linear() for _ in range(3)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = x
+        for block, again in zip(self.blocks, self.maps, strict=True):
+            x = x + torch.tanh(block(x))
+            x = x + again(first)
+        return x
+
+
+def test_a_state_that_is_given_again_through_a_map_is_named_and_not_scaled() -> None:
+    model, x = GivenAgain(), torch.randn(2, 5, DIM)
+    with pytest.warns(eulernet.EulernetWarning, match="not scaled, because not supported"):
+        eulernet.patch(model, 0.3, example_inputs=x)
+    assert [step.name for step in eulernet.steps(model)] == ["blocks.0", "blocks.1", "blocks.2"]
+    y = x
+    for block, again in zip(model.blocks, model.maps, strict=True):
+        y = y + 0.3 * torch.tanh(block(y)) + again(x)
+    torch.testing.assert_close(model(x), y)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from eulernet._find.conditions import shifted
 from eulernet._find.depths import number_streams
 from eulernet._find.gated import gated
-from eulernet._find.graph import REARRANGES, SCALES, SQUARES, SQUASHES, UPSAMPLES, VIEWS, Graph, Match, StepCall
+from eulernet._find.graph import NORMS, REARRANGES, SCALES, SQUARES, SQUASHES, UPSAMPLES, VIEWS, Graph, Match, StepCall
 from eulernet._find.streams import of_their_skip, steps_of
 from eulernet._find.trace import FUSED_ADDITIONS, JOINS, PRODUCTS, RUNNING, SLICES, Addition, Trace
 from eulernet._step import Reason
@@ -291,9 +291,11 @@ def _projection(graph: Graph, skip: int, branch: int, start: int) -> Match | Non
 def _is_linear(graph: Graph, path: dict[int, int], state: int, origins: set[int]) -> bool:
     """Whether a way is linear in its state, and what is beside it has nothing to do with where the state came from."""
     nodes = [n for n in path if n != state]
-    beside = {i for n in nodes for i in graph.state_inputs(n) if i not in path and not graph.constant[i]}
-    foreign = (origins.isdisjoint(graph.ancestors(i, 0, min(origins))) for i in beside)
-    return all(graph.is_linear(n, path) for n in nodes) and all(foreign)
+    beside = {i for n in nodes for i in graph.reads(n) if i not in path and not graph.constant[i]}
+    made_of = {m for i in beside for m in graph.ancestors(i, 0, -1)}
+    # What was computed by way of integers or truth values, as a mask of a comparison, does not show what it is made of.
+    given = all(graph.nodes[n].inputs or graph.constant[n] or graph.nodes[n].op == "input" for n in made_of)
+    return given and origins.isdisjoint(made_of) and all(graph.is_linear(n, path) for n in nodes)
 
 
 def _other_resolutions(graph: Graph, path: dict[int, int], skipped: list[int]) -> set[int]:
@@ -409,7 +411,10 @@ def _begin_apart(graph: Graph, skip: int, state: int, path: dict[int, int]) -> b
 def _parallel(
     graph: Graph, addition: Addition, skip: int, branch: int, start: int, results: dict[int, StepCall]
 ) -> Match | None:
-    """A further branch of the state of a step that the skip is the result of, or of one before it in the same call."""
+    """A further branch of the state of a step that the skip is the result of, or of one before it in the same call.
+
+    A linear map of a state several steps earlier is that state, given again.
+    """
     passed: set[int] = set()
     while (node := next((n for n in graph.same(skip, start, scaled=True) if n in results), None)) is not None:
         first = results[node]
@@ -420,7 +425,9 @@ def _parallel(
         ancestors = graph.ancestors(branch, start, first.state)
         if first.state in ancestors and passed.isdisjoint(ancestors):
             path = graph.path(first.state, branch, ancestors)
-            if graph.mixes(path, first.state) and not _passes_levels(graph, path, first.state, branch):
+            way = (n for n in path if n != first.state and graph.nodes[n].op not in NORMS)
+            injected = len(passed) > 1 and all(graph.is_linear(n, path) for n in way)
+            if graph.mixes(path, first.state) and not (injected or _passes_levels(graph, path, first.state, branch)):
                 return Match("parallel", first.state, set(path) - {first.state}, first.first or first)
         if elsewhere:
             return None

@@ -141,6 +141,11 @@ class Graph:
         states = [i for i in inputs if not self.constant[i]] or inputs
         return tuple(i for i in states if not self.bare[i]) or tuple(states)
 
+    def reads(self, node: int) -> set[int]:
+        """All tensors that it was made of, integers and masks too."""
+        made = self.nodes[node]
+        return {*made.inputs, *(int(a) for a in tree_leaves((made.args, made.kwargs)) if isinstance(a, Ref))}
+
     def is_map(self, node: int) -> bool:
         return bool(_MAPS.search(self.nodes[node].op))
 
@@ -256,7 +261,7 @@ class Graph:
         """Whether a node is handed on, no result of a map: given, a part or a join of what was, or a sum."""
         last = list(self.same(node, 0))[-1]
         made = self.nodes[last]
-        gathered = made.op == "getitem" and sum(isinstance(a, Ref) for a in tree_leaves(made.args)) > 1
+        gathered = made.op == "getitem" and len(self.reads(last)) > 1
         return last in self.sums or (made.op in SLICES and not gathered) or made.op in JOINS or not made.inputs
 
     def uses(self, node: int) -> set[int]:

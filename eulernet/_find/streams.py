@@ -17,8 +17,9 @@ which weights other states and does nothing else, is in no chain, and counts in 
    the source, as the skips of a U-Net that one loop adds.
 3. Inside the branch of a step that is not long a sum counts only where that branch holds a stream, or where a stream
    that began before goes on through it and beside the step; otherwise it belongs to the branch.
-4. A sum of layers, `x + f(x) + g(f(x))`, each made of the one before and none of the sum, is no step, unless its chain
-   has another such sum, as the next block's. What is added may be a multiple, a part, a sum or a mean of a layer.
+4. A sum of layers, `x + f(x) + g(f(x))`, each made of the one before and none of the sum or of `x` itself, is no step,
+   unless its chain has another such sum, as the next block's. What is added may be a multiple, a part or a mean of a
+   layer.
 """
 
 from __future__ import annotations
@@ -239,9 +240,9 @@ def _own(graph: Graph, call: StepCall, inner: Iterable[StepCall]) -> _Own | None
     skipped = [node for node, _ in graph.matched(call.skip, 0) if node >= call.state]
     upsampled = graph.other_resolutions(way, skipped)
     maps = {call.state: 0}
-    spread = {  # multiples of the state by a learned vector, as skips of sums inside
+    spread = {  # multiples of the state by a learned vector, as the skip of the one sum inside
         n
-        for skip in cut.values()
+        for skip in (cut.values() if len(cut) == 1 else ())
         for n in graph.same(skip, 0, scaled=True)
         if graph.is_diagonal(n) and call.state in graph.same(n, 0, scaled=True)
     }
@@ -305,7 +306,10 @@ def links_of(graph: Graph, ends: _Sums) -> dict[StepCall, set[StepCall]]:
     for call in {_head(e) for e in ends.values()}:
         earlier = (ends[n] for n in _back(graph, call.skip, ends) if n in ends and ends[n] is not call)
         before = next((_head(e) for e in earlier), call)
-        if before is not call and {call.kind, before.kind} != {"projection"}:
+        apart = {call.kind, before.kind} == {"projection"} and before.addition.result not in _back(
+            graph, call.skip, {}, 0
+        )
+        if before is not call and not apart:
             links[call].add(before)
             links[before].add(call)
     return dict(links)
@@ -366,11 +370,19 @@ def _of_layers(graph: Graph, sums: list[StepCall], links: Mapping[StepCall, set[
     results: dict[StepCall, set[int]] = defaultdict(set)
     for call in sums:
         head = _head(call)
-        if any(n in graph.ancestors(call.branch, 0, n, without=results[head]) for n in layers[head]):
+        before = layers[head] | results[head] | {e.addition.result for e in sums if _is_double(graph, e, head)}
+        beside = head.kind == "identity" and head.state in graph.ancestors(call.branch, 0, head.state, without=before)
+        if not beside and any(n in graph.ancestors(call.branch, 0, n, without=results[head]) for n in layers[head]):
             found.add(head)
         layers[head].update(n for n, _ in graph.matched(call.branch, 0, 0) if n in call.within)
         results[head].add(call.addition.result)
     return {head for head in found if found.isdisjoint(links.get(head, ()))}
+
+
+def _is_double(graph: Graph, call: StepCall, head: StepCall) -> bool:
+    """Whether a sum adds the same to the same state: the stream whose layers the other one sums up (ResiDual)."""
+    same = call.branch == head.branch and call.addition is not head.addition
+    return same and head.state in graph.same(call.skip, 0)
 
 
 def _through_each_other(sums: list[StepCall]) -> Iterator[StepCall]:

@@ -61,8 +61,7 @@ def add_step_hook(module: Any, hook: StepHook) -> None:
         return step
 
     def see(place: int, key: Any, skip: Any, branch: Any, times: float, add: Callable[[], Any]) -> Any:
-        slot = here()._euler_slot(place, key)
-        if slot is None or is_begun(skip, branch):
+        if is_begun(skip, branch) or (slot := here()._euler_slot(place, key)) is None:
             return add()
         return hook(StepInputs(place, slot, skip, branch, times), add)
 

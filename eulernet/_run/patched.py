@@ -25,6 +25,7 @@ from eulernet._run.factor import (
     HeldFactor,
     LearnedFactor,
     StepFactor,
+    is_begun,
     scale,
     scaled_add,
     scaled_add_,
@@ -106,6 +107,8 @@ class Patched:
 
     def _euler_step(self, left: Any, right: Any, place: int, alpha: float = 1, key: Any = None) -> Any:
         slot, skip_is_left, sign = self._euler_places[place]
+        if key is None and slot is None and is_begun(left, right):  # nothing was called yet
+            return left + sign * alpha * right
         one = self._euler[slot] if key is None and slot is not None else self._euler_factor(place, key)
         h = one.current(self, left)
         if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and place in self._euler_norms:

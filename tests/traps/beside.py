@@ -325,3 +325,109 @@ class GatheredSums(Trap):
         for n, layer in enumerate(self.layers):
             x, e = layer.reference(x, e, i, j, h[2 * n : 2 * n + 2])
         return x, e
+
+
+@trap
+class BegunAtZero(Trap):
+    """Each branch is added in the next turn of the loop, the first time a number."""
+
+    keyed = True
+    expected = each("layers.0", "layers.1", "layers.2")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.head = nn.ModuleList(mlp() for _ in range(4)), linear()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Any = 0
+        for layer in self.layers:
+            x = x + out
+            out = layer(x)
+        return self.head(x)
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        for factor, layer in zip(h, self.layers, strict=False):
+            x = x + factor * layer(x)
+        return self.head(x)
+
+
+class Gained(nn.Module):
+    """A block whose skip has a gain."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain, self.a = nn.Parameter(torch.rand(DIM)), mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gain * x + self.a(x)
+
+    def reference(self, x: Tensor, h: float) -> Tensor:
+        return self.gain * x + h * self.a(x)
+
+
+@trap
+class GroupsOfGained(Trap):
+    """Residual groups of blocks whose skips have gains: the groups are long, as without gains."""
+
+    expected = tuple(Expected(f"groups.{i}.{n}", "projection", depth=2) for i in range(2) for n in range(2))
+    long = ("groups.0", "groups.1")
+
+    class Group(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + super().forward(x)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.groups = nn.Sequential(*(self.Group(Gained(), Gained()) for _ in range(2)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.groups(x)
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        inner, long = h[:4], [*h[4:], 1.0, 1.0][:2]
+        for i, group in enumerate(self.groups):
+            y = x
+            for n in range(2):
+                y = group[n].reference(y, inner[2 * i + n])  # type: ignore[index]
+            x = x + long[i] * y
+        return x
+
+
+@trap
+class ASecondBranchOfBoth(Trap):
+    """The second branch is made of the state and of the first one."""
+
+    expected = (Expected(kind="parallel", places=2),)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = mlp(), nn.Sequential(nn.Linear(2 * DIM, DIM), nn.GELU(), linear())
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        return x + y + self.b(torch.cat((x, y), -1))
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        y = self.a(x)
+        return x + h[0] * y + h[0] * self.b(torch.cat((x, y), -1))
+
+
+@trap
+class LargestAlone(Trap):
+    """Beside a mapped skip a mask by comparison makes a branch of two maps that is not linear."""
+
+    expected = (Expected(kind="projection"),)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shortcut, self.a, self.b = linear(), linear(), linear()
+
+    def branch(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        return self.b(y * (y >= y.topk(3).values[..., -1:]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.branch(x) + self.shortcut(x)
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        return h[0] * self.branch(x) + self.shortcut(x)
