@@ -370,8 +370,7 @@ def _of_layers(graph: Graph, sums: list[StepCall], links: Mapping[StepCall, set[
     results: dict[StepCall, set[int]] = defaultdict(set)
     for call in sums:
         head = _head(call)
-        before = layers[head] | results[head] | {e.addition.result for e in sums if _is_double(graph, e, head)}
-        beside = head.kind == "identity" and head.state in graph.ancestors(call.branch, 0, head.state, without=before)
+        beside = head.kind == "identity" and _reads_beside(graph, call, head, layers[head] | results[head], sums)
         if not beside and any(n in graph.ancestors(call.branch, 0, n, without=results[head]) for n in layers[head]):
             found.add(head)
         layers[head].update(n for n, _ in graph.matched(call.branch, 0, 0) if n in call.within)
@@ -379,10 +378,21 @@ def _of_layers(graph: Graph, sums: list[StepCall], links: Mapping[StepCall, set[
     return {head for head in found if found.isdisjoint(links.get(head, ()))}
 
 
-def _is_double(graph: Graph, call: StepCall, head: StepCall) -> bool:
-    """Whether a sum adds the same to the same state: the stream whose layers the other one sums up (ResiDual)."""
-    same = call.branch == head.branch and call.addition is not head.addition
-    return same and head.state in graph.same(call.skip, 0)
+def _reads_beside(graph: Graph, call: StepCall, head: StepCall, layers: set[int], sums: list[StepCall]) -> bool:
+    """Whether a layer reads the state not only by way of the layers before it.
+
+    What multiplies a layer by the state is a power of it; a sum of the same two operands is the stream, of which the
+    other one sums up the layers (ResiDual).
+    """
+    without = set(layers)
+    for other in sums:
+        if other.branch == head.branch and other.addition is not head.addition:
+            without.update([other.addition.result] if head.state in graph.same(other.skip, 0) else ())
+    for node in call.within:
+        inputs = graph.state_inputs(node) if graph.is_map(node) else ()
+        if head.state in inputs and any(not layers.isdisjoint(graph.ancestors(i, 0, head.state)) for i in inputs):
+            without.add(node)
+    return head.state in graph.ancestors(call.branch, 0, head.state, without=without)
 
 
 def _through_each_other(sums: list[StepCall]) -> Iterator[StepCall]:

@@ -57,7 +57,7 @@ PACKAGES = {
         forecast("NBEATSx", 3, mlp_units=3 * [[16, 16]]),
         forecast("PatchTST", 4, hidden_size=16, n_heads=2, linear_hidden_size=24, encoder_layers=2, patch_len=4,
             stride=4),
-        forecast("TFT", 8, cannot="float64", hidden_size=16, n_head=2, long=1),
+        forecast("TFT", 9, cannot="float64", hidden_size=16, n_head=2, long=1),
         forecast("VanillaTransformer", 7, hidden_size=16, n_head=2, conv_hidden_size=16, encoder_layers=2,
             decoder_layers=1),
         forecast("Informer", 7, hidden_size=16, n_head=2, conv_hidden_size=16, encoder_layers=2, decoder_layers=1),
