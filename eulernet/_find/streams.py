@@ -371,11 +371,17 @@ def _of_layers(graph: Graph, sums: list[StepCall], links: Mapping[StepCall, set[
     for call in sums:
         head = _head(call)
         beside = head.kind == "identity" and _reads_beside(graph, call, head, layers[head] | results[head], sums)
-        if not beside and any(n in graph.ancestors(call.branch, 0, n, without=results[head]) for n in layers[head]):
+        if not beside and any(_is_made_of(graph, call.branch, n, results[head]) for n in layers[head]):
             found.add(head)
         layers[head].update(n for n, _ in graph.matched(call.branch, 0, 0) if n in call.within)
         results[head].add(call.addition.result)
     return {head for head in found if found.isdisjoint(links.get(head, ()))}
+
+
+def _is_made_of(graph: Graph, node: int, layer: int, without: set[int]) -> bool:
+    """Whether a layer was made of another one, and is not that itself once more."""
+    ancestors = graph.ancestors(node, 0, layer, without=without)
+    return layer in ancestors and graph.mixes(graph.path(layer, node, ancestors), layer)
 
 
 def _reads_beside(graph: Graph, call: StepCall, head: StepCall, layers: set[int], sums: list[StepCall]) -> bool:
