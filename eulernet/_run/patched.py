@@ -94,10 +94,12 @@ class Patched:
             )
         return slots[place]  # type: ignore[no-any-return]
 
-    def _euler_factor(self, place: int, key: Any) -> Factor | HeldFactor:
+    def _euler_factor(self, place: int, key: Any, left: Any = None, right: Any = None) -> Factor | HeldFactor:
         slot = self._euler_places[place][0]
         if slot is not None:
             return self._euler[slot] if key is None else key  # what `_euler_hold` gave
+        if key is None and is_begun(left, right):  # a loop begins with a number, for which nothing was called
+            return _ONE
         slot = self._euler_slot(place, key)
         return _ONE if slot is None else self._euler[slot]
 
@@ -107,9 +109,7 @@ class Patched:
 
     def _euler_step(self, left: Any, right: Any, place: int, alpha: float = 1, key: Any = None) -> Any:
         slot, skip_is_left, sign = self._euler_places[place]
-        if key is None and slot is None and is_begun(left, right):  # nothing was called yet
-            return left + sign * alpha * right
-        one = self._euler[slot] if key is None and slot is not None else self._euler_factor(place, key)
+        one = self._euler[slot] if key is None and slot is not None else self._euler_factor(place, key, left, right)
         h = one.current(self, left)
         if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and place in self._euler_norms:
             return fuse.step_and_norm(self, self._euler_norms[place], left, right, h, skip_is_left, sign * alpha)
@@ -119,7 +119,7 @@ class Patched:
 
     def _euler_step_(self, left: Any, right: Any, place: int, alpha: float = 1, key: Any = None) -> Any:
         slot, skip_is_left, sign = self._euler_places[place]
-        one = self._euler[slot] if key is None and slot is not None else self._euler_factor(place, key)
+        one = self._euler[slot] if key is None and slot is not None else self._euler_factor(place, key, left, right)
         h = one.current(self, left)
         if type(left) is fuse.DeferredBranch or type(right) is fuse.DeferredBranch:
             return fuse.step(None, left, right, h, skip_is_left, sign * alpha, in_place=True)
@@ -127,18 +127,20 @@ class Patched:
 
     def _euler_epilogue(self, then: Any, left: Any, right: Any, place: int, key: Any = None) -> Any:
         _, skip_is_left, sign = self._euler_places[place]
-        return fuse.step(then, left, right, self._euler_factor(place, key).current(self, left), skip_is_left, sign)
+        return fuse.step(
+            then, left, right, self._euler_factor(place, key, left, right).current(self, left), skip_is_left, sign
+        )
 
     def _euler_epilogue_(self, then: Any, left: Any, right: Any, place: int, key: Any = None) -> Any:
         _, skip_is_left, sign = self._euler_places[place]
-        h = self._euler_factor(place, key).current(self, left)
+        h = self._euler_factor(place, key, left, right).current(self, left)
         return fuse.step(then, left, right, h, skip_is_left, sign, in_place=True)
 
     def _euler_add_norm(
         self, norm: str, left: Any, right: Any, place: int, key: Any = None
     ) -> tuple[Any, fuse.PrecomputedNorm | None]:
         _, skip_is_left, sign = self._euler_places[place]
-        h = self._euler_factor(place, key).current(self, left)
+        h = self._euler_factor(place, key, left, right).current(self, left)
         return fuse.add_norm(self, norm, left, right, h, skip_is_left, sign)
 
     def _euler_take_norm(self, norm: Any, state: Any, known: fuse.PrecomputedNorm | None) -> Any:

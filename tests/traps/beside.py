@@ -351,6 +351,19 @@ class BegunAtZero(Trap):
         return self.head(x)
 
 
+@trap
+class BegunAtZeroInPlace(BegunAtZero):
+    """Written into the state, of which each branch has a copy."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.clone()
+        out: Any = 0
+        for layer in self.layers:
+            x += out
+            out = layer(x.clone())
+        return self.head(x)
+
+
 class Gained(nn.Module):
     """A block whose skip has a gain."""
 
