@@ -24,7 +24,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from eulernet._commit import Change, Write
 from eulernet._errors import EulernetError
-from eulernet._find.graph import CASTS, VIEWS, StepCall
+from eulernet._find.graph import StepCall
+from eulernet._find.operations import CASTS, VIEWS
 from eulernet._find.search import Run, Search
 from eulernet._find.trace import Node, Ref, Trace
 from eulernet._step import ROOT, Step

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from eulernet._find.graph import NORMS, Graph, StepCall
+from eulernet._find.graph import Graph, StepCall
+from eulernet._find.operations import NORMS
 from eulernet._find.trace import Addition, Trace
 from eulernet._plot import ranges
 from eulernet._step import ROOT, LeftOut, Outside, Reason

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 from eulernet._find.conditions import shifted
 from eulernet._find.depths import number_streams
 from eulernet._find.gated import gated
-from eulernet._find.graph import NORMS, REARRANGES, SCALES, SQUARES, SQUASHES, UPSAMPLES, VIEWS, Graph, Match, StepCall
+from eulernet._find.graph import Graph, Match, StepCall
+from eulernet._find.operations import NORMS, REARRANGES, SCALES, SQUARES, SQUASHES, UPSAMPLES, VIEWS
 from eulernet._find.streams import of_their_skip, steps_of
 from eulernet._find.trace import FUSED_ADDITIONS, JOINS, PRODUCTS, RUNNING, SLICES, Addition, Trace
 from eulernet._step import Reason
@@ -159,7 +160,7 @@ def _step_call(graph: Graph, trace: Trace, addition: Addition, results: dict[int
     # Mapped skips last: beside the result of a step, `b(x) + (x + a(x))`, a single map is a branch.
     for mapped in (False, True):
         for skip, branch in pairs:
-            for start in _starts(graph, trace, addition, skip):
+            for start in _starts(graph, trace, addition, skip, results):
                 if mapped:
                     found = _mapped(graph, addition, skip, branch, start, results)
                 else:
@@ -187,12 +188,18 @@ def _mapped(
     return _multistep(graph, skip, branch, start, results)
 
 
-def _starts(graph: Graph, trace: Trace, addition: Addition, skip: int) -> Iterator[int]:
-    """Where the call begins that adds, and those of its callers for as long as the skip was handed on as it is."""
+def _starts(graph: Graph, trace: Trace, addition: Addition, skip: int, results: dict[int, StepCall]) -> Iterator[int]:
+    """Where the call begins that adds, and those of its callers for as long as the skip was handed on as it is.
+
+    What steps of the call itself have made of a state is that state: ladder residual.
+    """
     call = trace.calls[addition.call]
     yield call.start
     while call.parent >= 0:
         given, maps = list(graph.matched(skip, call.start))[-1]
+        if given >= call.start and given in results:
+            skip = results[given].skip
+            continue
         if given >= call.start or maps:
             return
         call = trace.calls[call.parent]

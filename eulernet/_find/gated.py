@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from eulernet._find.graph import CASTS, VIEWS, Graph, MatchKind, StepCall
+from eulernet._find.graph import Graph, MatchKind, StepCall
+from eulernet._find.operations import CASTS, VIEWS
 from eulernet._find.trace import CELLS, Addition, Node, Ref, Trace
 
 _PRODUCTS = frozenset("mul multiply rmul imul".split())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import permutations
@@ -11,60 +10,29 @@ from typing import Literal, NamedTuple
 
 from torch.utils._pytree import tree_leaves
 
+from eulernet._find.operations import (
+    DRAWS,
+    HANDING_ON,
+    LINEAR,
+    MAPS,
+    MATCHING,
+    NORMS,
+    NOT_LINEAR,
+    PADS,
+    POOLS,
+    RECURRENT,
+    REPEATS,
+    SAME,
+    SCALES,
+    SQUASHES,
+    UPSAMPLES,
+    VIEWS,
+)
 from eulernet._find.trace import ADDITIONS, CONTRACTIONS, FUSED_ADDITIONS, JOINS, SLICES, Addition, Node, Ref, Trace
 from eulernet._step import Reason
 
-VIEWS = frozenset(
-    "view reshape flatten unflatten permute transpose t T mT H mH swapaxes swapdims movedim moveaxis squeeze unsqueeze "
-    "ravel contiguous view_as reshape_as unsafe_view as_strided alias data atleast_1d atleast_2d atleast_3d "
-    "getitem chunk split tensor_split unbind narrow select slice unsafe_chunk unsafe_split real imag".split()
-)
-CASTS = frozenset(
-    "to to_copy type type_as float half bfloat16 double clone cpu cuda requires_grad lift_fresh copy positive".split()
-)
-_DROPOUTS = frozenset(
-    "dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout native_dropout".split()
-)
-_ACTIVATIONS = frozenset(
-    "relu relu6 leaky_relu elu selu celu gelu silu mish hardswish hardsigmoid hardtanh sigmoid tanh softplus softsign "
-    "logsigmoid prelu rrelu threshold clamp clamp_min clip tanhshrink softshrink hardshrink".split()
-)
-NORMS = frozenset(
-    "batch_norm layer_norm group_norm instance_norm rms_norm local_response_norm normalize native_batch_norm "
-    "native_layer_norm native_group_norm".split()
-)
-_PADS = frozenset("pad constant_pad_nd zeropad2d".split()) | JOINS
-_REPEATS = frozenset("repeat repeat_interleave tile expand expand_as broadcast_to".split())
-REARRANGES = _REPEATS | frozenset(
-    "pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle index_select gather take_along_dim flip "
-    "fliplr flipud roll rot90 unfold".split()
-)
-SCALES = frozenset("mul multiply rmul div divide true_divide imul".split())
-_MAPS = re.compile(
-    r"conv|linear|matmul|(^|_)(mm|bmm|mv|dot|inner|outer|addr|ger)$|addb?mm|addmv|baddbmm|einsum|tensordot|multi_dot|"
-    r"^bilinear$|attention|lstm|gru|rnn|fft|::"
-)
-_RECURRENT = frozenset("lstm gru rnn_tanh rnn_relu".split())  # a map at each place, and one from place to place
-POOLS = re.compile(r"pool")
-_REDUCTIONS = frozenset("max amax mean sum".split())  # pooling by hand, over a reshaped axis
-UPSAMPLES = re.compile(r"interpolate|upsample|conv_transpose|pixel_shuffle")
-SQUASHES = frozenset("sigmoid hardsigmoid logsigmoid tanh softmax log_softmax softmin".split())
-SQUARES = frozenset("pow square float_power abs".split())  # what an error or a variance is made by
-_DRAWS = frozenset("randn randn_like normal cauchy".split())  # no masks, as uniform ones are
-# Values are left out, replaced or rounded, each by itself.
-_MASKS = frozenset(
-    "masked_fill where nan_to_num round fake_quantize_per_tensor_affine fake_quantize_per_channel_affine "
-    "fake_quantize_learnable_per_tensor_affine fused_moving_avg_obs_fake_quant".split()
-)
-_SAME = VIEWS | CASTS | _DROPOUTS | _ACTIVATIONS | _MASKS
-_HANDING_ON = VIEWS | CASTS | _DROPOUTS | SCALES | ADDITIONS | _MASKS
-_MATCHING = _SAME | NORMS | _PADS | SCALES | _REDUCTIONS | REARRANGES
-
-
 # A decomposition, x - pool(x), is seen here and is no step.
 MatchKind = Literal["identity", "projection", "parallel", "gated", "decomposition"]
-_LINEAR = VIEWS | CASTS | _DROPOUTS | SCALES | ADDITIONS | REARRANGES | _PADS | {"setitem", "overwritten"}
-_NOT_LINEAR = re.compile(r"attention|lstm|gru|rnn|::")
 
 
 @dataclass(eq=False)
@@ -88,6 +56,11 @@ class StepCall:
     position: int = 1  # in its stream, from 1
     stream: int = 0
     depth: int = 1
+
+    @property
+    def head(self) -> StepCall:
+        """The call of the first place, which may be this one."""
+        return self.first or self
 
     @property
     def supported(self) -> bool:
@@ -147,7 +120,7 @@ class Graph:
         return {*made.inputs, *(int(a) for a in tree_leaves((made.args, made.kwargs)) if isinstance(a, Ref))}
 
     def is_map(self, node: int) -> bool:
-        return bool(_MAPS.search(self.nodes[node].op))
+        return bool(MAPS.search(self.nodes[node].op))
 
     def is_diagonal(self, node: int) -> bool:
         """Whether it is a product with a learned vector: a map of each channel by itself."""
@@ -159,7 +132,7 @@ class Graph:
         pending = [node]
         while pending:
             made = self.nodes[n := pending.pop()]
-            if self.constant[n] and made.op in _DRAWS:
+            if self.constant[n] and made.op in DRAWS:
                 numbers = [a for a in (*made.args, made.kwargs.get("mean")) if type(a) in (int, float)]
                 return not (made.op == "normal" and numbers and numbers[0])
             if made.op in SCALES or (self.keeps_resolution(n) and len(made.inputs) == 1):
@@ -188,7 +161,7 @@ class Graph:
 
     def keeps_resolution(self, node: int) -> bool:
         """Whether it is its input as it is, but for what is padded or cut off."""
-        return self.nodes[node].op in _SAME | _PADS
+        return self.nodes[node].op in SAME | PADS
 
     def other_resolutions(self, path: Collection[int], skipped: Collection[int]) -> set[int]:
         """The nodes of a branch that are sized up from, or to, a resolution that its skip has nowhere."""
@@ -203,7 +176,7 @@ class Graph:
         state = self.nodes[skipped[-1]].shape
         for node in skipped:
             op, shape = self.nodes[node].op, self.nodes[node].shape
-            if UPSAMPLES.search(op) or op in _REPEATS:
+            if UPSAMPLES.search(op) or op in REPEATS:
                 sources = [self.nodes[i].shape for i in self.nodes[node].inputs if i in skipped]
                 spread = (zip(s, shape, state, strict=False) for s in sources if len(s) == len(shape) == len(state))
                 pooled = any(one == 1 < min(more, whole) for axes in spread for one, more, whole in axes)
@@ -221,7 +194,7 @@ class Graph:
             inputs = self.state_inputs(node)
             # Adding a number keeps a tensor what it is: sum((x, f)) begins with 0 + x.
             op = self.nodes[node].op
-            same = op in _SAME or (op in ADDITIONS and len(self.nodes[node].inputs) == 1) or (scaled and op in SCALES)
+            same = op in SAME or (op in ADDITIONS and len(self.nodes[node].inputs) == 1) or (scaled and op in SCALES)
             if not same or len(inputs) != 1 or self.size(inputs[0]) != self.size(node):
                 return
             node = inputs[0]
@@ -271,7 +244,7 @@ class Graph:
         while pending:
             for reader in self.readers.get(pending.pop(), ()):
                 op = self.nodes[reader].op
-                passes = op in _HANDING_ON and len(self.state_inputs(reader)) == 1
+                passes = op in HANDING_ON and len(self.state_inputs(reader)) == 1
                 (pending.append if passes else found.add)(reader)
         return found
 
@@ -313,7 +286,7 @@ class Graph:
                 inputs = tuple(i for i in inputs if self.nodes[i].shape == self.nodes[node].shape)
             elif len(inputs) > 1 and op in ADDITIONS and (modulated := self._modulated(node)) is not None:
                 inputs = (modulated,)
-            simple = op in _MATCHING or op in ADDITIONS or POOLS.search(op) or UPSAMPLES.search(op)
+            simple = op in MATCHING or op in ADDITIONS or POOLS.search(op) or UPSAMPLES.search(op)
             if maps > most or not (simple or self.is_map(node)):
                 return
             source = inputs[0] if len(inputs) == 1 else self._normed(node)
@@ -325,8 +298,8 @@ class Graph:
     def is_linear(self, node: int, path: Collection[int] = ()) -> bool:
         """Whether it is linear in the one state that it was made of; in what is on a path, where that is given."""
         op = self.nodes[node].op
-        linear = op in _LINEAR or (self.is_map(node) and not _NOT_LINEAR.search(op))
-        if linear and path and op in ADDITIONS | _PADS:
+        linear = op in LINEAR or (self.is_map(node) and not NOT_LINEAR.search(op))
+        if linear and path and op in ADDITIONS | PADS:
             return True
         return linear and len([i for i in self.state_inputs(node) if i in path or not path]) == 1
 
@@ -424,7 +397,7 @@ class Graph:
             if node > state:
                 passed = [maps[i] for i in self.nodes[node].inputs if i in maps]
                 if passed:
-                    maps[node] = max(passed) + self.is_map(node) + (self.nodes[node].op in _RECURRENT)
+                    maps[node] = max(passed) + self.is_map(node) + (self.nodes[node].op in RECURRENT)
         if branch not in maps:
             return {}
         back = {branch}  # keep only what leads on to the branch

@@ -17,9 +17,7 @@ which weights other states and does nothing else, is in no chain, and counts in 
    the source, as the skips of a U-Net that one loop adds.
 3. Inside the branch of a step that is not long a sum counts only where that branch holds a stream, or where a stream
    that began before goes on through it and beside the step; otherwise it belongs to the branch.
-4. A sum of layers, `x + f(x) + g(f(x))`, each made of the one before and none of the sum or of `x` itself, is no step,
-   unless its chain has another such sum, as the next block's. What is added may be a multiple, a part or a mean of a
-   layer.
+4. A sum of layers, `x + f(x) + g(f(x))`, is no step, but for what `layers.py` says.
 """
 
 from __future__ import annotations
@@ -33,7 +31,9 @@ from typing import NamedTuple
 from torch import nn
 
 from eulernet._find.conditions import mixed_in
-from eulernet._find.graph import NORMS, POOLS, SQUASHES, Graph, StepCall
+from eulernet._find.graph import Graph, StepCall
+from eulernet._find.layers import in_two_streams, sums_of_layers
+from eulernet._find.operations import NORMS, POOLS, SQUASHES
 from eulernet._find.trace import Addition
 
 _Sums = Mapping[int, StepCall]  # by the node of the result
@@ -48,12 +48,12 @@ def steps_of(graph: Graph, calls: list[StepCall], by_gates: list[StepCall]) -> l
     sums = _with_first(_of_the_skip(graph, calls, by_gates, scores))
     ends = {e.addition.result: e for e in sums if e.supported and e.kind != "decomposition" and e not in scores}
     links = links_of(graph, ends)
-    of_layers = _of_layers(graph, sums, links)
+    of_layers = sums_of_layers(graph, sums, links)
     for call in (*_through_each_other(sums), *_first_of_halves(graph, sums)):
         call.coupled = True
     kept: list[StepCall] = []
     for call in reversed(sums):  # what ends later is outside
-        if _head(call) in of_layers:
+        if call.head in of_layers:
             call.reason = "sum of layers"
             continue
         if call.kind == "decomposition":
@@ -65,7 +65,8 @@ def steps_of(graph: Graph, calls: list[StepCall], by_gates: list[StepCall]) -> l
             kept.append(call)
         else:
             call.reason = "inside a branch"
-    return _with_first(kept[::-1])
+    kept += in_two_streams(graph, [e for e in sums if e.head in of_layers], kept)
+    return _with_first(sorted(kept, key=lambda e: e.addition.result))
 
 
 def _with_first(calls: list[StepCall]) -> list[StepCall]:
@@ -127,7 +128,7 @@ def _is_of_a_stream(graph: Graph, call: StepCall, carried: Mapping[int, list[Ste
     last = next((n for n in skips if n in graph.sums or graph.nodes[n].op in SQUASHES), None)
     result = call.addition.result
     squashed = any(graph.nodes[n].op in SQUASHES for n in graph.uses(result))
-    begins = last is None and not squashed and any(_head(other) is not _head(call) for other in carried[result])
+    begins = last is None and not squashed and any(other.head is not call.head for other in carried[result])
     return begins or last in graph.sums
 
 
@@ -296,16 +297,12 @@ def _scores(graph: Graph, sums: list[StepCall]) -> set[StepCall]:
     return found
 
 
-def _head(call: StepCall) -> StepCall:
-    return call.first or call
-
-
 def links_of(graph: Graph, ends: _Sums) -> dict[StepCall, set[StepCall]]:
     """Each sum's neighbours in its chain; those without one are in no stream."""
     links: dict[StepCall, set[StepCall]] = defaultdict(set)
-    for call in {_head(e) for e in ends.values()}:
+    for call in {e.head for e in ends.values()}:
         earlier = (ends[n] for n in _back(graph, call.skip, ends) if n in ends and ends[n] is not call)
-        before = next((_head(e) for e in earlier), call)
+        before = next((e.head for e in earlier), call)
         apart = {call.kind, before.kind} == {"projection"} and before.addition.result not in _back(
             graph, call.skip, {}, 0
         )
@@ -336,7 +333,7 @@ def _holds_stream(outer: StepCall, links: Mapping[StepCall, set[StepCall]]) -> b
 
 def goes_on(graph: Graph, call: StepCall, outer: StepCall, links: Mapping[StepCall, set[StepCall]]) -> bool:
     """Whether a sum in a branch belongs to another stream, which comes from outside of the branch and leaves it."""
-    before = (near.addition.result for near in links.get(_head(call), ()))
+    before = (near.addition.result for near in links.get(call.head, ()))
     comes = any(node < call.addition.result and node not in outer.within for node in before)
     own_state = outer.within.union(_raw(graph, outer.skip), (outer.state,))
     comes = comes or own_state.isdisjoint(_raw(graph, call.skip, scaled=True))
@@ -355,7 +352,7 @@ def leads_out(call: StepCall, outer: StepCall, links: Mapping[StepCall, set[Step
     pending, seen = [call], {call}
     while pending:
         one = pending.pop()
-        later = {e for e in links.get(_head(one), ()) if e.addition.result > one.addition.result and e is not outer}
+        later = {e for e in links.get(one.head, ()) if e.addition.result > one.addition.result and e is not outer}
         if any(e.addition.result not in outer.within for e in later):
             return True
         pending += later - seen
@@ -363,49 +360,11 @@ def leads_out(call: StepCall, outer: StepCall, links: Mapping[StepCall, set[Step
     return False
 
 
-def _of_layers(graph: Graph, sums: list[StepCall], links: Mapping[StepCall, set[StepCall]]) -> set[StepCall]:
-    """The sums to which a layer is added that was made of one that was added before, none next to another."""
-    layers: dict[StepCall, set[int]] = defaultdict(set)
-    found: set[StepCall] = set()
-    results: dict[StepCall, set[int]] = defaultdict(set)
-    for call in sums:
-        head = _head(call)
-        beside = head.kind == "identity" and _reads_beside(graph, call, head, layers[head] | results[head], sums)
-        if not beside and any(_is_made_of(graph, call.branch, n, results[head]) for n in layers[head]):
-            found.add(head)
-        layers[head].update(n for n, _ in graph.matched(call.branch, 0, 0) if n in call.within)
-        results[head].add(call.addition.result)
-    return {head for head in found if found.isdisjoint(links.get(head, ()))}
-
-
-def _is_made_of(graph: Graph, node: int, layer: int, without: set[int]) -> bool:
-    """Whether a layer was made of another one, and is not that itself once more."""
-    ancestors = graph.ancestors(node, 0, layer, without=without)
-    return layer in ancestors and graph.mixes(graph.path(layer, node, ancestors), layer)
-
-
-def _reads_beside(graph: Graph, call: StepCall, head: StepCall, layers: set[int], sums: list[StepCall]) -> bool:
-    """Whether a layer reads the state not only by way of the layers before it.
-
-    What multiplies a layer by the state is a power of it; a sum of the same two operands is the stream, of which the
-    other one sums up the layers (ResiDual).
-    """
-    without = set(layers)
-    for other in sums:
-        if other.branch == head.branch and other.addition is not head.addition:
-            without.update([other.addition.result] if head.state in graph.same(other.skip, 0) else ())
-    for node in call.within:
-        inputs = graph.state_inputs(node) if graph.is_map(node) else ()
-        if head.state in inputs and any(not layers.isdisjoint(graph.ancestors(i, 0, head.state)) for i in inputs):
-            without.add(node)
-    return head.state in graph.ancestors(call.branch, 0, head.state, without=without)
-
-
 def _through_each_other(sums: list[StepCall]) -> Iterator[StepCall]:
     """The sums of two streams that are changed at once, each by the other: `a, b = a + f(b), b + g(a)`."""
     members: dict[StepCall, list[StepCall]] = defaultdict(list)
     for call in sums:
-        members[_head(call)].append(call)
+        members[call.head].append(call)
 
     def holds(one: StepCall, other: StepCall) -> bool:
         return any(e.addition.result in o.within for o in members[one] for e in members[other])
@@ -438,11 +397,11 @@ def _is_long(graph: Graph, call: StepCall, ends: _Sums, links: Mapping[StepCall,
         return False
     if own.nothing or own.resized or any(_is_again(e.addition, call.addition) for e in inner):
         return True
-    in_streams = [e for e in inner if any(o.addition.result in call.within for o in links.get(_head(e), ()))]
-    in_one_itself = any(o.addition.result not in call.within for o in links.get(_head(call), ()))
-    begins = (e.skip if e.kind == "projection" else e.state for e in inner if _head(e) in links)
+    in_streams = [e for e in inner if any(o.addition.result in call.within for o in links.get(e.head, ()))]
+    in_one_itself = any(o.addition.result not in call.within for o in links.get(call.head, ()))
+    begins = (e.skip if e.kind == "projection" else e.state for e in inner if e.head in links)
     begins_here = any(call.state in _back(graph, node, {}, 0) for node in begins)
-    heads = {head for e in inner if (head := _head(e)).kind != "projection"}
+    heads = {head for e in inner if (head := e.head).kind != "projection"}
     stages = all(call.state in graph.same(head.skip, 0) for head in heads)
     projections = [e for e in inner if e.kind == "projection"]
     results = {e.addition.result for e in projections}  # its own comes after its state

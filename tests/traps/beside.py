@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.traps.base import DIM, Block, Expected, Trap, each, linear, mlp, trap
+from tests.traps.base import DIM, Block, Expected, Trap, each, linear, mlp, trap, two
 
 
 class ReadOut(Trap):
@@ -444,3 +444,79 @@ class LargestAlone(Trap):
 
     def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
         return h[0] * self.branch(x) + self.shortcut(x)
+
+
+@trap
+class LadderOfBlocks(Trap):
+    """Ladder residual as published: each block adds what the two layers of the one before it made, and makes two."""
+
+    expected = (
+        *(Expected(f"blocks.{i}:{n}", depth=6) for i in (1, 2) for n in (0, 1)),
+        *two(depth=6),
+    )
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.a, self.norm2, self.b = nn.LayerNorm(DIM), linear(), nn.LayerNorm(DIM), mlp()
+
+        def forward(self, x: Tensor, a: Any, b: Any) -> tuple[Tensor, Tensor, Tensor]:
+            x = x + a
+            made = self.a(self.norm(x))
+            x = x + b
+            return x, made, self.b(self.norm2(x))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(self.Layer() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        a: Any = 0
+        b: Any = 0
+        for block in self.blocks:
+            x, a, b = block(x, a, b)
+        return x + a + b
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        a: Any = 0
+        b: Any = 0
+        for i, block in enumerate(self.blocks):
+            factors = h[2 * i - 2 : 2 * i] if i else (1.0, 1.0)
+            x = x + factors[0] * a
+            a = block.a(block.norm(x))  # type: ignore[operator]
+            x = x + factors[1] * b
+            b = block.b(block.norm2(x))  # type: ignore[operator]
+        return x + h[4] * a + h[5] * b
+
+
+@trap
+class TwoStreamsOfTheSameLayers(Trap):
+    """ResiDual: each layer is added to a stream that is normed and to one that is not."""
+
+    expected = tuple(Expected(f"layers.{i}", "parallel", depth=3, places=2) for i in range(3))
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.norm = mlp(), nn.LayerNorm(DIM)
+
+        def forward(self, x: Tensor, dual: Tensor) -> tuple[Tensor, Tensor]:
+            made = self.a(x)
+            return self.norm(x + made), dual + made
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.norm = nn.ModuleList(self.Layer() for _ in range(3)), nn.LayerNorm(DIM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        dual = x
+        for layer in self.layers:
+            x, dual = layer(x, dual)
+        return x + self.norm(dual)
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        dual = x
+        for layer, factor in zip(self.layers, h, strict=True):
+            made = layer.a(x)  # type: ignore[operator]
+            x, dual = layer.norm(x + factor * made), dual + factor * made  # type: ignore[operator]
+        return x + self.norm(dual)
