@@ -191,13 +191,13 @@ def _mapped(
 def _starts(graph: Graph, trace: Trace, addition: Addition, skip: int, results: dict[int, StepCall]) -> Iterator[int]:
     """Where the call begins that adds, and those of its callers for as long as the skip was handed on as it is.
 
-    What steps of the call itself have made of a state is that state: ladder residual.
+    What steps of the call that adds have made of a state is that state: ladder residual.
     """
     call = trace.calls[addition.call]
     yield call.start
     while call.parent >= 0:
         given, maps = list(graph.matched(skip, call.start))[-1]
-        if given >= call.start and given in results:
+        if given >= call.start and given in results and results[given].addition.call == addition.call:
             skip = results[given].skip
             continue
         if given >= call.start or maps:
@@ -418,25 +418,23 @@ def _begin_apart(graph: Graph, skip: int, state: int, path: dict[int, int]) -> b
 def _parallel(
     graph: Graph, addition: Addition, skip: int, branch: int, start: int, results: dict[int, StepCall]
 ) -> Match | None:
-    """A further branch of the state of a step that the skip is the result of, or of one before it in the same call.
+    """A further branch of the state of a step that the skip is the result of, or of one before it.
 
     A linear map of a state several steps earlier is that state, given again.
     """
     passed: set[int] = set()
     while (node := next((n for n in graph.same(skip, start, scaled=True) if n in results), None)) is not None:
-        first = results[node]
-        elsewhere = first.addition.call != addition.call
-        if elsewhere and passed:
-            return None
+        one = results[node]
         passed.add(node)
-        ancestors = graph.ancestors(branch, start, first.state)
-        if first.state in ancestors and passed.isdisjoint(ancestors):
-            path = graph.path(first.state, branch, ancestors)
-            way = (n for n in path if n != first.state and graph.nodes[n].op not in NORMS)
-            injected = len(passed) > 1 and all(graph.is_linear(n, path) for n in way)
-            if graph.mixes(path, first.state) and not (injected or _passes_levels(graph, path, first.state, branch)):
-                return Match("parallel", first.state, set(path) - {first.state}, first.first or first)
-        if elsewhere:
-            return None
-        skip = first.skip
+        skip = one.skip
+        if one.first is not None:  # its state is older than its skip
+            continue
+        ancestors = graph.ancestors(branch, start, one.state)
+        if one.state in ancestors and passed.isdisjoint(ancestors):
+            path = graph.path(one.state, branch, ancestors)
+            way = (n for n in path if n != one.state and graph.nodes[n].op not in NORMS)
+            later = any(results[n].head is not one for n in passed)
+            injected = later and all(graph.is_linear(n, path) for n in way)
+            if graph.mixes(path, one.state) and not (injected or _passes_levels(graph, path, one.state, branch)):
+                return Match("parallel", one.state, set(path) - {one.state}, one)
     return None

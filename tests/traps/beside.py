@@ -520,3 +520,55 @@ class TwoStreamsOfTheSameLayers(Trap):
             made = layer.a(x)  # type: ignore[operator]
             x, dual = layer.norm(x + factor * made), dual + factor * made  # type: ignore[operator]
         return x + self.norm(dual)
+
+
+@trap
+class HandedToTheNextBlock(Trap):
+    """A third branch that each block makes of the state between, and the next one adds behind its own two."""
+
+    expected = (
+        *two("blocks.0", depth=6),
+        *(
+            Expected(f"blocks.{i}:{n}", ("identity", "identity", "parallel")[n], depth=6)
+            for i in (1, 2)
+            for n in range(3)
+        ),
+        Expected(kind="parallel", depth=6),
+    )
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = mlp(), mlp(), mlp()
+
+        def forward(self, x: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
+            x = x + self.a(x)
+            made = self.c(x)
+            x = x + self.b(x)
+            if before is not None:
+                x = x + before
+            return x, made
+
+        def reference(self, x: Tensor, before: Tensor | None, h: Sequence[float]) -> tuple[Tensor, Tensor]:
+            x = x + h[0] * self.a(x)
+            made = self.c(x)
+            x = x + h[1] * self.b(x)
+            return x if before is None else x + h[2] * before, made
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(self.Layer() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        before: Tensor | None = None
+        for block in self.blocks:
+            x, before = block(x, before)
+        assert before is not None
+        return x + before
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        before: Tensor | None = None
+        for block, first in zip(self.blocks, (0, 2, 5), strict=True):
+            x, before = block.reference(x, before, h[first : first + 3])  # type: ignore[operator]
+        assert before is not None
+        return x + h[8] * before
