@@ -16,6 +16,7 @@ from eulernet._find.conditions import shifted
 from eulernet._find.depths import number_streams
 from eulernet._find.gated import gated
 from eulernet._find.graph import Graph, Match, StepCall
+from eulernet._find.mixtures import mixtures
 from eulernet._find.operations import NORMS, REARRANGES, SCALES, SQUARES, SQUASHES, UPSAMPLES, VIEWS
 from eulernet._find.streams import of_their_skip, steps_of
 from eulernet._find.trace import FUSED_ADDITIONS, JOINS, PRODUCTS, RUNNING, SLICES, Addition, Trace
@@ -36,17 +37,20 @@ def classify(trace: Trace) -> Sums:
     step_calls: list[StepCall] = []
     results: dict[int, StepCall] = {}
     updates, inner = gated(graph, trace)
+    ruled = mixtures(graph, trace, inner | updates.keys())
     for addition in trace.additions:
         if addition.result in inner:
             continue
         if addition.result in updates:
             step_call = updates[addition.result]
+        elif addition.result in ruled:
+            step_call = ruled[addition.result]
         else:
             step_call = _step_call(graph, trace, addition, results)
         if step_call is not None:
             step_calls.append(step_call)
             if step_call.supported and step_call.kind not in ("decomposition", "gated"):
-                results[addition.result] = step_call
+                results[addition.result] = results[step_call.end] = step_call
     by_gates = [e for e in step_calls if e.kind == "gated"]
     kept = steps_of(graph, [e for e in step_calls if e.kind != "gated"], by_gates)
     kept += of_their_skip(graph, by_gates, kept)
@@ -54,6 +58,8 @@ def classify(trace: Trace) -> Sums:
     number_streams(graph, kept)
     kept = [*kept, *_other_halves(graph, trace, kept)]
     known: dict[int, Reason | None] = {id(e.addition): e.reason for e in step_calls if e.reason}
+    none = {result for result, step_call in ruled.items() if step_call is None}
+    known.update((id(a), "position or injected input") for a in trace.additions if a.result in none)
     known.update((id(e.addition), None) for e in kept)
     crossing = _crossing(graph, trace, [e for e in trace.additions if id(e) not in known])
     kept += crossing
@@ -162,7 +168,7 @@ def _step_call(graph: Graph, trace: Trace, addition: Addition, results: dict[int
         for skip, branch in pairs:
             for start in _starts(graph, trace, addition, skip, results):
                 if mapped:
-                    found = _mapped(graph, addition, skip, branch, start, results)
+                    found = _mapped(graph, addition, skip, branch, start)
                 else:
                     found = _identity(graph, skip, branch, start, addition.op in PRODUCTS)
                     found = found or _joined(graph, skip, branch, start)
@@ -179,13 +185,9 @@ def _step_call(graph: Graph, trace: Trace, addition: Addition, results: dict[int
     return None
 
 
-def _mapped(
-    graph: Graph, addition: Addition, skip: int, branch: int, start: int, results: dict[int, StepCall]
-) -> Match | None:
+def _mapped(graph: Graph, addition: Addition, skip: int, branch: int, start: int) -> Match | None:
     found = None if graph.is_noise(skip) else _projection(graph, skip, branch, start)
-    if found and not _is_aside(graph, addition.result, branch, found.within):
-        return found
-    return _multistep(graph, skip, branch, start, results)
+    return None if found and _is_aside(graph, addition.result, branch, found.within) else found
 
 
 def _starts(graph: Graph, trace: Trace, addition: Addition, skip: int, results: dict[int, StepCall]) -> Iterator[int]:
@@ -198,7 +200,7 @@ def _starts(graph: Graph, trace: Trace, addition: Addition, skip: int, results: 
     while call.parent >= 0:
         given, maps = list(graph.matched(skip, call.start))[-1]
         if given >= call.start and given in results and results[given].addition.call == addition.call:
-            skip = results[given].skip
+            skip = results[given].source
             continue
         if given >= call.start or maps:
             return
@@ -252,22 +254,6 @@ def _detached(graph: Graph, skip: int, branch: int) -> Match | None:
             path = graph.path(cut, branch, ancestors)
             if graph.mixes(path, cut):
                 return Match("identity", cut, set(path) - {cut})
-    return None
-
-
-def _multistep(graph: Graph, skip: int, branch: int, start: int, results: dict[int, StepCall]) -> Match | None:
-    """Where the skip is made of several states of one stream, as `2 x - x_before` is: leapfrog, linear multistep."""
-    last = [*graph.same(skip, start, scaled=True)][-1]
-    if last not in graph.sums or last in results:
-        return None
-    chains = [[*graph.same(i, start, scaled=True)] for i in graph.state_inputs(last)]
-    for state in sorted({node for chain in chains for node in chain}, reverse=True):
-        before = graph.ancestors(state, 0, -1)
-        ancestors = graph.ancestors(branch, start, state)
-        if state in ancestors and state != branch and not any(before.isdisjoint(chain) for chain in chains):
-            path = graph.path(state, branch, ancestors)
-            if graph.mixes(path, state) and not graph.other_resolutions(path, [skip, state]):
-                return Match("identity", state, set(path) - {state})
     return None
 
 
@@ -426,7 +412,7 @@ def _parallel(
     while (node := next((n for n in graph.same(skip, start, scaled=True) if n in results), None)) is not None:
         one = results[node]
         passed.add(node)
-        skip = one.skip
+        skip = one.source
         if one.first is not None:  # its state is older than its skip
             continue
         ancestors = graph.ancestors(branch, start, one.state)

@@ -35,7 +35,7 @@ def number_streams(graph: Graph, calls: list[StepCall]) -> None:
             elif _role(call) != role:
                 before.append(before[call.skip])
             else:
-                nearest = call.first.before if call.first is not None else before[call.skip]
+                nearest = call.first.before if call.first is not None else before[call.source]
                 call.before = tuple(e for e in nearest if inside[id(e)] == inside[id(call)])
                 call.position = 1 + max((e.position for e in call.before), default=0)
                 # Where a branch began earlier, there are steps between it and the one that it belongs to.

@@ -56,6 +56,11 @@ class StepCall:
     position: int = 1  # in its stream, from 1
     stream: int = 0
     depth: int = 1
+    end: int = -1  # where the whole sum ends that it is a part of
+    source: int = -1  # what the stream comes from; the skip, but in a mixture of several states
+
+    def __post_init__(self) -> None:
+        self.end, self.source = self.addition.result, self.skip
 
     @property
     def head(self) -> StepCall:
@@ -199,6 +204,16 @@ class Graph:
                 return
             node = inputs[0]
             yield node
+
+    def raw(self, node: int, *, scaled: bool = False) -> Iterator[int]:
+        """A node and what it is the same as, a multiple of or normed from."""
+        while True:
+            chain = list(self.same(node, 0, scaled=scaled))
+            yield from chain
+            inputs = self.state_inputs(chain[-1])
+            if self.nodes[chain[-1]].op not in NORMS or len(inputs) != 1:
+                return
+            node = inputs[0]
 
     def gives_sum(self, addition: Addition, skip: int) -> bool:
         """Whether the value of an operation is the sum of its skip and its branch, and no other mixture."""

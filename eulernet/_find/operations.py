@@ -31,7 +31,7 @@ REARRANGES = REPEATS | frozenset(
     "pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle index_select gather take_along_dim flip "
     "fliplr flipud roll rot90 unfold".split()
 )
-SCALES = frozenset("mul multiply rmul div divide true_divide imul".split())
+SCALES = frozenset("mul multiply rmul div divide true_divide imul neg negative".split())
 MAPS = re.compile(
     r"conv|linear|matmul|(^|_)(mm|bmm|mv|dot|inner|outer|addr|ger)$|addb?mm|addmv|baddbmm|einsum|tensordot|multi_dot|"
     r"^bilinear$|attention|lstm|gru|rnn|fft|::"

@@ -86,6 +86,8 @@ def site_of(step_call: StepCall, originals: Originals, sites: dict[Any, TracedSi
         raise Unsupported(COUPLED)
     if step_call.mixture:
         raise Unsupported("it mixes what it is added to with what is added")
+    if "sub" in addition.op and not step_call.skip_is_left:
+        raise Unsupported("it subtracts the state from the branch")
     if addition.op not in ADDITIONS:
         does = "adds lists of tensors" if addition.op.startswith("foreach") else "adds and does something else"
         raise Unsupported(f"{addition.op} {does} in one operation")

@@ -91,7 +91,7 @@ def _of_the_skip(
     sums: list[StepCall] = []
     carried: dict[int, list[StepCall]] = defaultdict(list)
     for call in calls:
-        for node in _raw(graph, call.skip, scaled=True):
+        for node in graph.raw(call.skip, scaled=True):
             carried[node].append(call)
     positions = {*_positions(graph, calls, carried), *_reinforced(graph, calls)}
     for call in calls:
@@ -157,7 +157,7 @@ def _positions(graph: Graph, calls: list[StepCall], carried: Mapping[int, list[S
         read = graph.readers.get(result, set())
         if carried[result] or not any(result in outer.within and read <= outer.within for outer in calls):
             continue
-        branches = _raw(graph, call.branch, scaled=True) if _is_later(graph, call, calls) else [call.branch]
+        branches = graph.raw(call.branch, scaled=True) if _is_later(graph, call, calls) else [call.branch]
         if any(other is not call for branch in branches for other in carried[branch]):
             yield call
 
@@ -176,17 +176,6 @@ def _reinforced(graph: Graph, calls: list[StepCall]) -> Iterator[StepCall]:
             yield from nested
 
 
-def _raw(graph: Graph, node: int, *, scaled: bool = False) -> Iterator[int]:
-    """A node and what it is the same as, a multiple of or normed from."""
-    while True:
-        chain = list(graph.same(node, 0, scaled=scaled))
-        yield from chain
-        inputs = graph.state_inputs(chain[-1])
-        if graph.nodes[chain[-1]].op not in NORMS or len(inputs) != 1:
-            return
-        node = inputs[0]
-
-
 def _is_later(graph: Graph, call: StepCall, calls: list[StepCall]) -> bool:
     """Whether between the skip and the branch there is nothing but other sums and norms."""
     cut = _cut(_inner(call, calls))
@@ -197,10 +186,10 @@ def _is_later(graph: Graph, call: StepCall, calls: list[StepCall]) -> bool:
 def _of_the_state(graph: Graph, call: StepCall, by_gates: list[StepCall]) -> list[StepCall]:
     """The gated updates of a stream from which the state of a sum was computed, not those of that state itself."""
     found: dict[int, StepCall] = {}
-    own = set(_raw(graph, call.state))
+    own = set(graph.raw(call.state))
     for update in by_gates:
         earlier = update.skip not in own and update.skip in graph.ancestors(call.state, 0, update.skip)
-        if earlier or any(node in found for node in _raw(graph, update.skip)):
+        if earlier or any(node in found for node in graph.raw(update.skip)):
             found[update.addition.result] = update
     return list(found.values())
 
@@ -300,8 +289,9 @@ def _scores(graph: Graph, sums: list[StepCall]) -> set[StepCall]:
 def links_of(graph: Graph, ends: _Sums) -> dict[StepCall, set[StepCall]]:
     """Each sum's neighbours in its chain; those without one are in no stream."""
     links: dict[StepCall, set[StepCall]] = defaultdict(set)
+    ends = {**ends, **{e.end: e for e in ends.values()}}
     for call in {e.head for e in ends.values()}:
-        earlier = (ends[n] for n in _back(graph, call.skip, ends) if n in ends and ends[n] is not call)
+        earlier = (ends[n] for n in _back(graph, call.source, ends) if n in ends and ends[n] is not call)
         before = next((e.head for e in earlier), call)
         apart = {call.kind, before.kind} == {"projection"} and before.addition.result not in _back(
             graph, call.skip, {}, 0
@@ -335,15 +325,15 @@ def goes_on(graph: Graph, call: StepCall, outer: StepCall, links: Mapping[StepCa
     """Whether a sum in a branch belongs to another stream, which comes from outside of the branch and leaves it."""
     before = (near.addition.result for near in links.get(call.head, ()))
     comes = any(node < call.addition.result and node not in outer.within for node in before)
-    own_state = outer.within.union(_raw(graph, outer.skip), (outer.state,))
-    comes = comes or own_state.isdisjoint(_raw(graph, call.skip, scaled=True))
+    own_state = outer.within.union(graph.raw(outer.skip), (outer.state,))
+    comes = comes or own_state.isdisjoint(graph.raw(call.skip, scaled=True))
     own = outer.within.union((outer.addition.result,), graph.nodes[outer.addition.result].inputs)  # or its stack
     state = [call.addition.result]  # as it is, normed or a multiple
     for node in state if comes else ():
         readers = graph.readers.get(node, set())
         if readers - own or node in graph.outputs:
             return True
-        state += [n for n in readers if node in _raw(graph, n, scaled=True) or graph.keeps_resolution(n)]
+        state += [n for n in readers if node in graph.raw(n, scaled=True) or graph.keeps_resolution(n)]
     return False
 
 
@@ -405,7 +395,7 @@ def _is_long(graph: Graph, call: StepCall, ends: _Sums, links: Mapping[StepCall,
     stages = all(call.state in graph.same(head.skip, 0) for head in heads)
     projections = [e for e in inner if e.kind == "projection"]
     results = {e.addition.result for e in projections}  # its own comes after its state
-    chained = any(not results.isdisjoint(_raw(graph, e.state)) for e in projections)
+    chained = any(not results.isdisjoint(graph.raw(e.state)) for e in projections)
     several = chained or (len(heads) > 1 and not stages)
     return (bool(in_streams) and begins_here) or ((bool(in_streams) or several) and not in_one_itself)
 
