@@ -129,9 +129,9 @@ def outside(graph: Graph, trace: Trace, originals: Originals, names: Names, reac
             (beyond if node in reached else inside)[name] = parameter.numel()
             if node in reached and not _is_between_steps(graph, node):
                 shown[name] = node
-    held = {prefix for name in inside for prefix in _prefixes(name)}
+    held = {prefix for name in inside for prefix in prefixes(name)}
     in_order = sorted(shown, key=lambda name: shown[name])
-    outermost = dict.fromkeys(next(p for p in (*_prefixes(name), name) if p not in held) for name in in_order)
+    outermost = dict.fromkeys(next(p for p in (*prefixes(name), name) if p not in held) for name in in_order)
     total = sum(inside.values()) + sum(beyond.values())
     return Outside(tuple(_in_ranges(outermost)), sum(beyond.values()), total)
 
@@ -146,7 +146,7 @@ def _is_between_steps(graph: Graph, parameter: int) -> bool:
     )
 
 
-def _prefixes(name: str) -> list[str]:
+def prefixes(name: str) -> list[str]:
     parts = name.split(".")
     return [".".join(parts[:i]) for i in range(1, len(parts))]
 

@@ -421,6 +421,7 @@ def _parallel(
             way = (n for n in path if n != one.state and graph.nodes[n].op not in NORMS)
             later = any(results[n].head is not one for n in passed)
             injected = later and all(graph.is_linear(n, path) for n in way)
-            if graph.mixes(path, one.state) and not (injected or _passes_levels(graph, path, one.state, branch)):
+            other = injected or _passes_levels(graph, path, one.state, branch) or graph.is_carried([one.state], branch)
+            if graph.mixes(path, one.state) and not other:
                 return Match("parallel", one.state, set(path) - {one.state}, one)
     return None

@@ -215,6 +215,22 @@ class Graph:
                 return
             node = inputs[0]
 
+    def is_made_of(self, earlier: Sequence[int], node: int) -> bool:
+        """Whether it was computed from one of these, of which the last is the oldest."""
+        return not self.ancestors(node, 0, earlier[-1]).isdisjoint(earlier)
+
+    def is_carried(self, earlier: Sequence[int], node: int) -> bool:
+        """Whether one of these, of which the last is the oldest, has become a node by sums, norms and factors alone."""
+        pending, seen = [node], {node}
+        while pending:
+            chain = list(self.raw(pending.pop(), scaled=True))
+            if not set(chain).isdisjoint(earlier):
+                return len(seen) > 1
+            if chain[-1] in self.sums and chain[-1] > earlier[-1]:
+                pending += [n for n in self.state_inputs(chain[-1]) if n not in seen]
+                seen.update(pending)
+        return False
+
     def gives_sum(self, addition: Addition, skip: int) -> bool:
         """Whether the value of an operation is the sum of its skip and its branch, and no other mixture."""
         node = self.nodes[addition.result]
@@ -299,6 +315,8 @@ class Graph:
             # Beside a constant a sum keeps what it is: a frozen batch norm is x * scale + bias.
             if len(inputs) > 1 and op in CONTRACTIONS:  # a mixture of streams, by a matrix that may depend on them
                 inputs = tuple(i for i in inputs if self.nodes[i].shape == self.nodes[node].shape)
+            elif op == "bilinear":  # what it is given first, by a matrix that what it is given next makes
+                inputs = inputs[:1]
             elif len(inputs) > 1 and op in ADDITIONS and (modulated := self._modulated(node)) is not None:
                 inputs = (modulated,)
             simple = op in MATCHING or op in ADDITIONS or POOLS.search(op) or UPSAMPLES.search(op)

@@ -73,30 +73,13 @@ def _state(graph: Graph, expression: Expression, first: bool = False) -> _State 
     chains = {leaf: [*graph.same(leaf, 0, scaled=True)] for leaf in expression.leaves}
     for leaf in sorted(chains, key=lambda one: chains[one][-1], reverse=True):
         others = [other for n, other in enumerate(expression.leaves) if n != expression.leaves.index(leaf)]
-        reaches = _is_made_of if first else _is_carried
-        if any(not graph.constant[other] and reaches(graph, chains[other], leaf) for other in others):
+        is_earlier = graph.is_made_of if first else graph.is_carried
+        if any(not graph.constant[other] and is_earlier(chains[other], leaf) for other in others):
             origins = {other: _origin(graph, chains[leaf], other) for other in others}
             branches = {other: origin for other, origin in origins.items() if origin is not None}
             if branches:
                 return _State(leaf, branches)
     return None
-
-
-def _is_made_of(graph: Graph, earlier: list[int], state: int) -> bool:
-    return not graph.ancestors(state, 0, earlier[-1]).isdisjoint(earlier)
-
-
-def _is_carried(graph: Graph, earlier: list[int], state: int) -> bool:
-    """Whether a state has come from an earlier one by sums, norms and factors alone."""
-    pending, seen = [state], {state}
-    while pending:
-        chain = list(graph.raw(pending.pop(), scaled=True))
-        if not set(chain).isdisjoint(earlier):
-            return len(seen) > 1
-        if chain[-1] in graph.sums and chain[-1] > earlier[-1]:
-            pending += [n for n in graph.state_inputs(chain[-1]) if n not in seen]
-            seen.update(pending)
-    return False
 
 
 def _last_sum(graph: Graph, state: int, roots: Collection[int]) -> int:
@@ -106,7 +89,7 @@ def _last_sum(graph: Graph, state: int, roots: Collection[int]) -> int:
 
 def _origin(graph: Graph, chain: list[int], leaf: int) -> int | None:
     """The node, of a state and what it is a multiple of, that a branch was computed from; not a later state."""
-    if _is_carried(graph, chain, leaf):
+    if graph.is_carried(chain, leaf):
         return None
     ancestors = graph.ancestors(leaf, 0, chain[-1])
     node = next((n for n in chain if n in ancestors and n != leaf), None)

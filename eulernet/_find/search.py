@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from eulernet._checks import described, short
 from eulernet._draws import Draws
 from eulernet._errors import EulernetError
-from eulernet._find.account import Names, Origin, left_out, origin_of, outside, reached_at_zero, unequal_twins
+from eulernet._find.account import Names, Origin, left_out, origin_of, outside, prefixes, reached_at_zero, unequal_twins
 from eulernet._find.apart import alone, apart
 from eulernet._find.classify import Sums, classify
 from eulernet._find.graph import StepCall
@@ -317,6 +317,12 @@ def _places(
                 site.step_calls[run.training].append(step_call)
             except Unsupported as reason:
                 rest(step_call, number, str(reason))
+    for site in sites.values():  # one of its runs cannot be scaled
+        for run in runs:
+            for step_call in list(site.step_calls[run.training]):
+                if (place := unplaced.get(origin(step_call, run.sandbox.original))) is not None:
+                    site.step_calls[run.training].remove(step_call)
+                    place.step_calls[run.training].append(step_call)
     number_of = {run.training: number for number, run in enumerate(runs)}
     found = [site for site in sites.values() if any(site.step_calls.values())]
     for site in proofs.other_callees(found, runs):
@@ -429,20 +435,16 @@ def _names(model: nn.Module) -> dict[nn.Module, str]:
 
 
 def _unreached(runs: list[Run], traces: list[Trace], names: dict[nn.Module, str]) -> list[str]:
-    """The outermost modules none of whose parameters was read."""
+    """The outermost modules none of whose parameters was read; of one whose own were not, but those in it, its own."""
     reached: set[str] = set()
     idle: set[str] = set()
     for run, trace in zip(runs, traces, strict=True):
         for twin, module in run.sandbox.original.items():
-            own = list(twin.parameters(recurse=False))
-            if own:
-                (reached if any(id(p) in trace.used for p in own) else idle).add(names[module])
-    idle -= reached
+            own = dict(twin.named_parameters(recurse=False))
+            used = any(id(p) in trace.used for p in own.values())
+            (reached if used else idle).update(f"{names[module]}.{name}".removeprefix(f"{ROOT}.") for name in own)
     shown = set()
-    for name in idle:
-        parts = name.split(".")
-        prefixes = [".".join(parts[: i + 1]) for i in range(len(parts))]
-        outside = (p for p in prefixes if not any(r == p or r.startswith(p + ".") for r in reached))
-        outer = next(outside, name)  # itself where a part of it was reached
-        shown.add(outer)
+    for name in idle - reached:
+        outside = (p for p in prefixes(name) if not any(r.startswith(f"{p}.") for r in reached))
+        shown.add(next(outside, name))
     return sorted(shown)

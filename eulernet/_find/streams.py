@@ -94,11 +94,12 @@ def _of_the_skip(
         for node in graph.raw(call.skip, scaled=True):
             carried[node].append(call)
     positions = {*_positions(graph, calls, carried), *_reinforced(graph, calls)}
+    cut_off = _cut_off(graph, calls)
     for call in calls:
         inner = _inner(call, sums + _of_the_state(graph, call, by_gates))
         if call in positions:
             call.reason = "position or injected input"
-        elif graph.constant[call.state] and (inner or call.kind == "projection"):
+        elif graph.constant[call.state] and call not in cut_off and (inner or call.kind == "projection"):
             call.reason = "constant operand"
         elif inner and _is_injected_again(graph, call, _cut(inner)):
             call.reason = "position or injected input"
@@ -107,11 +108,22 @@ def _of_the_skip(
             if call in scores or taken_out or not _is_of_a_stream(graph, call, carried):
                 call.reason = "position or injected input"
             else:
-                call.coupled = not all(_is_driven_by_itself(graph, e, calls) for e in inner)
+                halves = (e for e in inner if e.kind != "gated")
+                call.coupled = not all(_is_driven_by_itself(graph, e, calls) for e in halves)
                 sums.append(call)
         else:
             sums.append(call)
     return sums
+
+
+def _cut_off(graph: Graph, calls: list[StepCall]) -> set[StepCall]:
+    """The sums of a stream that is detached between its steps, as places that are refined are."""
+    by_result = {e.addition.result: e for e in calls}
+    found: set[StepCall] = set()
+    for call in calls:
+        for source in (i for n in graph.same(call.state, 0) for i in graph.detached(n)):
+            found.update(e for n in graph.raw(source) if (before := by_result.get(n)) for e in (before, call))
+    return found
 
 
 def _is_injected_again(graph: Graph, call: StepCall, cut: Mapping[int, int]) -> bool:

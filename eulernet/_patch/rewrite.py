@@ -282,7 +282,8 @@ class _Editor(ast.NodeTransformer):
         """An expression whose operands and arguments are shown to the probe as they are evaluated."""
 
         def seen(part: Any) -> Any:
-            if isinstance(part, ast.Name | ast.Constant | ast.Starred | ast.GeneratorExp):
+            plain = isinstance(part, ast.Name | ast.Constant | ast.Starred | ast.GeneratorExp)
+            if plain or not hasattr(part, "lineno"):  # or of an expression inside that is shown as well
                 return part
             span = span_of(part, self.first)
             if isinstance(part, ast.BinOp | ast.UnaryOp | ast.Call | ast.List | ast.Tuple):

@@ -572,3 +572,216 @@ class HandedToTheNextBlock(Trap):
             x, before = block.reference(x, before, h[first : first + 3])  # type: ignore[operator]
         assert before is not None
         return x + h[8] * before
+
+
+class SeveralStates(Trap):
+    """Blocks that add a state of before on the line of their step; in which order, a subclass says."""
+
+    expected = each("layers.0", "layers.1", "layers.2")
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.k = mlp(), nn.Parameter(torch.rand(1))
+
+        def reference(self, x: Tensor, before: Tensor, first: Tensor, h: float) -> Tensor:
+            raise NotImplementedError
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.layers = nn.Sequential(linear(), nn.Tanh()), nn.ModuleList(self.Layer() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = before = x = self.stem(x)
+        for layer in self.layers:
+            x, before = layer(x, before, first), x
+        return x
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        first = before = x = self.stem(x)
+        for layer, factor in zip(self.layers, h, strict=True):
+            x, before = layer.reference(x, before, first, factor), x  # type: ignore[operator]
+        return x
+
+
+@trap
+class TheFirstStateAgain(SeveralStates):
+    class Layer(SeveralStates.Layer):
+        def forward(self, x: Tensor, before: Tensor, first: Tensor) -> Tensor:
+            return x + first + self.a(x)
+
+        def reference(self, x: Tensor, before: Tensor, first: Tensor, h: float) -> Tensor:
+            return x + first + h * self.a(x)
+
+
+@trap
+class TheFirstStateBehind(SeveralStates):
+    """GCNII's initial residual."""
+
+    class Layer(SeveralStates.Layer):
+        def forward(self, x: Tensor, before: Tensor, first: Tensor) -> Tensor:
+            return 0.9 * x + self.a(x) + 0.1 * first
+
+        def reference(self, x: Tensor, before: Tensor, first: Tensor, h: float) -> Tensor:
+            return 0.9 * x + h * self.a(x) + 0.1 * first
+
+
+@trap
+class TheFirstStateInBrackets(SeveralStates):
+    class Layer(SeveralStates.Layer):
+        def forward(self, x: Tensor, before: Tensor, first: Tensor) -> Tensor:
+            return x + (first + self.a(x))
+
+        def reference(self, x: Tensor, before: Tensor, first: Tensor, h: float) -> Tensor:
+            return x + (first + h * self.a(x))
+
+
+@trap
+class TheFirstStateInANorm(SeveralStates):
+    class Layer(SeveralStates.Layer):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.LayerNorm(DIM)
+
+        def forward(self, x: Tensor, before: Tensor, first: Tensor) -> Tensor:
+            return self.norm(x + first + self.a(x))
+
+        def reference(self, x: Tensor, before: Tensor, first: Tensor, h: float) -> Tensor:
+            return self.norm(x + first + h * self.a(x))
+
+
+@trap
+class TheStateComesLast(SeveralStates):
+    """LM-ResNet (Lu et al., 2018) in its authors' order."""
+
+    class Layer(SeveralStates.Layer):
+        def forward(self, x: Tensor, before: Tensor, first: Tensor) -> Tensor:
+            return self.a(x) + self.k * before + (1 - self.k) * x
+
+        def reference(self, x: Tensor, before: Tensor, first: Tensor, h: float) -> Tensor:
+            return h * self.a(x) + self.k * before + (1 - self.k) * x
+
+
+@trap
+class LeapfrogBackwards(SeveralStates):
+    class Layer(SeveralStates.Layer):
+        def forward(self, x: Tensor, before: Tensor, first: Tensor) -> Tensor:
+            return self.a(x) + (-before) + 2 * x
+
+        def reference(self, x: Tensor, before: Tensor, first: Tensor, h: float) -> Tensor:
+            return h * self.a(x) + (-before) + 2 * x
+
+
+@trap
+class TheInputAgain(SeveralStates):
+    """The state was made of the input by a map, and no step: the first block is told by the others."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        given, x = x, self.stem(x)
+        for layer in self.layers:
+            x = x + given + layer.a(x)  # type: ignore[operator]
+        return x
+
+    keyed = True
+    expected = each("layers.0.a", "layers.1.a", "layers.2.a")
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        given, x = x, self.stem(x)
+        for layer, factor in zip(self.layers, h, strict=True):
+            x = x + given + factor * layer.a(x)  # type: ignore[operator]
+        return x
+
+
+@trap
+class SkipByABilinearMap(Trap):
+    """MACE's self-connection: the skip is mapped by a matrix that attributes make."""
+
+    expected = (Expected("layers.0", "projection", depth=2), Expected("layers.1", "projection", depth=2))
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.skip = mlp(), nn.Bilinear(DIM, 3, DIM, bias=False)
+
+        def forward(self, x: Tensor, attributes: Tensor) -> Tensor:
+            return self.a(x) + self.skip(x, attributes)
+
+        def reference(self, x: Tensor, attributes: Tensor, h: float) -> Tensor:
+            return h * self.a(x) + self.skip(x, attributes)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(self.Layer() for _ in range(2))
+
+    def inputs(self) -> tuple[Any, ...]:
+        return torch.randn(5, DIM), torch.randn(5, 3)
+
+    def forward(self, x: Tensor, attributes: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x, attributes)
+        return x
+
+    def reference(self, x: Tensor, attributes: Tensor, *, h: Sequence[float]) -> Tensor:
+        for layer, factor in zip(self.layers, h, strict=True):
+            x = layer.reference(x, attributes, factor)  # type: ignore[operator]
+        return x
+
+
+@trap
+class DetachedBetweenItsSteps(Trap):
+    """Estimates that are refined and cut off in between; each branch has a residual of its own inside."""
+
+    keyed = True
+    expected = tuple(Expected(f"out.{i}") for i in range(2))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = linear()
+        self.into, self.a, self.out = (nn.ModuleList(linear() for _ in range(2)) for _ in range(3))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        x, outputs = self.stem(x), []
+        for into, a, out in zip(self.into, self.a, self.out, strict=True):
+            x = x.detach()
+            y = torch.relu(into(x))
+            y = y + torch.relu(a(y))
+            x = x + out(y)
+            outputs.append(x)
+        return outputs
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> list[Tensor]:
+        x, outputs = self.stem(x), []
+        for into, a, out, factor in zip(self.into, self.a, self.out, h, strict=True):
+            x = x.detach()
+            y = torch.relu(into(x))
+            y = y + torch.relu(a(y))
+            x = x + factor * out(y)
+            outputs.append(x)
+        return outputs
+
+
+@trap
+class DrivenByAGate(Trap):
+    """A learned optimizer: a cell reads the parameters, and they are changed by its state alone."""
+
+    expected = (Expected(calls=3, depth=3),)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.a = nn.GRUCell(DIM, DIM), linear()
+
+    shape = (4, DIM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = torch.zeros_like(x)
+        for _ in range(3):
+            state = self.cell(x, state)
+            x = x + self.a(state)
+        return x
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        state = torch.zeros_like(x)
+        for _ in range(3):
+            state = self.cell(x, state)
+            x = x + h[0] * self.a(state)
+        return x
