@@ -159,18 +159,23 @@ vit_small_patch16_rope_mixed_224 vit_small_r26_s32_224 vit_small_resnet50d_s16_2
 vit_tiny_patch16_dinov3_qkvb vitamin_small_224 volo_d1_224 xception41 xception41p xcit_nano_12_p8_384
 """.split()
 
-# Classes that only larger models have, in smaller ones.
+# Classes that only larger models have, in smaller ones; and the slowest of the models above, at less depth.
 TIMM_SHRUNK: dict[str, dict[str, Any]] = {
+    "beitv2_base_patch16_224": {"depth": 4},
+    "davit_base_fl": {"depths": (1, 1, 2, 1)},
     "deepseek_vit_412m": {"depth": 2},
     "deepseek_vit_412m_align": {"depth": 2},
     "deepseek_vit_412m_enc": {"depth": 2},
     "eva02_enormous_patch14_clip_224": {"depth": 2, "embed_dim": 192, "num_heads": 3},
+    "fastvit_mci3": {"layers": (1, 2, 3, 2, 1)},
     "gemma4_vit_167m": {"depth": 2},
     "gemma4_vit_167m_enc": {"depth": 2},
+    "legacy_senet154": {"layers": (1, 2, 2, 1)},
     "mobilenetv5_300m_enc": {"channel_multiplier": 0.25},
+    "mobilenetv5_base": {"channel_multiplier": 0.25},
     "vgg11": {"num_classes": 10},
 }
-TIMM += TIMM_SHRUNK
+TIMM += [name for name in TIMM_SHRUNK if name not in TIMM]
 
 
 def timm_model(name: str) -> Specimen:
