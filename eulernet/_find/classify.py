@@ -339,7 +339,13 @@ def _is_aside(graph: Graph, result: int, branch: int, within: set[int]) -> bool:
             mapped.add(node)
     goes_on = any(graph.readers.get(node, set()) - own for node in mapped - last)
     unread = result not in graph.readers and result not in graph.outputs  # as the last of WaveNet's
-    return goes_on and not unread and all(graph.nodes[n].op in SQUASHES or n in graph.sums for n in graph.uses(result))
+
+    def is_exit(node: int) -> bool:  # a gate, or a sum, but for one with an earlier state of the stream
+        if node not in graph.sums:
+            return graph.nodes[node].op in SQUASHES
+        return not any(graph.is_carried([*graph.same(i, 0, scaled=True)], result) for i in graph.state_inputs(node))
+
+    return goes_on and not unread and all(map(is_exit, graph.uses(result)))
 
 
 def _is_series(graph: Graph, skip: int, branch: int) -> bool:

@@ -785,3 +785,43 @@ class DrivenByAGate(Trap):
             state = self.cell(x, state)
             x = x + h[0] * self.a(state)
         return x
+
+
+@trap
+class AnEarlierStateInEachBranch(Trap):
+    """The skip is normed, the branch begins at a sum with the first state, and another map of it is read out."""
+
+    expected = tuple(Expected(f"layers.{i}", "projection", depth=4) for i in range(4))
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.a, self.out, self.skip = nn.LayerNorm(DIM), mlp(), linear(), linear()
+
+        def forward(self, x: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
+            y = torch.tanh(self.a(x + first))
+            return (self.norm(x) + self.out(y)) * 0.5**0.5, self.skip(y)
+
+        def reference(self, x: Tensor, first: Tensor, h: float) -> tuple[Tensor, Tensor]:
+            y = torch.tanh(self.a(x + first))
+            return (self.norm(x) + h * self.out(y)) * 0.5**0.5, self.skip(y)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.layers = linear(), nn.ModuleList(self.Layer() for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = x = self.stem(x)
+        total = torch.zeros_like(x)
+        for layer in self.layers:
+            x, out = layer(x, first)
+            total = total + out
+        return total
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        first = x = self.stem(x)
+        total = torch.zeros_like(x)
+        for layer, factor in zip(self.layers, h, strict=True):
+            x, out = layer.reference(x, first, factor)  # type: ignore[operator]
+            total = total + out
+        return total
