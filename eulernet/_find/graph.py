@@ -206,14 +206,16 @@ class Graph:
             yield node
 
     def raw(self, node: int, *, scaled: bool = False) -> Iterator[int]:
-        """A node and what it is the same as, a multiple of or normed from."""
-        while True:
-            chain = list(self.same(node, 0, scaled=scaled))
+        """A node and what it is the same as, a multiple of or normed from, by a norm written by hand as well."""
+        source: int | None = node
+        while source is not None:
+            chain = list(self.same(source, 0, scaled=scaled))
             yield from chain
             inputs = self.state_inputs(chain[-1])
-            if self.nodes[chain[-1]].op not in NORMS or len(inputs) != 1:
-                return
-            node = inputs[0]
+            if len(inputs) == 1:
+                source = inputs[0] if self.nodes[chain[-1]].op in NORMS else None
+            else:
+                source = self._normed(chain[-1])
 
     def is_made_of(self, earlier: Sequence[int], node: int) -> bool:
         """Whether it was computed from one of these, of which the last is the oldest."""

@@ -825,3 +825,21 @@ class AnEarlierStateInEachBranch(Trap):
             x, out = layer.reference(x, first, factor)  # type: ignore[operator]
             total = total + out
         return total
+
+
+@trap
+class AnEarlierStateInEachBranchByHand(AnEarlierStateInEachBranch):
+    """With the norm of the skip written out."""
+
+    class Norm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.rand(DIM))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * self.weight
+
+    def __init__(self) -> None:
+        super().__init__()
+        for layer in self.layers:
+            layer.norm = self.Norm()
