@@ -427,7 +427,8 @@ def _parallel(
             way = (n for n in path if n != one.state and graph.nodes[n].op not in NORMS)
             later = any(results[n].head is not one for n in passed)
             injected = later and all(graph.is_linear(n, path) for n in way)
-            other = injected or _passes_levels(graph, path, one.state, branch) or graph.is_carried([one.state], branch)
+            tower = graph.is_carried([one.state], branch, as_it_is=True)
+            other = injected or tower or _passes_levels(graph, path, one.state, branch)
             if graph.mixes(path, one.state) and not other:
                 return Match("parallel", one.state, set(path) - {one.state}, one)
     return None

@@ -205,8 +205,8 @@ class Graph:
             node = inputs[0]
             yield node
 
-    def raw(self, node: int, *, scaled: bool = False) -> Iterator[int]:
-        """A node and what it is the same as, a multiple of or normed from, by a norm written by hand as well."""
+    def raw(self, node: int, *, scaled: bool = False, by_hand: bool = False) -> Iterator[int]:
+        """A node and what it is the same as, a multiple of or normed from; by a norm that is written out, too."""
         source: int | None = node
         while source is not None:
             chain = list(self.same(source, 0, scaled=scaled))
@@ -215,18 +215,22 @@ class Graph:
             if len(inputs) == 1:
                 source = inputs[0] if self.nodes[chain[-1]].op in NORMS else None
             else:
-                source = self._normed(chain[-1])
+                source = self._normed(chain[-1]) if by_hand else None
 
     def is_made_of(self, earlier: Sequence[int], node: int) -> bool:
         """Whether it was computed from one of these, of which the last is the oldest."""
         return not self.ancestors(node, 0, earlier[-1]).isdisjoint(earlier)
 
-    def is_carried(self, earlier: Sequence[int], node: int) -> bool:
-        """Whether one of these, of which the last is the oldest, has become a node by sums, norms and factors alone."""
+    def is_carried(self, earlier: Sequence[int], node: int, *, as_it_is: bool = False) -> bool:
+        """Whether one of these, of which the last is the oldest, has become a node by sums, norms and factors alone.
+
+        `as_it_is`: and was no branch that begins with a norm and has a sum of its own.
+        """
         pending, seen = [node], {node}
         while pending:
-            chain = list(self.raw(pending.pop(), scaled=True))
-            if not set(chain).isdisjoint(earlier):
+            one = pending.pop()
+            chain = list(self.raw(one, scaled=True, by_hand=True))
+            if not set(self.same(one, 0, scaled=True) if as_it_is else chain).isdisjoint(earlier):
                 return len(seen) > 1
             if chain[-1] in self.sums and chain[-1] > earlier[-1]:
                 pending += [n for n in self.state_inputs(chain[-1]) if n not in seen]

@@ -91,7 +91,7 @@ def _of_the_skip(
     sums: list[StepCall] = []
     carried: dict[int, list[StepCall]] = defaultdict(list)
     for call in calls:
-        for node in graph.raw(call.skip, scaled=True):
+        for node in graph.raw(call.skip, scaled=True, by_hand=True):
             carried[node].append(call)
     positions = {*_positions(graph, calls, carried), *_reinforced(graph, calls)}
     cut_off = _cut_off(graph, calls)
