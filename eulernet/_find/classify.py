@@ -36,15 +36,16 @@ def classify(trace: Trace) -> Sums:
     graph = Graph(trace)
     step_calls: list[StepCall] = []
     results: dict[int, StepCall] = {}
+    ruled = mixtures(graph, trace)
     updates, inner = gated(graph, trace)
-    ruled = mixtures(graph, trace, inner | updates.keys())
+    inner -= ruled.keys()
     for addition in trace.additions:
         if addition.result in inner:
             continue
-        if addition.result in updates:
-            step_call = updates[addition.result]
-        elif addition.result in ruled:
+        if addition.result in ruled:
             step_call = ruled[addition.result]
+        elif addition.result in updates:
+            step_call = updates[addition.result]
         else:
             step_call = _step_call(graph, trace, addition, results)
         if step_call is not None:

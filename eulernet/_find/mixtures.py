@@ -6,7 +6,7 @@ linear multistep. The step is the sum in which `f(x)`, and no state, meets the r
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Set
+from collections.abc import Collection, Iterable, Iterator
 from typing import NamedTuple
 
 from eulernet._find.graph import Graph, StepCall
@@ -27,13 +27,9 @@ class _State(NamedTuple):
     branches: dict[int, int]
 
 
-def mixtures(graph: Graph, trace: Trace, without: Set[int]) -> dict[int, StepCall | None]:
-    """By its result what each sum of such an expression is, a step or none.
-
-    `without`: the results of sums that are known otherwise.
-    """
-    expressions = [e for e in _expressions(graph, trace) if without.isdisjoint(a.result for a in e.sums)]
-    of_root = {e.sums[-1].result: e for e in expressions if len(e.leaves) > 2}
+def mixtures(graph: Graph, trace: Trace) -> dict[int, StepCall | None]:
+    """By its result what each sum of such an expression is, a step or none."""
+    of_root = {e.sums[-1].result: e for e in _expressions(graph, trace) if len(e.leaves) > 2}
     found: dict[int, _State] = {}
     for root, expression in of_root.items():
         if (state := _state(graph, expression)) is not None:
