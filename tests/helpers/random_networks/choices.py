@@ -18,6 +18,7 @@ LAYERS = ("of a list", "by number", "zipped", "in pairs", "in groups", "by sum")
 SITES = (
     *("call", "called again", "checkpoint", "registered twice", "Sequential", "ModuleList", "wrapped", "inline"),
     *("long", "projection", "siblings", "fusion", "plain", "gated", "decoder", "hyper-connections", "conditioned"),
+    "several states",
 )
 GATED = (
     *("mix", "from the state", "subtracted from the state", "from the candidate", "lerp", "addcmul by a gate"),

@@ -51,7 +51,9 @@ class NetworkWriter(BlockWriter):
 
     def site(self, cls: Class, name: str, width: int, trunk: bool = True) -> int:
         """Statements of `cls` that take x on, and x's new width; outside the trunk the width stays."""
-        excluded = [] if trunk else ["inline", "projection", "fusion", "hyper-connections", "conditioned"]
+        excluded = (
+            [] if trunk else ["inline", "projection", "fusion", "hyper-connections", "conditioned", "several states"]
+        )
         excluded += ["decoder", "hyper-connections"] if not self.tokens else []
         choice = self.pick(SITES, *excluded, *([] if self.stream == "conv2d" else ["fusion"]))
         path, w, out = f"self.{name}", str(width), 12 - width
@@ -107,6 +109,17 @@ class NetworkWriter(BlockWriter):
                     f = f"<<self.{cls.factor('identity')} * >>{path}_{i}(x)"
                     spelled = self.choose(f"x + c + {f}", f"x + {f} + c", f"c + x + {f}")
                     cls.forward.append(f"x = {spelled}  # step")
+                return width
+            case "several states":  # each step adds an earlier one as well
+                cls.forward.append("first = before = x")
+                for i in range(3):
+                    cls.init.append(f"{path}_{i} = nn.Sequential({self.norm(w)}, {self.linear(w, w)}, nn.Tanh())")
+                    f = f"<<self.{cls.factor('identity')} * >>{path}_{i}(x)"
+                    spelled = self.choose(
+                        *(f"x + first + {f}", f"x + {f} + first", f"{f} + first + x", f"x + (before + {f})"),
+                        *(f"0.9 * x + 0.1 * first + {f}", f"{f} + 0.2 * before + 0.8 * x", f"2 * x - before + {f}"),
+                    )
+                    cls.forward.append(f"x, before = {spelled}, x  # step")
                 return width
             case "hyper-connections":
                 layers = [f"nn.Sequential({self.norm(w)}, {self.linear(w, w)}, nn.GELU())" for _ in range(2)]
