@@ -262,7 +262,10 @@ def absorbing(
         if factors.get(index, 1.0) != 1.0:
             try:
                 _check_reached(found.step, search.steps.unreached)
-                paths[index] = [(run, traced[run].path(step_call)) for run, step_call in search.step_calls[index]]
+                own: dict[tuple[int, int], Path] = defaultdict(Counter)  # of each branch, which may be added twice
+                for run, step_call in search.step_calls[index]:
+                    own[run, step_call.branch] |= traced[run].path(step_call)
+                paths[index] = [(run, path) for (run, _), path in own.items()]
             except NotAbsorbable as reason:
                 refused[index] = str(reason)
     while True:

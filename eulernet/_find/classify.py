@@ -428,8 +428,9 @@ def _parallel(
             way = (n for n in path if n != one.state and graph.nodes[n].op not in NORMS)
             later = any(results[n].head is not one for n in passed)
             injected = later and all(graph.is_linear(n, path) for n in way)
-            tower = graph.is_carried([one.state], branch, as_it_is=True)
-            other = injected or tower or _passes_levels(graph, path, one.state, branch)
+            # A stream of its own from the same state; but a read-out sums up one stream, state by state.
+            carries = [graph.is_carried([one.state], n, as_it_is=True) for n in (branch, one.branch)]
+            other = injected or carries == [True, False] or _passes_levels(graph, path, one.state, branch)
             if graph.mixes(path, one.state) and not other:
                 return Match("parallel", one.state, set(path) - {one.state}, one)
     return None

@@ -592,13 +592,15 @@ class SeveralStates(Trap):
         self.stem, self.layers = nn.Sequential(linear(), nn.Tanh()), nn.ModuleList(self.Layer() for _ in range(3))
 
     def forward(self, x: Tensor) -> Tensor:
-        first = before = x = self.stem(x)
+        first = x = self.stem(x)
+        before = 0.5 * x
         for layer in self.layers:
             x, before = layer(x, before, first), x
         return x
 
     def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
-        first = before = x = self.stem(x)
+        first = x = self.stem(x)
+        before = 0.5 * x
         for layer, factor in zip(self.layers, h, strict=True):
             x, before = layer.reference(x, before, first, factor), x  # type: ignore[operator]
         return x
