@@ -6,10 +6,10 @@ linear multistep. The step is the sum in which `f(x)`, and no state, meets the r
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
-from eulernet._find.graph import Graph, StepCall
+from eulernet._find.graph import Graph, MatchKind, StepCall
 from eulernet._find.trace import ADDITIONS, Addition, Trace
 
 
@@ -42,7 +42,7 @@ def mixtures(graph: Graph, trace: Trace) -> dict[int, StepCall | None]:
             if (state := _state(graph, of_root[before], first=True)) is None:
                 break
             found[before] = state
-    return {result: step for root, state in found.items() for result, step in _ruled(graph, of_root[root].sums, state)}
+    return {k: v for root, state in found.items() for k, v in _ruled(graph, of_root[root].sums, state).items()}
 
 
 def _expressions(graph: Graph, trace: Trace) -> list[Expression]:
@@ -92,9 +92,10 @@ def _origin(graph: Graph, chain: list[int], leaf: int) -> int | None:
     return node if node is not None and graph.mixes(graph.path(node, leaf, ancestors), node) else None
 
 
-def _ruled(graph: Graph, sums: Iterable[Addition], state: _State) -> Iterator[tuple[int, StepCall | None]]:
+def _ruled(graph: Graph, sums: Iterable[Addition], state: _State) -> dict[int, StepCall | None]:
+    """What each sum is; nothing of one on another line that adds to a step, as a skip around several does."""
     under: dict[int, set[int]] = {}
-    *_, last = sums
+    found: dict[int, StepCall | None] = {}
     first: StepCall | None = None
     for addition in sums:
         operands = addition.left, addition.right[0]
@@ -102,14 +103,24 @@ def _ruled(graph: Graph, sums: Iterable[Addition], state: _State) -> Iterator[tu
         under[addition.result] = sides[0] | sides[1]
         pure = [side <= state.branches.keys() for side in sides]
         if pure[0] == pure[1]:
-            yield addition.result, None
+            if first is None or _statement(addition) == _statement(first.addition):
+                found[addition.result] = None
             continue
         branch, skip = operands if pure[0] else operands[::-1]
         origin = min(state.branches[leaf] for leaf in sides[pure.index(True)])
         within = set(graph.path(origin, branch, graph.ancestors(branch, 0, origin))) - {origin}
-        call = StepCall(
-            addition, "parallel" if first else "identity", skip, branch, pure[1], origin, within, first=first
-        )
-        call.end, call.source = last.result, origin
+        kind: MatchKind = "parallel" if first else "identity"
+        call = StepCall(addition, kind, skip, branch, pure[1], origin, within, first=first)
+        call.source = origin
         first = first or call
-        yield addition.result, call
+        found[addition.result] = call
+    for step in found.values():
+        if step is not None:
+            step.end = max(found)
+    return found
+
+
+def _statement(addition: Addition) -> int | None:
+    """The line at which the expression begins that adds."""
+    frame = addition.frames[0] if addition.frames else None
+    return None if frame is None else list(frame.code.co_positions())[frame.lasti // 2][0]

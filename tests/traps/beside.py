@@ -845,3 +845,39 @@ class AnEarlierStateInEachBranchByHand(AnEarlierStateInEachBranch):
         super().__init__()
         for layer in self.layers:
             layer.norm = self.Norm()
+
+
+@trap
+class AWeightedSkipAroundTheBlock(Trap):
+    """RGT: behind both steps, in a line of its own, the block's input is added once more, and is a long skip."""
+
+    expected = tuple(Expected(f"blocks.{i}:{n}", depth=2) for i in range(2) for n in (0, 1))
+    long = ("blocks.0:2", "blocks.1:2")
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.gamma = mlp(), mlp(), nn.Parameter(torch.rand(DIM))
+
+        def forward(self, x: Tensor) -> Tensor:
+            given = x
+            x = x + self.a(x)
+            x = x + self.b(x)
+            x = x + given * self.gamma
+            return x
+
+        def reference(self, x: Tensor, h: Sequence[float]) -> Tensor:
+            y = x + h[0] * self.a(x)
+            return y + h[1] * self.b(y) + x * self.gamma
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(self.Layer(), self.Layer())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(x)
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        for i, block in enumerate(self.blocks):
+            x = block.reference(x, h[2 * i : 2 * i + 2])  # type: ignore[operator]
+        return x
