@@ -16,7 +16,7 @@ from eulernet._find.conditions import shifted
 from eulernet._find.depths import number_streams
 from eulernet._find.gated import gated
 from eulernet._find.graph import Graph, Match, StepCall
-from eulernet._find.mixtures import mixtures
+from eulernet._find.mixtures import is_carried, mixtures
 from eulernet._find.operations import NORMS, REARRANGES, SCALES, SQUARES, SQUASHES, UPSAMPLES, VIEWS
 from eulernet._find.streams import of_their_skip, steps_of
 from eulernet._find.trace import FUSED_ADDITIONS, JOINS, PRODUCTS, RUNNING, SLICES, Addition, Trace
@@ -344,7 +344,7 @@ def _is_aside(graph: Graph, result: int, branch: int, within: set[int]) -> bool:
     def is_exit(node: int) -> bool:  # a gate, or a sum, but for one with an earlier state of the stream
         if node not in graph.sums:
             return graph.nodes[node].op in SQUASHES
-        return not any(graph.is_carried([*graph.same(i, 0, scaled=True)], result) for i in graph.state_inputs(node))
+        return not any(is_carried(graph, [*graph.same(i, 0, scaled=True)], result) for i in graph.state_inputs(node))
 
     return goes_on and not unread and all(map(is_exit, graph.uses(result)))
 
@@ -429,7 +429,7 @@ def _parallel(
             later = any(results[n].head is not one for n in passed)
             injected = later and all(graph.is_linear(n, path) for n in way)
             # A stream of its own from the same state; but a read-out sums up one stream, state by state.
-            carries = [graph.is_carried([one.state], n, as_it_is=True) for n in (branch, one.branch)]
+            carries = [is_carried(graph, [one.state], n, as_it_is=True) for n in (branch, one.branch)]
             other = injected or carries == [True, False] or _passes_levels(graph, path, one.state, branch)
             if graph.mixes(path, one.state) and not other:
                 return Match("parallel", one.state, set(path) - {one.state}, one)

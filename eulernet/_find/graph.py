@@ -217,26 +217,6 @@ class Graph:
             else:
                 source = self._normed(chain[-1]) if by_hand else None
 
-    def is_made_of(self, earlier: Sequence[int], node: int) -> bool:
-        """Whether it was computed from one of these, of which the last is the oldest."""
-        return not self.ancestors(node, 0, earlier[-1]).isdisjoint(earlier)
-
-    def is_carried(self, earlier: Sequence[int], node: int, *, as_it_is: bool = False) -> bool:
-        """Whether one of these, of which the last is the oldest, has become a node by sums, norms and factors alone.
-
-        `as_it_is`: and was neither normed nor scaled first, as in a branch that has a sum of its own.
-        """
-        pending, seen = [node], {node}
-        while pending:
-            one = pending.pop()
-            chain = list(self.raw(one, scaled=True, by_hand=True))
-            if not set(self.same(one, 0) if as_it_is else chain).isdisjoint(earlier):
-                return len(seen) > 1
-            if chain[-1] in self.sums and chain[-1] > earlier[-1]:
-                pending += [n for n in self.state_inputs(chain[-1]) if n not in seen]
-                seen.update(pending)
-        return False
-
     def gives_sum(self, addition: Addition, skip: int) -> bool:
         """Whether the value of an operation is the sum of its skip and its branch, and no other mixture."""
         node = self.nodes[addition.result]

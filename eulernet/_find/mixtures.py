@@ -6,7 +6,7 @@ linear multistep. The step is the sum in which `f(x)`, and no state, meets the r
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
 from eulernet._find.graph import Graph, MatchKind, StepCall
@@ -69,13 +69,35 @@ def _state(graph: Graph, expression: Expression, first: bool = False) -> _State 
     chains = {leaf: [*graph.same(leaf, 0, scaled=True)] for leaf in expression.leaves}
     for leaf in sorted(chains, key=lambda one: chains[one][-1], reverse=True):
         others = [other for n, other in enumerate(expression.leaves) if n != expression.leaves.index(leaf)]
-        is_earlier = graph.is_made_of if first else graph.is_carried
-        if any(not graph.constant[other] and is_earlier(chains[other], leaf) for other in others):
+        is_earlier = is_made_of if first else is_carried
+        if any(not graph.constant[other] and is_earlier(graph, chains[other], leaf) for other in others):
             origins = {other: _origin(graph, chains[leaf], other) for other in others}
             branches = {other: origin for other, origin in origins.items() if origin is not None}
             if branches:
                 return _State(leaf, branches)
     return None
+
+
+def is_made_of(graph: Graph, earlier: Sequence[int], node: int) -> bool:
+    """Whether it was computed from one of these, of which the last is the oldest."""
+    return not graph.ancestors(node, 0, earlier[-1]).isdisjoint(earlier)
+
+
+def is_carried(graph: Graph, earlier: Sequence[int], node: int, *, as_it_is: bool = False) -> bool:
+    """Whether one of these, of which the last is the oldest, has become a node by sums, norms and factors alone.
+
+    `as_it_is`: and was neither normed nor scaled first, as in a branch that has a sum of its own.
+    """
+    pending, seen = [node], {node}
+    while pending:
+        one = pending.pop()
+        chain = list(graph.raw(one, scaled=True, by_hand=True))
+        if not set(graph.same(one, 0) if as_it_is else chain).isdisjoint(earlier):
+            return len(seen) > 1
+        if chain[-1] in graph.sums and chain[-1] > earlier[-1]:
+            pending += [n for n in graph.state_inputs(chain[-1]) if n not in seen]
+            seen.update(pending)
+    return False
 
 
 def _last_sum(graph: Graph, state: int, roots: Collection[int]) -> int:
@@ -85,7 +107,7 @@ def _last_sum(graph: Graph, state: int, roots: Collection[int]) -> int:
 
 def _origin(graph: Graph, chain: list[int], leaf: int) -> int | None:
     """The node, of a state and what it is a multiple of, that a branch was computed from; not a later state."""
-    if graph.is_carried(chain, leaf):
+    if is_carried(graph, chain, leaf):
         return None
     ancestors = graph.ancestors(leaf, 0, chain[-1])
     node = next((n for n in chain if n in ancestors and n != leaf), None)
