@@ -868,7 +868,7 @@ class AWeightedSkipAroundTheBlock(Trap):
 
         def reference(self, x: Tensor, h: Sequence[float]) -> Tensor:
             y = x + h[0] * self.a(x)
-            return y + h[1] * self.b(y) + x * self.gamma
+            return h[2] * (y + h[1] * self.b(y)) + x * self.gamma
 
     def __init__(self) -> None:
         super().__init__()
@@ -878,6 +878,7 @@ class AWeightedSkipAroundTheBlock(Trap):
         return self.blocks(x)
 
     def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        steps, long = h[:4], [*h[4:], 1.0, 1.0][:2]
         for i, block in enumerate(self.blocks):
-            x = block.reference(x, h[2 * i : 2 * i + 2])  # type: ignore[operator]
+            x = block.reference(x, [*steps[2 * i : 2 * i + 2], long[i]])  # type: ignore[operator]
         return x
