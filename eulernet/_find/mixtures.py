@@ -133,7 +133,7 @@ def _ruled(graph: Graph, sums: Iterable[Addition], state: _State) -> dict[int, S
         within = set(graph.path(origin, branch, graph.ancestors(branch, 0, origin))) - {origin}
         kind: MatchKind = "parallel" if first else "identity"
         call = StepCall(addition, kind, skip, branch, pure[1], origin, within, first=first)
-        call.source = origin
+        call.source, call.sums = origin, pure[1] or "sub" not in addition.op  # `f(x) - before` is no sum of the two
         first = first or call
         found[addition.result] = call
     for step in found.values():

@@ -87,7 +87,7 @@ def site_of(step_call: StepCall, originals: Originals, sites: dict[Any, TracedSi
     if step_call.mixture:
         raise Unsupported("it mixes what it is added to with what is added")
     if "sub" in addition.op and not step_call.skip_is_left:
-        raise Unsupported("it subtracts the state from the branch")
+        raise Unsupported("it subtracts a state from the branch; written as 2 * x - before + f(x) it is scaled")
     if addition.op not in ADDITIONS:
         does = "adds lists of tensors" if addition.op.startswith("foreach") else "adds and does something else"
         raise Unsupported(f"{addition.op} {does} in one operation")

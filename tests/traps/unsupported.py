@@ -50,3 +50,14 @@ class InANestedFunctionThatHidesSelf(Form):
             return self + branch(self)
 
         return step(x)
+
+
+@unsupported
+class AStateIsSubtractedFromTheBranch(Form):
+    """Leapfrog with the branch first: no operand is what the sum is at h = 0."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        before = 0.5 * x
+        for _ in range(3):
+            x, before = self.a(x) - before + 2 * x, x
+        return x

@@ -51,9 +51,8 @@ class NetworkWriter(BlockWriter):
 
     def site(self, cls: Class, name: str, width: int, trunk: bool = True) -> int:
         """Statements of `cls` that take x on, and x's new width; outside the trunk the width stays."""
-        excluded = (
-            [] if trunk else ["inline", "projection", "fusion", "hyper-connections", "conditioned", "several states"]
-        )
+        excluded = [] if trunk else ["inline", "projection", "fusion", "hyper-connections"]
+        excluded += [] if trunk else ["conditioned", "several states"]
         excluded += ["decoder", "hyper-connections"] if not self.tokens else []
         choice = self.pick(SITES, *excluded, *([] if self.stream == "conv2d" else ["fusion"]))
         path, w, out = f"self.{name}", str(width), 12 - width
