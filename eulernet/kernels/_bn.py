@@ -78,6 +78,6 @@ def _plan(
         flat = walk(skip, branch)  # the compiler would read each element of such rows by itself
         if flat is not None and flat.rows == 1:
             way, channel, channels, pixels = flat, ABSENT, way.middle, way.inner
-    constants = (channel, channels, pixels, eps, ACTIVATIONS[activation], way.outer > 1, computed_in(dtype), *way.block)
+    constants = (channel, channels, pixels, eps, ACTIVATIONS[activation], way.split, computed_in(dtype), *way.block)
     each = warps(way.block, dtype.itemsize)
     return way, dtype, Launch(_device.bn_forward, way.programs, skip.device, (*sizes(way), *constants), each)

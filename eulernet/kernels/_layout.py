@@ -38,6 +38,11 @@ class Layout(NamedTuple):
         return self.outer * self.middle
 
     @property
+    def split(self) -> int:
+        """The bits that a row's number is divided with to find its outer position, 0 where it need not be."""
+        return 0 if self.outer == 1 else 32 if self.rows < 2**31 else 64
+
+    @property
     def programs(self) -> int:
         """Those that handle one tile each."""
         return cdiv(self.rows, self.block[0]) * cdiv(self.inner, self.block[1])

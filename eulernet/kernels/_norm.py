@@ -52,7 +52,7 @@ class Plan:
         self.eps, self.centred, self.dtype, self.normed_dtype = eps, centred, dtype, normed_dtype
         self.wide = torch.promote_types(dtype, torch.float32)
         block = _block(way, TILE)
-        tail = (*sizes(way), *way.axes[1:], eps, centred, way.outer > 1, computed_in(dtype), *block)
+        tail = (*sizes(way), *way.axes[1:], eps, centred, way.split, computed_in(dtype), *block)
         each = warps(block, dtype.itemsize) if mixed else min(32, max(4, block[0] * block[1] // (32 * FORWARD)))
         programs = cdiv(way.rows, block[0])
         # Without and with what a backward needs.
@@ -88,7 +88,7 @@ class Backward:
         self.single = sums(programs, 1, 1, 1, plan.device) if single else None
         self.sums = sums(programs, way.inner, 1, summed - single, plan.device) if summed > single else None
         tail = (way.middle, way.inner, way.rows, *way.steps[2:], tiles)
-        tail += (*way.axes[1:], way.outer > 1, computed_in(plan.dtype), *block, ahead)
+        tail += (*way.axes[1:], way.split, computed_in(plan.dtype), *block, ahead)
         self.launch = Launch(_device.norm_backward, programs, plan.device, tail, each)
 
 

@@ -65,7 +65,7 @@ class Plan:
 
     def constants(self, way: Layout, block: tuple[int, int]) -> tuple[Any, ...]:
         """SCALE, MASK, ACT, SPLIT, T, BR, BC"""
-        return *way.axes, ACTIVATIONS[self.activation], way.outer > 1, computed_in(self.dtype), *block
+        return *way.axes, ACTIVATIONS[self.activation], way.split, computed_in(self.dtype), *block
 
     def backward(self, branch: Tensor | None, wants: Wants) -> Backward:
         """The one for a branch with these strides, which need not be those that it had."""
