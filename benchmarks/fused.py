@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import eulernet
 from benchmarks.tables import Table, rich_table
 from eulernet import kernels
-from eulernet._run import fuse, known
+from eulernet._run import fuse
 from eulernet._run.patched import ADD_NORM, EPILOGUE, EPILOGUE_IN_PLACE, SCALE, STEP, STEP_IN_PLACE, Patched
 
 RESULTS = Path(__file__).parent / "results" / "fused.json"
@@ -108,6 +108,7 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, Inputs]]] = {
     ),
     "T5": _text("T5Model", "T5Config", d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4),
 }  # fmt: skip
+_THEN = {"relu": "ReLU", "silu": "SiLU", "gelu": "GELU", "layer_norm": "LayerNorm", "rms_norm": "RMSNorm"}
 _WRITTEN = {"step_forward": (4, 5), "norm_forward": (6, 7, 8, 9), "bn_forward": (6,)}
 
 
@@ -124,11 +125,11 @@ def counting() -> Iterator[Counter[str]]:
             if (result := tensors[i]) is not None:
                 result.zero_()
 
-    def watched(then: Any, skip: Any, branch: Any, *rest: Any, **options: Any) -> Any:
-        result = original(then, skip, branch, *rest, **options)
+    def watched(name: str | None, after: Any, skip: Any, branch: Any, *rest: Any, **options: Any) -> Any:
+        result = original(name, after, skip, branch, *rest, **options)
         if result is not None:
             waiting = branch if type(branch) is fuse.DeferredBranch else None
-            fused.append(_named(waiting, then))
+            fused.append(_named(waiting, name if after is None else after.kind))
         return result
 
     def counted(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -158,15 +159,14 @@ def counting() -> Iterator[Counter[str]]:
         os.environ.pop("TRITON_INTERPRET") if before is None else os.environ.update(TRITON_INTERPRET=before)
 
 
-def _named(waiting: fuse.DeferredBranch | None, then: Any) -> str:
+def _named(waiting: fuse.DeferredBranch | None, then: str | None) -> str:
     """What one kernel does together: `BatchNorm + step + ReLU`; "" where that is the addition alone."""
     parts = ["step"]
     if waiting is not None:
         before = {"BatchNorm": waiting.norm, "LayerScale": waiting.scale, "drop path": waiting.mask}
         parts = [name for name, value in before.items() if value is not None] + parts
     if then is not None:
-        by = known.norm(then)
-        parts.append(type(then).__name__ if by is None else {"rms_norm": "RMSNorm"}.get(by.kind, "LayerNorm"))
+        parts.append(_THEN[then])
     return " + ".join(parts) if len(parts) > 1 else ""
 
 

@@ -295,8 +295,9 @@ def _mask(branch: Tensor, layer_scale: Tensor | None, drop_path: float | Tensor 
 
 def _promoted(*tensors: Tensor | None) -> torch.dtype:
     """The dtype of a sum of products of floating tensors: 0-d ones count only where there are no others."""
-    given = [t for t in tensors if t is not None]
-    dtypes = {t.dtype for t in given if t.dim()} or {t.dtype for t in given}
+    dtypes = {t.dtype for t in tensors if t is not None}
+    if len(dtypes) > 1:
+        dtypes = {t.dtype for t in tensors if t is not None and t.dim()} or dtypes
     return dtypes.pop() if len(dtypes) == 1 else reduce(torch.promote_types, dtypes)
 
 

@@ -20,7 +20,6 @@ from eulernet._errors import EulernetError
 from eulernet._run.factor import StepFactor, scaled_add, scaled_add_
 from eulernet._run.known import DIMENSIONS, Norm, activation, bare, before, gamma, held, norm, pays
 from eulernet.functional import _factors, _mask, _promoted
-from eulernet.kernels._layout import SEVERAL, varying
 
 _GIVEN = "_euler_given"  # of a tensor, what the next block's norm makes of it
 
@@ -53,9 +52,7 @@ class DeferredBranch:
 
     def multiply(self, gamma: Tensor, call: Callable[[Any], Any]) -> bool:
         """Put off the multiplication with gamma, which `call` does."""
-        if self.scale is not None or self.norm is not None or not kernels.plain(gamma):
-            return False
-        if varying(gamma, self.branch.shape) == SEVERAL:
+        if self.scale is not None or self.norm is not None or not isinstance(gamma, Tensor):
             return False
         self.scale = gamma
         self.calls.append(call)
@@ -131,18 +128,21 @@ def _version(tensor: Tensor) -> int:
 
 
 def _waiting(branch: Tensor, factor: Any, pays: kernels.Pays) -> DeferredBranch | None:
-    """A branch to put something off for, None where nothing is put off."""
+    """A branch to put something off for, None where nothing is put off. Whether a kernel runs the step decides."""
     if isinstance(factor, StepFactor) and factor.value == 1:
         return None
-    return DeferredBranch(branch) if kernels.chosen(branch, branch, pays) else None
+    return DeferredBranch(branch) if kernels.possible(branch, pays) else None
+
+
+def may_defer(branch: Any) -> bool:
+    """Whether something may be put off that is done to a branch."""
+    return type(branch) is DeferredBranch or kernels.possible(branch, kernels.LAYER_SCALE) is not None  # pays first
 
 
 def defer(module: Any, branch: Any, factor: Any) -> Any:
     """`module(branch)`, put off if a kernel may do it together with the addition of this step factor."""
     if type(branch) is DeferredBranch:
         return branch if branch.take(module, before(module)) else defer(module, branch.run(), factor)
-    if not kernels.possible(branch, kernels.LAYER_SCALE):  # which pays first of what comes before an addition
-        return module(branch)
     role = before(module)
     if role is None or role == "identity" or (role != "LayerScale" and module.training == (role == "batch norm")):
         return module(branch)  # there is nothing to put off: drop path does nothing in inference
@@ -185,16 +185,25 @@ def step(
 ) -> Any:
     """`then(left + alpha * right)` with the branch scaled, in one operation where that is possible."""
     skip, branch = (materialize(left), right) if skip_is_left else (materialize(right), left)
-    if kernels.possible(skip, kernels.ACTIVATION):  # which pays first of all but norms
-        result = _fused(then, skip, branch, h, skip_is_left, alpha, in_place)
+    if kernels.possible(skip, kernels.ACTIVATION) and (known := _known(then)):  # which pays first of all but norms
+        result = _fused(*known, skip, branch, h, skip_is_left, alpha, in_place)
         if result is None and type(branch) is DeferredBranch:
             branch = materialize(branch)
-            result = _fused(then, skip, branch, h, skip_is_left, alpha, in_place)
+            result = _fused(*known, skip, branch, h, skip_is_left, alpha, in_place)
         if result is not None:
             return result[-1]
     left, right = (skip, materialize(branch)) if skip_is_left else (materialize(branch), skip)
     state = (scaled_add_ if in_place else scaled_add)(left, right, h, skip_is_left, alpha)
     return state if then is None else then(state)
+
+
+def _known(then: Any) -> tuple[str | None, Norm | None] | None:
+    """What comes after an addition, an activation or a norm, maybe nothing; None where no kernel does it."""
+    if then is None:
+        return None, None
+    name = activation(then)
+    after = norm(then) if name is None else None
+    return (name, after) if (name is not None or after is not None) and bare(then) else None
 
 
 class PrecomputedNorm:
@@ -224,8 +233,8 @@ def add_norm(
     if kernels.possible(skip, kernels.WRITTEN_OUT):  # which pays first
         module: Any = getattr(owner, name, None)
         both = None
-        if kernels.possible(skip, pays(module)):
-            both = _fused(module, skip, branch, h, skip_is_left, alpha, in_place=False)
+        if kernels.possible(skip, pays(module)) and (known := _known(module)):
+            both = _fused(*known, skip, branch, h, skip_is_left, alpha)
         if both is not None:  # of an activation only its result, which nobody reads before it is asked for
             return both[0], PrecomputedNorm(module, both[0], both[-1])
     return step(None, left, right, h, skip_is_left, alpha), None
@@ -264,6 +273,13 @@ class GivenNorm:
         return type(None), ()  # it is not kept with a tensor that is
 
 
+def may_norm(left: Any, right: Any) -> bool:
+    """Whether the sum of these may take a norm along."""
+    if torch.is_grad_enabled():
+        return False
+    return any([kernels.possible(each, kernels.WRITTEN_OUT) for each in (left, right)])  # which pays first
+
+
 def _counted(state: Tensor) -> bool:
     return not torch.is_grad_enabled() and not state.is_inference()
 
@@ -280,9 +296,9 @@ def step_and_norm(
     does both."""
     skip, branch = (materialize(left), right) if skip_is_left else (materialize(right), left)
     if kernels.possible(skip, pays(module)) and type(skip) is Tensor and _counted(skip) and bare(owner):
-        weight = norm(module)
-        if weight is not None and all(t is None or t.untyped_storage().nbytes() for t in (weight.weight, weight.bias)):
-            both = _fused(module, skip, branch, h, skip_is_left, alpha, in_place=False)
+        after = norm(module) if bare(module) else None
+        if after is not None and all([t is None or t.untyped_storage().nbytes() for t in (after.weight, after.bias)]):
+            both = _fused(None, after, skip, branch, h, skip_is_left, alpha)
             if both is not None:
                 both[0].__dict__[_GIVEN] = GivenNorm(module, *both)
                 return both[0]
@@ -300,7 +316,14 @@ def take_given(module: Any, state: Any) -> Any:
 
 
 def _fused(
-    then: Any, skip: Any, branch: Any, h: float | Tensor, skip_is_left: bool, alpha: float, in_place: bool
+    name: str | None,
+    after: Norm | None,
+    skip: Any,
+    branch: Any,
+    h: float | Tensor,
+    skip_is_left: bool,
+    alpha: float,
+    in_place: bool = False,
 ) -> tuple[Tensor, ...] | None:
     """The new state after an activation, or the one before and the one after a norm; None where no kernel does that."""
     waiting = branch if type(branch) is DeferredBranch and branch.result is None else None
@@ -308,20 +331,16 @@ def _fused(
     if waiting is not None:
         branch = waiting.branch
         scale, mask, number, batch_norm = waiting.scale, waiting.mask, waiting.number, waiting.norm
-    name = None if then is None else activation(then)
-    after_norm = None if then is None or name is not None else norm(then)
-    if then is not None and ((name is None and after_norm is None) or not bare(then)):
-        return None
     worth = kernels.ACTIVATION if name is not None else None  # without, one kernel of ATen's does the same
     if batch_norm is not None:
         worth = kernels.BATCH_NORM
-    elif after_norm is not None:
-        worth = pays(then)
+    elif after is not None:
+        worth = after.pays
     elif scale is not None or mask is not None or isinstance(h, Tensor):
         worth = kernels.LAYER_SCALE
     if not kernels.chosen(skip, branch, worth):
         return None
-    if not isinstance(h, Tensor) and h == 1 and (waiting is not None or name not in (None, "relu") or after_norm):
+    if not isinstance(h, Tensor) and h == 1 and (waiting is not None or name not in (None, "relu") or after):
         return None
     if not skip_is_left and (alpha != 1 or skip.stride() != branch.stride()):
         return None  # the first operand decides the result's strides
@@ -331,13 +350,13 @@ def _fused(
         if _promoted(branch, scale, mask) != dtype:
             return None  # what waits has its own dtype, and would be written into
     elif in_place:
-        if waiting is not None or after_norm is not None or skip.dtype != branch.dtype or isinstance(h, Tensor):
+        if waiting is not None or after is not None or skip.dtype != branch.dtype or isinstance(h, Tensor):
             return None
         out = skip if skip_is_left else branch
     if waiting is not None:
         waiting.unchanged()
     if batch_norm is not None:
-        if isinstance(h, Tensor) or after_norm is not None:
+        if isinstance(h, Tensor) or after is not None:
             return None
         from eulernet.kernels import _bn
 
@@ -346,8 +365,8 @@ def _fused(
         return None if result is None else (result,)
     factor, scale = _factors(h, scale, dtype, skip.device)
     factor *= alpha * number
-    if after_norm is not None:
-        return _step_norm(after_norm, skip, branch, factor, scale, mask, dtype)
+    if after is not None:
+        return _step_norm(after, skip, branch, factor, scale, mask, dtype)
     from eulernet.kernels import _step
 
     result = _step.step(skip, branch, factor, scale, mask, name, dtype, out)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -36,20 +35,25 @@ _NORMS = {
     ("timm.layers.norm", "RmsNorm"): "rms_norm",
 }
 DIMENSIONS = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 def before(module: Any) -> str | None:
     """What a module does to a branch that is about to be added, None where it is nothing that a step knows."""
     cls = type(module)
-    known = _BEFORE.get((cls.__module__, cls.__qualname__))
-    if known == "batch norm" and not all([type(each) is nn.Identity for each in module._modules.values()]):
+    role = _role(cls, getattr(cls, "forward", None))
+    if role == "batch norm" and not all([type(each) is nn.Identity for each in module._modules.values()]):
         return None  # with an activation or dropout of its own
+    if role == "LayerScale" and {"lambda1", "gamma"} <= module._parameters.keys():
+        return None  # which of them it would be
+    return role
+
+
+@lru_cache(maxsize=256)
+def _role(cls: type, forward: Any) -> str | None:
+    known = _BEFORE.get((cls.__module__, cls.__qualname__))
     if known is not None:
         return known
-    if _proven(cls, "LayerScale"):
-        return None if {"lambda1", "gamma"} <= module._parameters.keys() else "LayerScale"  # which of them it would be
-    return "DropPath" if _proven(cls, "DropPath") else None
+    return next((name for name in ("LayerScale", "DropPath") if _proven(cls, name)), None)
 
 
 def after(module: Any) -> bool:
@@ -77,20 +81,22 @@ class Norm(NamedTuple):
     written_out: bool = False  # in operations that autocast leaves alone, rounded to float32 at most
     shifted: bool = False  # its factor is 1 + weight, in float32, and the result has the state's dtype: Gemma
 
+    @property
+    def pays(self) -> kernels.Pays:
+        """From which size on a kernel pays for it."""
+        return _pays(None if self.written_out else self.kind)
+
 
 def norm(module: Any) -> Norm | None:
     """What a module normalizes a new state with, None where it is no norm that a step knows."""
     cls = type(module)
-    kind = _NORMS.get((cls.__module__, cls.__qualname__))
+    kind = _norm(cls, getattr(cls, "forward", None))
     if kind is None:
-        shifted = not _proven(cls, "RMSNorm")
-        if shifted and not _proven(cls, "RMSNorm", "shifted RMSNorm"):
-            return None
+        return None
+    if kind in ("RMSNorm", "shifted RMSNorm"):
+        shifted = kind == "shifted RMSNorm"
         weight, eps = held(module, "weight"), module.eps if shifted else module.variance_epsilon
         return Norm("rms_norm", weight.numel(), weight, None, eps, written_out=True, shifted=shifted)
-    # The RmsNorm of timm before 1.0.13 divides by the variance.
-    if not (cls.__module__.startswith("torch.") or _proof(cls, kind)):
-        return None
     state = module.__dict__
     shape, eps = state["normalized_shape"], state["eps"]
     if len(shape) != 1 or state.get("_fast_norm", False) or eps is None:
@@ -98,13 +104,25 @@ def norm(module: Any) -> Norm | None:
     return Norm(kind, shape[0], held(module, "weight"), held(module, "bias") if kind == "layer_norm" else None, eps)
 
 
+@lru_cache(maxsize=256)
+def _norm(cls: type, forward: Any) -> str | None:
+    """Which norm a class computes: by the names of torch's functions, or one of those that are written out."""
+    kind = _NORMS.get((cls.__module__, cls.__qualname__))
+    if kind is not None:  # the RmsNorm of timm before 1.0.13 divides by the variance
+        return kind if cls.__module__.startswith("torch.") or _computes(cls, kind) else None
+    return next((what for what in ("RMSNorm", "shifted RMSNorm") if _proven(cls, "RMSNorm", what)), None)
+
+
 def pays(module: Any) -> kernels.Pays:
     """From which size on a kernel pays for this norm, if it is one that a step knows."""
     cls = type(module)
-    kind = _NORMS.get((cls.__module__, cls.__qualname__))
-    if kind is None:
-        return kernels.WRITTEN_OUT
-    return kernels.LAYER_NORM if kind == "layer_norm" else kernels.RMS_NORM
+    return _pays(_norm(cls, getattr(cls, "forward", None)))
+
+
+def _pays(kind: str | None) -> kernels.Pays:
+    if kind == "layer_norm":
+        return kernels.LAYER_NORM
+    return kernels.RMS_NORM if kind == "rms_norm" else kernels.WRITTEN_OUT
 
 
 def held(module: nn.Module, name: str) -> Any:
@@ -118,18 +136,7 @@ def held(module: nn.Module, name: str) -> Any:
 
 def _proven(cls: type, name: str, what: str = "") -> bool:
     """Whether a class of this name computes what those of Hugging Face and timm do, of which models have their own."""
-    return cls.__name__.endswith(name) and issubclass(cls, nn.Module) and _proof(cls, what or name)
-
-
-def _proof(cls: type[nn.Module], what: str) -> bool:
-    """Whether the forward of a class computes this, found once."""
-    proofs = _proofs.setdefault(cls, {})
-    if what not in proofs:
-        proofs[what] = _computes(cls, what)
-    return proofs[what]
-
-
-_proofs: weakref.WeakKeyDictionary[type, dict[str, bool]] = weakref.WeakKeyDictionary()
+    return cls.__name__.endswith(name) and issubclass(cls, nn.Module) and _computes(cls, what or name)
 
 
 def _computes(cls: type[nn.Module], what: str) -> bool:
@@ -168,9 +175,14 @@ def _computes(cls: type[nn.Module], what: str) -> bool:
 def bare(module: nn.Module) -> bool:
     """Whether calling the module runs its class's forward and nothing else."""
     state = module.__dict__
-    before, after, backward_pre, backward = [state[name] for name in _HOOKS]
-    hooked = before or after or backward_pre or backward or _has_any_global_hook()  # type: ignore[no-untyped-call]
-    return not hooked and "forward" not in state
+    return not (
+        state["_forward_pre_hooks"]
+        or state["_forward_hooks"]
+        or state["_backward_pre_hooks"]
+        or state["_backward_hooks"]
+        or "forward" in state
+        or _has_any_global_hook()  # type: ignore[no-untyped-call]
+    )
 
 
 def gamma(module: Any) -> Tensor:

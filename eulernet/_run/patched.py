@@ -111,7 +111,7 @@ class Patched:
         slot, skip_is_left, sign = self._euler_places[place]
         one = self._euler[slot] if key is None and slot is not None else self._euler_factor(place, key, left, right)
         h = one.current(self, left)
-        if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and place in self._euler_norms:
+        if not torch.compiler.is_compiling() and place in self._euler_norms and fuse.may_norm(left, right):
             return fuse.step_and_norm(self, self._euler_norms[place], left, right, h, skip_is_left, sign * alpha)
         if type(left) is fuse.DeferredBranch or type(right) is fuse.DeferredBranch or type(h) is not float:
             return fuse.step(None, left, right, h, skip_is_left, sign * alpha)
@@ -150,6 +150,8 @@ class Patched:
         return fuse.take_given(norm, state)
 
     def _euler_defer(self, module: Any, branch: Any, place: int, key: Any = None) -> Any:
+        if not fuse.may_defer(branch):
+            return module(branch)
         return fuse.defer(module, branch, self._euler_factor(place, key))
 
     def _euler_defer_mul(self, left: Any, right: Any, gamma_first: bool, place: int, key: Any = None) -> Any:

@@ -30,8 +30,10 @@ class Pays(NamedTuple):
     without: float  # gradients
     backward: float  # with them
 
-    def bytes(self, gradients: bool) -> float:
-        return (self.backward if gradients else self.without) * 2**20
+    def of(self, state: Tensor) -> bool:
+        """Whether it is so large."""
+        least = self.backward if state.requires_grad and torch.is_grad_enabled() else self.without
+        return state.nbytes >= least * 2**20
 
 
 # What an H200 said: `benchmarks.gpu.pays` makes these of benchmarks/results/gpu.json.
@@ -87,7 +89,12 @@ class mode:
         _set(self._before)
 
 
+_asked = False  # whether any thread has asked for another mode than "auto"
+
+
 def _set(name: Mode) -> None:
+    global _asked
+    _asked |= name != "auto"
     # torch 2.8 to 2.11 gives back a reference here that it has not taken, until Python frees what all others hold.
     # Where torch takes its own, a name is held once more than needed.
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(name))
@@ -154,14 +161,11 @@ def possible(state: Any, pays: Pays | None) -> Mode | None:
     """The mode in which a kernel may be chosen for a state, None for most: in a compiled graph, off the GPU, and where
     the state is smaller than what pays. It is asked first, of each operation that may be one, and costs almost nothing.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or type(state) not in _TENSORS:
         return None
-    mode = current()
-    if mode != "auto":
+    if _asked and (mode := current()) != "auto":
         return mode if mode == "triton" else None
-    if pays is None or type(state) not in _TENSORS or not state.is_cuda:
-        return None
-    return mode if state.nbytes >= pays.bytes(state.requires_grad and torch.is_grad_enabled()) else None
+    return "auto" if pays is not None and state.is_cuda and pays.of(state) else None
 
 
 def chosen(skip: Any, branch: Any, pays: Pays | None) -> bool:
@@ -173,7 +177,7 @@ def chosen(skip: Any, branch: Any, pays: Pays | None) -> bool:
         assert pays is not None
         if _broken:
             return False
-        if branch.requires_grad and torch.is_grad_enabled() and skip.nbytes < pays.bytes(True):
+        if branch.requires_grad and torch.is_grad_enabled() and skip.nbytes < pays.backward * 2**20:
             return False
         if not _works(skip.get_device()):
             return False

@@ -35,9 +35,9 @@ from eulernet.kernels._sums import sums
 ACTIVATIONS = {None: 0, "relu": 1, "silu": 2, "gelu": 3}
 FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 MOST_PLANS = 4096
-# Where a backward sums up: elements of a tile, how many tiles a program reads ahead, programs that a multiprocessor
-# holds. With these an H200 was fastest.
-READ, STAGES, HELD = 1024, 5, 2
+# Where a backward sums up: elements of a tile, how many tiles a program reads ahead, warps that a multiprocessor holds.
+# With these an H200 was fastest.
+READ, STAGES, HELD = 1024, 5, 16
 Wants = tuple[bool, ...]  # whether the gradients of skip, branch and scale are asked for, and those that a norm adds
 
 
@@ -84,15 +84,17 @@ class Backward:
         repeats = wants[2] and axis in (INNER, SINGLE)  # a program makes a part of the sum over several tiles
         if repeats:
             block = tile(way.rows, way.inner, READ)
-        blocks, tiles, each, ahead = cdiv(way.inner, block[1]), 1, plan.warps, 1
+        blocks, tiles, ahead = cdiv(way.inner, block[1]), 1, 1
+        each = 4 if plan.activation is None else plan.warps  # where one operand is read, a thread reads more of it
         lanes = cdiv(way.rows, block[0])
         if repeats:
             assert branch is not None
             each = warps(block, plan.dtype.itemsize)
-            tiles = cdiv(lanes, max(1, resident(plan.device, HELD) // blocks))
+            held = max(1, HELD // each)
+            tiles = cdiv(lanes, max(1, resident(plan.device, held) // blocks))
             lanes = cdiv(lanes, tiles)
             read = branch.itemsize + plan.dtype.itemsize * (1 if plan.activation is None else 2)
-            ahead = stages(plan.device, HELD * block[0] * block[1] * read, min(tiles, STAGES))
+            ahead = stages(plan.device, held * block[0] * block[1] * read, min(tiles, STAGES))
         if wants[2]:
             self.parts = {
                 INNER: (lanes, way.inner, 1), SINGLE: (lanes * blocks, 1, 1),
