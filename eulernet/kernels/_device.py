@@ -1,8 +1,8 @@
 """What runs on the GPU. All arithmetic is in T: float32, or float64 where an operand is.
 
 A program handles a tile of BR rows and BC columns of the walk that `_layout` describes: a row is an inner axis of C
-neighbours in memory, R = outer * M of them (SPLIT: the bits of a row's number, 0 where the outer axis is 1). Offsets are
-64-bit. What the kernels write is dense: its offset is row * C + column.
+neighbours in memory, R = outer * M of them (SPLIT: the bits that a row's number is divided with, 0 where the outer axis
+is 1). Offsets are 64-bit. What the kernels write is dense: its offset is row * C + column.
 """
 
 import triton
