@@ -39,7 +39,7 @@ DIMENSIONS = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)
 
 def before(module: Any) -> str | None:
     """What a module does to a branch that is about to be added, None where it is nothing that a step knows."""
-    cls = type(module)
+    cls: Any = type(module)
     role = _role(cls, getattr(cls, "forward", None))
     if role == "batch norm" and not all([type(each) is nn.Identity for each in module._modules.values()]):
         return None  # with an activation or dropout of its own
@@ -89,7 +89,7 @@ class Norm(NamedTuple):
 
 def norm(module: Any) -> Norm | None:
     """What a module normalizes a new state with, None where it is no norm that a step knows."""
-    cls = type(module)
+    cls: Any = type(module)
     kind = _norm(cls, getattr(cls, "forward", None))
     if kind is None:
         return None
@@ -115,7 +115,7 @@ def _norm(cls: type, forward: Any) -> str | None:
 
 def pays(module: Any) -> kernels.Pays:
     """From which size on a kernel pays for this norm, if it is one that a step knows."""
-    cls = type(module)
+    cls: Any = type(module)
     return _pays(_norm(cls, getattr(cls, "forward", None)))
 
 
