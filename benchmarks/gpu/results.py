@@ -80,6 +80,7 @@ class Results:
         self.machines: list[Row] = data.get("machines", [])
         self.rows: list[Row] = data.get("rows", [])
         self.begun: str | None = data.get("begun")  # the part that is being measured
+        self.note: str | None = data.get("note")  # what somebody wrote about the rows
 
     def begin(self, part: str | None) -> None:
         """Note which part is being measured, for whoever finds the file later."""
@@ -118,7 +119,7 @@ class Results:
     def _write(self) -> None:
         lines = ",\n  ".join(json.dumps(row) for row in self.rows)
         machines = ",\n  ".join(json.dumps(each) for each in self.machines)
-        begun = json.dumps(self.begun)
+        begun = json.dumps(self.begun) + ("" if self.note is None else f',\n"note": {json.dumps(self.note)}')
         self.path.parent.mkdir(parents=True, exist_ok=True)
         draft = self.path.with_suffix(".draft")
         draft.write_text(f'{{"begun": {begun},\n"machines": [\n  {machines}\n],\n"rows": [\n  {lines}\n]}}\n')

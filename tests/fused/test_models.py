@@ -37,7 +37,7 @@ def test_the_kernels_give_what_eager_gives(name: str, dtype: torch.dtype, launch
     model, x = randomized(build()).to(dtype), inputs()
     x = x.to(dtype) if x.is_floating_point() else x
     eulernet.patch(model, h=0.3, example_inputs=x)
-    plain = copy.deepcopy(model)
+    plain, nudged = copy.deepcopy(model), copy.deepcopy(model)
     expected = train(plain, ((x,), {}))
     assert launches == []
     with kernels.mode("triton"):
@@ -51,10 +51,17 @@ def test_the_kernels_give_what_eager_gives(name: str, dtype: torch.dtype, launch
         assert in_training[: len(forward)] == forward and sorted(in_training[len(forward) :]) == sorted(backward)
         assert launches[2 * len(forward) :] == [f"{KERNELS[letter]}_forward" for letter in inferred]
     tolerance = 1e-4 if dtype == torch.float32 else 1e-5 if name in ("Llama", "DINOv2", "BERT") else 1e-10
-    for a, e in zip(actual, expected, strict=True):
+    others = expected
+    if DEVICE == "cuda" and dtype == torch.float32 and x.is_floating_point():
+        # A GPU's convolutions differ in the last bit from run to run, and batch norm over 8 numbers makes up to a tenth
+        # of that. So it counts what such a change of the input does.
+        others = train(nudged, ((x * (1 + 1e-7 * torch.randn_like(x)),), {}))
+    for a, e, other in zip(actual, expected, others, strict=True):
         assert (a.dtype, a.shape, a.stride()) == (e.dtype, e.shape, e.stride())
         # the sum is rounded once, not three times; batch norm over 8 numbers makes more of it
-        torch.testing.assert_close(a, e, rtol=tolerance, atol=tolerance * max(1.0, e.double().abs().max().item()))
+        largest = max(1.0, e.double().abs().max().item())
+        nudge = (other - e).double().abs().max().item()
+        torch.testing.assert_close(a, e, rtol=tolerance, atol=max(tolerance * largest, 4 * nudge))
     for a, e in zip(result, tensors(plain.eval()(x)), strict=True):
         assert (a.dtype, a.shape, a.stride()) == (e.dtype, e.shape, e.stride())
         torch.testing.assert_close(a, e, rtol=tolerance, atol=tolerance)
