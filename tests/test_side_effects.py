@@ -4,7 +4,9 @@ import copy
 import functools
 import gc
 import random
+import types
 import weakref
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -16,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 
 import eulernet
+from eulernet import EulernetError
 from tests.helpers.trapped import build, every_trap
 from tests.traps import Trap
 from tests.traps.base import DIM, Block
@@ -338,6 +341,184 @@ def test_caches_of_the_process_keep_no_fake_tensors(look: Callable[..., None], f
     output = model(X)
     assert type(output) is Tensor and output.isfinite().all()
     assert expected is None or torch.equal(output, expected)
+
+
+class Slotted:
+    __slots__ = ("mask",)
+
+
+class Kept:
+    """A cache of a class, made by the model, or there before."""
+
+    mask: ClassVar[Tensor | None] = None
+    length: ClassVar[int] = 0
+
+
+class Rope(nn.Module):
+    """Shared by all blocks and held by none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mask: Tensor | None = None
+
+
+OUTSIDE = {
+    "object": types.SimpleNamespace(mask=None, length=0), "slots": Slotted(), "class": Kept, "module": Rope(),
+    "within an object": types.SimpleNamespace(cache=types.SimpleNamespace(mask=None, length=0)),
+}  # fmt: skip
+DICTS: dict[str, Any] = {
+    "dict": {}, "ordered": OrderedDict(), "default": defaultdict(lambda: torch.ones(5, 5).tril()), "entry": {},
+}  # fmt: skip
+_global_mask = None
+_global_length = 0
+
+
+def remembering() -> Callable[[int], Tensor]:
+    mask, kept = None, 0
+
+    def get(length: int) -> Tensor:
+        nonlocal mask, kept
+        if kept != length:
+            mask, kept = torch.ones(length, length).tril(), length
+        assert mask is not None
+        return mask
+
+    return get
+
+
+CLOSURE = remembering()
+
+
+def in_an_object(where: str, length: int) -> Tensor:
+    holder: Any = OUTSIDE[where]
+    holder = getattr(holder, "cache", holder)
+    if getattr(holder, "length", None) != length or holder.mask is None:
+        holder.mask = torch.ones(length, length).tril()
+        if where != "slots":
+            holder.length = length
+    return holder.mask  # type: ignore[no-any-return]
+
+
+def in_a_dict(where: str, length: int) -> Tensor:
+    if where == "default":
+        return DICTS[where][length]  # type: ignore[no-any-return]
+    if length not in DICTS[where]:
+        mask = torch.ones(length, length).tril()
+        DICTS[where][length] = types.SimpleNamespace(mask=mask) if where == "entry" else mask
+    found = DICTS[where][length]
+    return found.mask if where == "entry" else found  # type: ignore[no-any-return]
+
+
+def in_a_global(where: str, length: int) -> Tensor:
+    global _global_mask, _global_length
+    if _global_length != length:
+        _global_mask, _global_length = torch.ones(length, length).tril(), length
+    assert _global_mask is not None
+    return _global_mask
+
+
+@both
+@pytest.mark.parametrize("where", [*OUTSIDE, *DICTS, "closure", "global"])
+def test_a_cache_outside_of_the_model_holds_what_it_held(look: Callable[..., None], where: str) -> None:
+    """It forgets the length of a mask together with the mask."""
+    if where == "slots":
+        OUTSIDE[where].mask = None
+    mask = in_an_object if where in OUTSIDE else in_a_dict if where in DICTS else in_a_global
+
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + (CLOSURE(5) if where == "closure" else mask(where, 5)) @ self.a(x)
+
+    model = nn.Sequential(nn.Linear(6, 6), Masked())
+    look(model, X)
+    eulernet.unpatch(model)
+    for _ in range(2):
+        output = model(X)
+        assert type(output) is Tensor and output.isfinite().all()
+
+
+def reached_by_a_weak_reference() -> nn.Module:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList([Counting(), Counting()])
+            self.order = [weakref.ref(block) for block in self.blocks]
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.order:
+                x = block()(x)  # type: ignore[misc]
+            return x
+
+    return Net()
+
+
+def reached_by_a_closure() -> nn.Module:
+    first, second = Counting(), Counting()
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList([first, second])
+
+        def forward(self, x: Tensor, last: nn.Module = second) -> Tensor:
+            return last(first(x))  # type: ignore[no-any-return]
+
+    return Net()
+
+
+class Counting(nn.Module):
+    """Counts its calls and moves a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.calls = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.GELU()), 0
+        self.register_buffer("moved", torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.moved.mul_(0.9)
+        return x + self.f(x)  # type: ignore[no-any-return]
+
+    def step(self, x: Tensor) -> Tensor:
+        self.moved.mul_(0.9)
+        return x + self.f(x)  # type: ignore[no-any-return]
+
+
+@both
+@pytest.mark.parametrize("build", [reached_by_a_weak_reference, reached_by_a_closure])
+def test_modules_that_the_copy_reaches_past_itself_do_not_run(look: Callable[..., None], build: Any) -> None:
+    model = build()
+    before = values(model)
+    look(model, X[0])
+    assert_same_values(model, before)
+    assert [block.calls for block in model.blocks] == [0, 0]
+    if look is patch:
+        expected = X[0]
+        for block in model.eval().blocks:
+            expected = expected + 0.3 * block.f(expected)
+        torch.testing.assert_close(model(X[0]), expected)
+
+
+def test_what_would_write_into_the_model_past_the_copy_is_refused() -> None:
+    first = Counting()
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block, self.a = first, nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(first.step(x))  # type: ignore[no-any-return]
+
+    model = Net()
+    before = values(model)
+    with pytest.raises(EulernetError, match="moved of Counting would be written into: a copy of the model is run"):
+        patch(model, X[0])
+    assert_same_values(model, before)
 
 
 class CachedMethod(nn.Module):

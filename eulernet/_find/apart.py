@@ -214,3 +214,30 @@ def without_global_hooks(modules: list[nn.Module]) -> Iterator[None]:
     finally:
         for module in called:
             module.__dict__.pop("_call_impl", None)
+
+
+@contextlib.contextmanager
+def led_to(copies: dict[nn.Module, nn.Module]) -> Iterator[None]:
+    """Who calls one of these modules in this thread calls its copy (`copies`: each copy with its module).
+
+    A copy may hold a module of the model where nothing is copied: by a weak reference, in a class or a closure.
+    """
+    thread, called = threading.get_ident(), []
+
+    def leading(module: nn.Module, copy: nn.Module) -> Callable[..., Any]:
+        own = module._call_impl
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return (copy if threading.get_ident() == thread else own)(*args, **kwargs)
+
+        return call
+
+    try:
+        for copy, module in copies.items():
+            if "_call_impl" not in module.__dict__:
+                called.append(module)
+                module.__dict__["_call_impl"] = leading(module, copy)
+        yield
+    finally:
+        for module in called:
+            module.__dict__.pop("_call_impl", None)

@@ -6,13 +6,12 @@ import contextlib
 import copy
 import dis
 import functools
-import gc
 import inspect
 import sys
 import weakref
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
-from types import CellType, FunctionType, MethodType, ModuleType
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -24,12 +23,12 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from eulernet._commit import surely
 from eulernet._draws import Draws, entered, own_numbers
 from eulernet._errors import EulernetError
-from eulernet._find.apart import OneDtype, alone, quiet, without_global_hooks
+from eulernet._find.apart import OneDtype, alone, led_to, quiet, without_global_hooks
+from eulernet._find.leftovers import Leftovers
 from eulernet._find.tensors import all_modules, deepcopied, returned, tensors_in
 from eulernet._find.trace import DispatchTracer, Trace, Tracer
 from eulernet._step import ROOT
 
-_CACHE = functools._lru_cache_wrapper
 _KEEPING = frozenset("append extend update setdefault __setitem__ add put".split())  # what a lambda keeps a value by
 
 
@@ -40,7 +39,7 @@ class Sandbox:
     hooks are the owner's, who may keep what they see: a copy has none, unless the model cannot run without its `hooks`.
     """
 
-    def __init__(self, model: nn.Module, fake: bool, hooks: bool = False) -> None:
+    def __init__(self, model: nn.Module, fake: bool, hooks: bool = False, leftovers: Leftovers | None = None) -> None:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else None
         if self.mode and any(isinstance(v, torch.ScriptObject) for m in all_modules(model) for v in vars(m).values()):
             self.mode.cache_enabled = False  # it compares arguments, which packed weights refuse
@@ -52,7 +51,9 @@ class Sandbox:
             self.copy: nn.Module = _copy(model, memo)
         _check_copied(model, self.copy)
         _without_compiling(self.copy)
-        self.fakes: list[weakref.ref[Tensor]] = []  # to `forget` once the sandbox is gone
+        self.leftovers = leftovers or Leftovers()
+        self.leftovers.copies |= {id(module) for module in all_modules(self.copy)}
+        self.fakes = self.leftovers.fakes
         self.original: dict[nn.Module, nn.Module] = {}
         for module in {id(m): m for m in all_modules(model)}.values():
             twin = memo.get(id(module))
@@ -67,7 +68,7 @@ class Sandbox:
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool, backward: bool = False) -> Trace:
         """Run the copy in eval or train mode, and return the trace; with that of its backward if asked."""
-        self.tracer = tracer = Tracer(self.copy)
+        self.tracer = tracer = Tracer(self.copy, self.leftovers.look if self.mode else None)
         tracer.keep(t for fake in self.fakes if (t := fake()) is not None)  # in a cache since an earlier run
         handles = []
         for module in self.original:
@@ -76,7 +77,7 @@ class Sandbox:
         try:
             with self._running(training, OneDtype()) as stack:  # type: ignore[no-untyped-call]
                 args, kwargs = self._inputs(args), self._inputs(kwargs)
-                stack.enter_context(DispatchTracer(tracer))
+                stack.enter_context(DispatchTracer(tracer, self._owned()))
                 stack.enter_context(tracer)
                 output = self.copy(*args, **kwargs)
                 tracer.inside = True
@@ -93,6 +94,15 @@ class Sandbox:
             self.tracer = None
             self.fakes.extend(weakref.ref(t) for t in tracer.alive if isinstance(t, FakeTensor))
         return tracer.trace
+
+    def _owned(self) -> dict[int, str]:
+        """The tensors of the model, which no run may write into, by their ids: whose they are."""
+        return {
+            id(tensor): f"{name} of {type(module).__name__}"
+            for module in self.original.values()
+            for name, tensor in (*module._parameters.items(), *module._buffers.items())
+            if tensor is not None
+        }
 
     def run_again(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool, backward: bool = False
@@ -119,6 +129,7 @@ class Sandbox:
                 stack.enter_context(draws)  # a layer that is dropped at random is dropped in each run
             stack.enter_context(own_numbers(draws))
             stack.enter_context(without_global_hooks(list(self.original)))
+            stack.enter_context(led_to(self.original))
             yield stack
 
     def parameter(self, of_model: nn.Parameter) -> nn.Parameter:
@@ -336,66 +347,3 @@ def measuring(modules: Iterable[nn.Module] = (), seed: int = 0) -> Iterator[None
         for context in (*calm, own_numbers(draws), entered(draws)):
             stack.enter_context(context)
         yield
-
-
-@contextlib.contextmanager
-def no_fakes_left(model: nn.Module, sandboxes: list[Sandbox]) -> Iterator[None]:
-    """Afterwards no cache of the process holds a fake tensor of these sandboxes, which are emptied."""
-    classes = {cls for module in all_modules(model) for cls in type(module).__mro__ if cls.__module__ != "builtins"}
-    modules = {id(m): m for cls in classes if (m := sys.modules.get(cls.__module__)) is not None}
-    before = [(owner, dict(vars(owner))) for owner in (*classes, *modules.values())]
-    methods = [value for cls in classes for value in vars(cls).values() if isinstance(value, _CACHE)]
-    sizes = [(method, method.cache_info().currsize) for method in methods]
-    try:
-        yield
-    finally:
-        fakes = [fake for sandbox in sandboxes for fake in sandbox.fakes]
-        sandboxes.clear()
-        for method, size in sizes:
-            if method.cache_info().currsize > size:  # what it was called on, the copied model, is a key
-                method.cache_clear()
-        for owner, names in before:
-            for name, value in list(vars(owner).items()):
-                if isinstance(value, FakeTensor) and value is not names.get(name):
-                    setattr(owner, name, names[name]) if name in names else delattr(owner, name)
-        _forget(fakes)
-
-
-def _forget(fakes: list[weakref.ref[Tensor]]) -> None:
-    """Empty the caches (`functools.lru_cache`, dictionaries, lists) that have kept one of these tensors."""
-    if any(fake() is not None for fake in fakes):
-        gc.collect()
-    kept: list[Any] = [tensor for fake in fakes if (tensor := fake()) is not None]
-    own = {id(kept)}
-    for _ in range(4):  # a cache holds the tensor itself, or a tuple or list of a few
-        if not kept:
-            return
-        holders = gc.get_referrers(*kept)
-        spaces = _namespaces([holder for holder in holders if type(holder) is dict])
-        inside = {id(k) for k in kept}
-        kept = []
-        own |= {id(holders), id(kept)}
-        for holder in holders:
-            if id(holder) in own:
-                continue
-            if isinstance(holder, _CACHE):
-                holder.cache_clear()
-            elif type(holder) is dict and id(holder) not in spaces:
-                for key in [key for key, value in holder.items() if id(value) in inside]:
-                    del holder[key]
-            elif type(holder) is list and not any(_is_cache(h) for h in gc.get_referrers(holder)):
-                holder[:] = [item for item in holder if id(item) not in inside]
-            elif type(holder) in (tuple, list):
-                kept.append(holder)
-
-
-def _namespaces(dicts: list[dict[Any, Any]]) -> set[int]:
-    """The ids of what the classes and modules refer to whose `__dict__` is among these."""
-    owners = [owner for owner in gc.get_referrers(*dicts) if isinstance(owner, (type, ModuleType))] if dicts else []
-    return {id(value) for value in gc.get_referents(*owners)}
-
-
-def _is_cache(holder: Any) -> bool:
-    return isinstance(holder, (_CACHE, tuple)) or (
-        type(holder) is dict and not any(isinstance(k, str) for k in holder) and id(holder) not in _namespaces([holder])
-    )

@@ -22,8 +22,9 @@ from eulernet._find.classify import Sums, classify
 from eulernet._find.graph import StepCall
 from eulernet._find.hints import example_for
 from eulernet._find.inputs import as_arguments, guess_inputs
+from eulernet._find.leftovers import Leftovers, nothing_left
 from eulernet._find.locate import Location
-from eulernet._find.sandbox import Sandbox, no_fakes_left
+from eulernet._find.sandbox import Sandbox
 from eulernet._find.sites import (
     Group,
     TracedSite,
@@ -103,9 +104,8 @@ class Proofs(NamedTuple):
 @contextlib.contextmanager
 def search_by(model: nn.Module, example_inputs: Any, proofs: Proofs) -> Iterator[Search]:
     """Find the steps of a model that is not patched, or of the original of one that is."""
-    sandboxes: list[Sandbox] = []
-    with alone(), no_fakes_left(model, sandboxes), _disable_current_modes():
-        result = apart(lambda: _search(model, example_inputs, sandboxes, proofs))
+    with alone(), nothing_left(model) as leftovers, _disable_current_modes():
+        result = apart(lambda: _search(model, example_inputs, leftovers, proofs))
         try:
             yield result
         finally:
@@ -113,12 +113,12 @@ def search_by(model: nn.Module, example_inputs: Any, proofs: Proofs) -> Iterator
                 kept.clear()
 
 
-def _search(model: nn.Module, example_inputs: Any, sandboxes: list[Sandbox], proofs: Proofs) -> Search:
-    runs, traces, notes = _run(model, example_inputs, sandboxes)
+def _search(model: nn.Module, example_inputs: Any, leftovers: Leftovers, proofs: Proofs) -> Search:
+    runs, traces, notes = _run(model, example_inputs, leftovers)
     return _collect(model, runs, traces, notes, proofs)
 
 
-def _run(model: nn.Module, example_inputs: Any, sandboxes: list[Sandbox]) -> tuple[list[Run], list[Trace], list[str]]:
+def _run(model: nn.Module, example_inputs: Any, leftovers: Leftovers) -> tuple[list[Run], list[Trace], list[str]]:
     if example_inputs is None:
         with Draws():
             args, kwargs = _guessed(model, training=False)
@@ -131,7 +131,7 @@ def _run(model: nn.Module, example_inputs: Any, sandboxes: list[Sandbox]) -> tup
     if any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
         attempts += [(fake, True) for fake, _ in attempts]  # some models do their work in hooks
     remaining = iter(attempts)
-    sandbox = _sandbox(model, *(attempt := next(remaining)), sandboxes)
+    sandbox = _sandbox(model, *(attempt := next(remaining)), leftovers)
     runs: list[Run] = []
     traces: list[Trace] = []
     notes: list[str] = []
@@ -144,11 +144,12 @@ def _run(model: nn.Module, example_inputs: Any, sandboxes: list[Sandbox]) -> tup
                     traces.append(sandbox.run(*arguments, training=training))
                 except Exception as error:
                     if "does not require grad" in str(error) and not sandbox.differentiates:
-                        sandbox = _sandbox(model, *attempt, sandboxes)
+                        sandbox = _sandbox(model, *attempt, leftovers)
                         sandbox.differentiates = True
                     elif (following := next(remaining, None)) is not None:
                         attempt = following
-                        sandbox = _sandbox(model, *attempt, sandboxes)
+                        leftovers.put_back()
+                        sandbox = _sandbox(model, *attempt, leftovers)
                     elif not meta:
                         raise
                     else:
@@ -189,20 +190,19 @@ def _on_meta(model: nn.Module) -> bool:
     return any(t.device.type == "meta" for t in (*model.parameters(), *model.buffers()))
 
 
-def _sandbox(model: nn.Module, fake: bool, hooks: bool, sandboxes: list[Sandbox]) -> Sandbox:
+def _sandbox(model: nn.Module, fake: bool, hooks: bool, leftovers: Leftovers) -> Sandbox:
     try:
-        sandbox = Sandbox(model, fake, hooks)
+        sandbox = Sandbox(model, fake, hooks, leftovers)
     except EulernetError:
         raise
     except Exception as error:
         if fake and not _on_meta(model):  # a tensor of a class of its own, which copies itself
-            return _sandbox(model, False, hooks, sandboxes)
+            return _sandbox(model, False, hooks, leftovers)
         raise EulernetError(
             f"{type(model).__name__} cannot be copied, and it is a copy that eulernet runs: {short(error)}. Take "
             "out of its attributes what copy.deepcopy(model) fails on, such as a lock, a generator or the output of a "
             "forward pass, and set it again after patching"
         ) from error
-    sandboxes.append(sandbox)
     for module in sandbox.original:  # the copy of a patched model is traced as its original
         restore_class(module)
     return sandbox

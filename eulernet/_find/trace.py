@@ -11,7 +11,7 @@ its caches nor the random number generators change, and a model of any size is t
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial, update_wrapper
 from typing import Any, TypeAlias
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from eulernet._errors import EulernetError
 from eulernet._find.frames import Frame, codes_of, forwards, frames_calling, frames_of
 from eulernet._find.tensors import (
     ADDING,
@@ -132,8 +133,10 @@ _Called: TypeAlias = tuple[Any, Any, int]  # the last three entries of a node
 class Tracer(TorchFunctionMode):
     """Writes the trace: names come from the torch functions that Python calls, the rest from what they dispatch."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, look: Callable[[Any], None] | None = None) -> None:
+        """`look` sees the frame of each operation before it is done."""
         super().__init__()
+        self.look = look
         self.trace = Trace()
         self.stack: list[int] = []
         self.inside = False
@@ -239,6 +242,8 @@ class Tracer(TorchFunctionMode):
         if self.inside:  # dispatched by a torch function that is being recorded
             return func(*args, **kwargs)
         self.inside = True
+        if self.look is not None:
+            self.look(frame)
         try:
             return self.write(func, args, kwargs, frame)
         finally:
@@ -412,12 +417,25 @@ class DispatchTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     supports_higher_order_operators = True
 
-    def __init__(self, tracer: Tracer) -> None:
+    def __init__(self, tracer: Tracer, owned: dict[int, str]) -> None:
+        """`owned` are the model's own tensors, by id, into which nothing is to be written."""
         super().__init__()  # type: ignore[no-untyped-call]
         self.tracer = tracer
+        self.owned = owned
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.is_mutable:
+            self._spare(func, args)
         return self.tracer.observe(func, args, kwargs or {}, sys._getframe(1))
+
+    def _spare(self, func: Any, args: Any) -> None:
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            if argument.is_write and id(value) in self.owned:
+                raise EulernetError(
+                    f"{self.owned[id(value)]} would be written into: a copy of the model is run, and it reaches the "
+                    "model itself, past what is copied with it (by a weak reference, a class, a global variable or a "
+                    "closure). Let the module that writes hold it as an attribute: self.part = part"
+                )
 
 
 def _referring(value: Any, nodes: dict[int, int]) -> Any:

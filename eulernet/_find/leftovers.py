@@ -1,0 +1,219 @@
+"""What the runs of a copy leave in the process, in caches outside of the model, is taken back."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MemberDescriptorType, ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from eulernet._find.tensors import all_modules
+
+_CACHE = functools._lru_cache_wrapper
+_HERE = str(Path(__file__).parent)
+_OF_TORCH = torch.__path__[0]
+_DEPTH, _MANY = 2, 256  # how far what a frame names is followed, and from how many items on no further
+_VALUES = (Tensor, str, bytes, int, float, complex, ModuleType, CodeType, BuiltinFunctionType, type(None))
+_NAMED = (ModuleType, type, FunctionType, BuiltinFunctionType)  # what a namespace may get while a model runs
+_OF_MODULES = frozenset(vars(nn.Module()))
+_MISSING: Any = object()
+
+
+class Leftovers:
+    """What the runs of a search leave: fake tensors, and what held something else before.
+
+    The first time that a function runs, what its frame names is kept in mind: its variables, the globals that its code
+    names, and what these hold. An object in which a fake tensor was left gets back all that it held then: a cache that
+    has forgotten its table must not remember the length of it.
+    """
+
+    def __init__(self) -> None:
+        self.fakes: list[weakref.ref[Tensor]] = []
+        self.copies: set[int] = set()  # ids of the modules that run, which are not outside
+        self._codes: dict[int, CodeType] = {}
+        self._held: dict[int, tuple[Any, dict[Any, Any]]] = {}  # by the owner's id
+        self._variables: dict[tuple[int, str], Any] = {}  # of closures, by the id of the code that reads them
+
+    def look(self, frame: Any) -> None:
+        """Keep in mind what the functions may write into that have called this."""
+        while frame is not None and not frame.f_code.co_filename.startswith(_HERE):
+            code = frame.f_code
+            if id(code) not in self._codes:
+                self._codes[id(code)] = code
+                if not code.co_filename.startswith(_OF_TORCH):
+                    self._keep(frame)
+            frame = frame.f_back
+
+    def _keep(self, frame: Any) -> None:
+        code, local = frame.f_code, frame.f_locals
+        for name in code.co_freevars:
+            if not isinstance(value := local.get(name, _MISSING), FakeTensor | nn.Module):
+                self._variables[id(code), name] = value
+        self._remember(frame.f_globals, 0)
+        for value in (*local.values(), *(frame.f_globals.get(name) for name in code.co_names)):
+            self._remember(value, _DEPTH)
+
+    def _remember(self, owner: Any, depth: int) -> None:
+        if isinstance(owner, _VALUES) or id(owner) in self._held or (held := _held(owner)) is None:
+            return
+        if id(owner) in self.copies:
+            held = {name: value for name, value in held.items() if name not in _OF_MODULES}
+        else:
+            self._held[id(owner)] = owner, held
+        if not isinstance(owner, type | dict | list | FunctionType):
+            self._remember(type(owner), 0)
+        if depth and len(held) < _MANY:
+            for value in list(held.values()):
+                self._remember(value, depth - 1)
+
+    def put_back(self) -> None:
+        """Where a fake tensor was left, let an object hold what it held before."""
+        for owner, held in self._held.values():
+            now = _held(owner) or {}
+            changed = [key for key in {**held, **now} if now.get(key, _MISSING) is not held.get(key, _MISSING)]
+            if any(_leads_to_fakes(now.get(key)) for key in changed):
+                _put_back(owner, {key: held.get(key, _MISSING) for key in changed})
+
+    def take_back(self) -> None:
+        """All of it, in the end."""
+        self.put_back()
+        self._held.clear()
+        _forget(self.fakes, self._variables)
+
+
+def _held(owner: Any) -> dict[Any, Any] | None:
+    """What an object holds: its items, or its attributes; None for what holds nothing that a model would write."""
+    if isinstance(owner, dict):
+        return dict(owner)
+    if isinstance(owner, list):
+        return dict(enumerate(owner))
+    cls = type(owner)
+    if (owner if isinstance(owner, type) else cls).__module__.partition(".")[0] in ("builtins", "torch", "typing"):
+        return dict(vars(owner)) if isinstance(owner, FunctionType | nn.Module) else None
+    if isinstance(owner, type):
+        return dict(vars(owner))
+    try:
+        held = dict(object.__getattribute__(owner, "__dict__"))
+    except (AttributeError, TypeError):
+        held = {}
+    for base in cls.__mro__:
+        if "__slots__" in vars(base):
+            for name, slot in vars(base).items():
+                if isinstance(slot, MemberDescriptorType):
+                    with contextlib.suppress(AttributeError):
+                        held[name] = slot.__get__(owner)
+    return held
+
+
+def _put_back(owner: Any, held: dict[Any, Any]) -> None:
+    """Let an object hold again what it did, nothing under a key that is missing."""
+    if isinstance(owner, list):
+        kept = [value for key, value in enumerate(owner) if key not in held]
+        owner[:] = kept + [value for value in held.values() if value is not _MISSING]
+        return
+    namespace = isinstance(owner, dict) and "__builtins__" in owner
+    for key, value in held.items():
+        if isinstance(owner, dict):
+            if namespace and isinstance(owner.get(key), _NAMED):
+                continue  # what was imported meanwhile
+            if value is _MISSING:
+                owner.pop(key, None)
+            else:
+                owner[key] = value
+        elif value is _MISSING:
+            (type.__delattr__ if isinstance(owner, type) else object.__delattr__)(owner, key)
+        else:
+            (type.__setattr__ if isinstance(owner, type) else object.__setattr__)(owner, key, value)
+
+
+def _leads_to_fakes(value: Any) -> bool:
+    """Whether a fake tensor is in what was kept."""
+    pending, seen = [value], set[int]()
+    while pending and len(seen) < _MANY:
+        one = pending.pop()
+        if isinstance(one, FakeTensor):
+            return True
+        if id(one) not in seen and not isinstance(one, _VALUES + _NAMED):
+            seen.add(id(one))
+            pending += one if isinstance(one, tuple | set) else (_held(one) or {}).values()
+    return False
+
+
+@contextlib.contextmanager
+def nothing_left(model: nn.Module) -> Iterator[Leftovers]:
+    """Afterwards no cache of the process holds a fake tensor of these runs, or a copy of the model."""
+    classes = {cls for module in all_modules(model) for cls in type(module).__mro__ if cls.__module__ != "builtins"}
+    methods = [value for cls in classes for value in vars(cls).values() if isinstance(value, _CACHE)]
+    sizes = [(method, method.cache_info().currsize) for method in methods]
+    left = Leftovers()
+    try:
+        yield left
+    finally:
+        for method, size in sizes:
+            if method.cache_info().currsize > size:  # what it was called on, the copied model, is a key
+                method.cache_clear()
+        left.take_back()
+
+
+def _forget(fakes: list[weakref.ref[Tensor]], variables: dict[tuple[int, str], Any]) -> None:
+    """Empty the caches (`functools.lru_cache`, dictionaries, lists, closures) that have kept one of these tensors."""
+    if any(fake() is not None for fake in fakes):
+        gc.collect()
+    kept: list[Any] = [tensor for fake in fakes if (tensor := fake()) is not None]
+    own = {id(kept)}
+    for _ in range(4):  # a cache holds the tensor itself, or a tuple or list of a few
+        if not kept:
+            return
+        holders = gc.get_referrers(*kept)
+        spaces = _namespaces([holder for holder in holders if type(holder) is dict])
+        inside = {id(k) for k in kept}
+        kept = []
+        own |= {id(holders), id(kept)}
+        for holder in holders:
+            if id(holder) in own:
+                continue
+            if isinstance(holder, _CACHE):
+                holder.cache_clear()
+            elif isinstance(holder, CellType):
+                _empty(holder, variables)
+            elif type(holder) is dict and id(holder) not in spaces:
+                for key in [key for key, value in holder.items() if id(value) in inside]:
+                    del holder[key]
+            elif type(holder) is list and not any(_is_cache(h) for h in gc.get_referrers(holder)):
+                holder[:] = [item for item in holder if id(item) not in inside]
+            elif type(holder) in (tuple, list):
+                kept.append(holder)
+
+
+def _empty(cell: CellType, variables: dict[tuple[int, str], Any]) -> None:
+    """Let a closure's variables have the values again that they had when its function was first seen to run."""
+    closures = [holder for holder in gc.get_referrers(cell) if type(holder) is tuple]
+    for function in gc.get_referrers(*closures) if closures else ():
+        if not isinstance(function, FunctionType) or not any(function.__closure__ is closure for closure in closures):
+            continue
+        for name, one in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+            value = variables.get((id(function.__code__), name), one)
+            if value is _MISSING:
+                del one.cell_contents
+            elif value is not one:
+                one.cell_contents = value
+
+
+def _namespaces(dicts: list[dict[Any, Any]]) -> set[int]:
+    """The ids of what the classes and modules refer to whose `__dict__` is among these."""
+    owners = [owner for owner in gc.get_referrers(*dicts) if isinstance(owner, (type, ModuleType))] if dicts else []
+    return {id(value) for value in gc.get_referents(*owners)}
+
+
+def _is_cache(holder: Any) -> bool:
+    return isinstance(holder, (_CACHE, tuple)) or (
+        type(holder) is dict and not any(isinstance(k, str) for k in holder) and id(holder) not in _namespaces([holder])
+    )
