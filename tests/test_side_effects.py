@@ -503,22 +503,86 @@ def test_modules_that_the_copy_reaches_past_itself_do_not_run(look: Callable[...
         torch.testing.assert_close(model(X[0]), expected)
 
 
-def test_what_would_write_into_the_model_past_the_copy_is_refused() -> None:
-    first = Counting()
+MOVED = torch.ones(6)
 
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.block, self.a = first, nn.Linear(6, 6)
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.a(first.step(x))  # type: ignore[no-any-return]
+class PastTheCopy(nn.Module):
+    """Calls a method of a module that a closure holds, and writes into a tensor of the process."""
 
-    model = Net()
+    def __init__(self, first: Counting, looks: bool) -> None:
+        super().__init__()
+        self.block, self.a, self.looks = first, nn.Linear(6, 6), looks
+        self.step = lambda x: type(self).reached.step(x)
+        type(self).reached = first
+
+    reached: ClassVar[Any]
+
+    def forward(self, x: Tensor) -> Tensor:
+        MOVED.mul_(0.5)
+        if self.looks and x.sum() > 1e9:
+            return x
+        return x + self.a(type(self).reached.step(x))  # type: ignore[no-any-return]
+
+
+@both
+def test_nothing_is_written_past_the_copy(look: Callable[..., None]) -> None:
+    model = PastTheCopy(Counting(), looks=False)
+    before = copy.deepcopy(model.state_dict())
+    look(model, X[0])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(MOVED, torch.ones(6))
+
+
+def test_with_values_what_would_write_past_the_copy_is_refused() -> None:
+    model = PastTheCopy(Counting(), looks=True)
     before = values(model)
     with pytest.raises(EulernetError, match="moved of Counting would be written into: a copy of the model is run"):
         patch(model, X[0])
     assert_same_values(model, before)
+    MOVED.fill_(1)  # a tensor that is no part of the model
+
+
+@pytest.mark.parametrize("measure", [eulernet.diagnose, lambda model, x: eulernet.calibrate(model, x, target=2.0)])
+@pytest.mark.parametrize("build", [reached_by_a_weak_reference, reached_by_a_closure])
+def test_measuring_leaves_the_modules_that_are_reached_past_the_copy(measure: Any, build: Any) -> None:
+    model = build()
+    before = values(model)
+    measure(model, X[0])
+    assert_same_values(model, before)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+class AsksForTheClass(nn.Module):
+    """A patched block is of a subclass, and goes another way here."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.layers, self.how = nn.ModuleList([Counting(), nn.Linear(6, 6)]), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            if self.how == "table":
+                x = {Counting: layer, nn.Linear: lambda x, f=layer: f(x).tanh()}[type(layer)](x)
+            else:
+                same = isinstance(layer, Counting) if self.how == "isinstance" else type(layer) is Counting
+                x = layer(x) if same else layer(x).tanh()
+        return x
+
+
+@pytest.mark.parametrize("how", ["type", "table", "isinstance"])
+def test_a_model_that_asks_for_the_class_of_a_block_is_refused(how: str) -> None:
+    model = AsksForTheClass(how).eval()
+    expected = model(X[0])
+    if how == "isinstance":
+        eulernet.patch(model, 1.0, example_inputs=X[0])
+    else:
+        says = (
+            "fails once it is patched: KeyError" if how == "table" else r"something else once it is patched \(more tanh"
+        )
+        with pytest.raises(EulernetError, match=says):
+            eulernet.patch(model, 1.0, example_inputs=X[0])
+    model.layers[0].moved.fill_(1)  # type: ignore[operator, union-attr]
+    assert torch.equal(model(X[0]), expected)
 
 
 class CachedMethod(nn.Module):

@@ -216,22 +216,28 @@ def without_global_hooks(modules: list[nn.Module]) -> Iterator[None]:
             module.__dict__.pop("_call_impl", None)
 
 
+_led: contextvars.ContextVar[tuple[object, ...]] = contextvars.ContextVar("_led", default=())
+
+
 @contextlib.contextmanager
 def led_to(copies: dict[nn.Module, nn.Module]) -> Iterator[None]:
-    """Who calls one of these modules in this thread calls its copy (`copies`: each copy with its module).
+    """Who calls one of these modules from here calls its copy (`copies`: each copy with its module).
 
-    A copy may hold a module of the model where nothing is copied: by a weak reference, in a class or a closure.
+    A copy may hold a module of the model where nothing is copied: by a weak reference, in a class or a closure. Other
+    threads call the module.
     """
-    thread, called = threading.get_ident(), []
+    mine = object()
+    called: list[nn.Module] = []
 
     def leading(module: nn.Module, copy: nn.Module) -> Callable[..., Any]:
         own = module._call_impl
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            return (copy if threading.get_ident() == thread else own)(*args, **kwargs)
+            return (copy if mine in _led.get() else own)(*args, **kwargs)
 
         return call
 
+    token = _led.set((*_led.get(), mine))
     try:
         for copy, module in copies.items():
             if "_call_impl" not in module.__dict__:
@@ -241,3 +247,4 @@ def led_to(copies: dict[nn.Module, nn.Module]) -> Iterator[None]:
     finally:
         for module in called:
             module.__dict__.pop("_call_impl", None)
+        _led.reset(token)

@@ -55,7 +55,8 @@ class Leftovers:
     def _keep(self, frame: Any) -> None:
         code, local = frame.f_code, frame.f_locals
         for name in code.co_freevars:
-            if not isinstance(value := local.get(name, _MISSING), FakeTensor | nn.Module):
+            value = local.get(name, _MISSING)
+            if not (isinstance(value, nn.Module) or _leads_to_fakes(value)):  # what this run has made itself
                 self._variables[id(code), name] = value
         self._remember(frame.f_globals, 0)
         for value in (*local.values(), *(frame.f_globals.get(name) for name in code.co_names)):

@@ -9,7 +9,8 @@ import functools
 import inspect
 import sys
 import weakref
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterator
 from itertools import pairwise
 from types import CellType, FunctionType, MethodType
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_map_only
 
 from eulernet._commit import surely
 from eulernet._draws import Draws, entered, own_numbers
@@ -77,7 +79,8 @@ class Sandbox:
         try:
             with self._running(training, OneDtype()) as stack:  # type: ignore[no-untyped-call]
                 args, kwargs = self._inputs(args), self._inputs(kwargs)
-                stack.enter_context(DispatchTracer(tracer, self._owned()))
+                operations = stack.enter_context(Operations(self.mode))
+                stack.enter_context(DispatchTracer(tracer, {} if self.mode else self._owned()))
                 stack.enter_context(tracer)
                 output = self.copy(*args, **kwargs)
                 tracer.inside = True
@@ -85,6 +88,7 @@ class Sandbox:
                 if not tracer.trace.outputs:
                     of = f"{type(self.copy).__name__} returns a {type(output).__name__}"
                     tracer.trace.breaks[f"{of}, in which no tensor is seen"] = None
+                tracer.trace.operations = operations.counts.copy()
                 if backward:
                     tracer.inside, tracer.trace.forward = False, len(tracer.trace.additions)
                     _differentiate(output)
@@ -96,7 +100,7 @@ class Sandbox:
         return tracer.trace
 
     def _owned(self) -> dict[int, str]:
-        """The tensors of the model, which no run may write into, by their ids: whose they are."""
+        """The tensors of the model, which no run with values may write into, by their ids: whose they are."""
         return {
             id(tensor): f"{name} of {type(module).__name__}"
             for module in self.original.values()
@@ -106,13 +110,16 @@ class Sandbox:
 
     def run_again(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool, backward: bool = False
-    ) -> None:
-        """Run the copy, which is no longer as it was traced, as the model will run: nothing looks on."""
+    ) -> Counter[str]:
+        """Run the copy, which is no longer as it was traced, as the model will run; returns what it computes."""
         with self._running(training, _Made(self.fakes)) as stack:
+            operations = stack.enter_context(Operations(self.mode))
             stack.enter_context(_Copying())
             output = self.copy(*self._inputs(args), **self._inputs(kwargs))
+            counts = operations.counts.copy()
             if backward:
                 _differentiate(output)
+        return counts
 
     @contextlib.contextmanager
     def _running(self, training: bool, of_fakes: TorchDispatchMode) -> Iterator[contextlib.ExitStack]:
@@ -148,6 +155,32 @@ class Sandbox:
         if isinstance(value, dict):
             return {key: self._inputs(item) for key, item in value.items()}
         return copy.deepcopy(value)
+
+
+class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts what a run computes, but for what a step does another way: views, copies, and the arithmetic of a sum.
+
+    What a run of fake tensors would write into a real one, it writes into a fake one that stands for it.
+    """
+
+    _OF_STEPS = frozenset("add sub rsub mul lerp exp clone copy _to_copy detach lift_fresh empty empty_like".split())
+
+    def __init__(self, mode: FakeTensorMode | None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.mode = mode
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.removeprefix("aten::").rstrip("_")
+        if name not in self._OF_STEPS and not name.startswith("prim::") and not func.is_view:
+            self.counts[name] += 1
+        if func._schema.is_mutable and self.mode is not None:
+            args, kwargs = tree_map_only(Tensor, self._fake, (args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def _fake(self, tensor: Tensor) -> Tensor:
+        assert self.mode is not None
+        return tensor if isinstance(tensor, FakeTensor) else self.mode.from_tensor(tensor, static_shapes=True)
 
 
 class _Made(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -336,14 +369,14 @@ def _is_module(value: Any) -> bool:
 
 
 @contextlib.contextmanager
-def measuring(modules: Iterable[nn.Module] = (), seed: int = 0) -> Iterator[None]:
-    """Draw from generators of one's own, and call no hook of the process on these modules of a copy.
+def measuring(copies: dict[nn.Module, nn.Module] | None = None, seed: int = 0) -> Iterator[None]:
+    """Draw from generators of one's own, call no hook of the process on these copies, and not the modules themselves.
 
     Those of torch give what follows on `torch.manual_seed(seed)`.
     """
-    draws = Draws(seed)
-    calm = alone(), quiet(), torch.inference_mode(False), _disable_current_modes(), without_global_hooks(list(modules))
+    draws, copies = Draws(seed), copies or {}
+    calm = alone(), quiet(), torch.inference_mode(False), _disable_current_modes(), without_global_hooks(list(copies))
     with contextlib.ExitStack() as stack:
-        for context in (*calm, own_numbers(draws), entered(draws)):
+        for context in (*calm, led_to(copies), own_numbers(draws), entered(draws)):
             stack.enter_context(context)
         yield

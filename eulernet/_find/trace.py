@@ -11,6 +11,7 @@ its caches nor the random number generators change, and a model of any size is t
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial, update_wrapper
@@ -123,6 +124,7 @@ class Trace:
     calls: list[ModuleCall] = field(default_factory=list)
     used: dict[int, int] = field(default_factory=dict)  # ids of the parameters and buffers that were read -> nodes
     outputs: list[int] = field(default_factory=list)  # what the model returned
+    operations: Counter[str] = field(default_factory=Counter)  # what was computed, see `sandbox.Operations`
     forward: int = 0  # where the backward was run as well: how many additions came before it
     breaks: dict[str, None] = field(default_factory=dict)  # where what was computed left the trace, in words
 

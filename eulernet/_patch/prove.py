@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from eulernet._checks import short
 from eulernet._errors import EulernetError
 from eulernet._find.search import Proofs, Run, Search, search_by
 from eulernet._find.sites import TracedSite, origin
@@ -75,9 +76,13 @@ def _watch(twin: Any, host: nn.Module, sites: Sequence[TracedSite], wrong: set[t
 
 
 def not_as_found(search: Search, changes: Sequence[Any], learned: Sequence[Slot]) -> dict[int, str]:
-    """Run the patched copies: each step must go through `_euler_step` as often as it was found. Those that do not."""
+    """Run the patched copies: each step must go through `_euler_step` as often as it was found. Those that do not.
+
+    And all else must be computed as before, which a model does not do that asks for the class of its modules.
+    """
     wrong: dict[int, str] = {}
     runs = _that_differ(search)
+    strange: list[tuple[Run, Counter[str]]] = []
     for sandbox in {id(run.sandbox): run.sandbox for run in runs}.values():
         twins = {module: twin for twin, module in sandbox.original.items()}
         counts: Counter[tuple[int, int, int]] = Counter()
@@ -89,7 +94,14 @@ def not_as_found(search: Search, changes: Sequence[Any], learned: Sequence[Slot]
             if run.sandbox is not sandbox:
                 continue
             counts.clear()
-            sandbox.run_again(run.args, run.kwargs, training=run.training)
+            try:
+                operations = sandbox.run_again(run.args, run.kwargs, training=run.training)
+            except (EulernetError, MemoryError):
+                raise
+            except Exception as error:
+                raise _goes_astray(sandbox.copy, f"fails once it is patched: {short(error)}") from error
+            if operations != search.traces[search.runs.index(run)].operations:
+                strange.append((run, operations))
             for change in changes:
                 for slot, found, site in ((i, f, s) for i, f in enumerate(change.found) for s in f.sites):
                     place, expected = change.places[site.location.targets], site.calls[run.training]
@@ -102,7 +114,21 @@ def not_as_found(search: Search, changes: Sequence[Any], learned: Sequence[Slot]
         for change in changes:
             remove_step_hooks(twins[change.module])
             restore_class(twins[change.module])
+    for run, operations in strange if not wrong else ():  # caches may have been filled since it was traced
+        before = run.sandbox.run_again(run.args, run.kwargs, training=run.training)
+        if operations != before:
+            more, fewer = (" ".join(sorted(some)) for some in (operations - before, before - operations))
+            how = " and ".join(f"{what} {some}" for what, some in (("more", more), ("fewer", fewer)) if some)
+            raise _goes_astray(run.sandbox.copy, f"computes something else once it is patched ({how})")
     return wrong or _without_gradient(search, changes, learned)
+
+
+def _goes_astray(model: nn.Module, how: str) -> EulernetError:
+    return EulernetError(
+        f"{type(model).__name__} {how}. It may ask for the class of a module, `type(module) is Block`, and that of a "
+        "patched module is a subclass. Ask isinstance(module, Block) there, or leave these modules out: "
+        'eulernet.patch(model, ..., exclude="...")'
+    )
 
 
 def _that_differ(search: Search) -> list[Run]:

@@ -98,7 +98,7 @@ class Patched:
         slot = self._euler_places[place][0]
         if slot is not None:
             return self._euler[slot] if key is None else key  # what `_euler_hold` gave
-        if key is None and is_begun(left, right):  # a loop begins with a number, for which nothing was called
+        if is_begun(left, right):  # a loop begins with a number, or adds one for want of a skip
             return _ONE
         slot = self._euler_slot(place, key)
         return _ONE if slot is None else self._euler[slot]

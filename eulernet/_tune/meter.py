@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from eulernet._checks import check_model, described, short, unwrapped, whole_number
 from eulernet._errors import EulernetError, EulernetWarning
+from eulernet._find.apart import led_to
 from eulernet._find.inputs import as_arguments
 from eulernet._find.sandbox import Sandbox, measuring
 from eulernet._patch.patch import assign, is_patched, patch
@@ -98,7 +99,8 @@ class StepMeter:
         self.calls: list[MeasuredCall] = []
         self.watching: Callable[[MeasuredCall, StepInputs], None] | None = None
         with measuring():
-            self.model = Sandbox(model, fake=False).copy
+            sandbox = Sandbox(model, fake=False)
+        self.model, self.copies = sandbox.copy, sandbox.original
         for module in self.model.modules():
             module._backward_hooks.clear()
             module._backward_pre_hooks.clear()
@@ -106,7 +108,8 @@ class StepMeter:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 try:
-                    patch(self.model, h=1.0, example_inputs=inputs)
+                    with led_to(self.copies):
+                        patch(self.model, h=1.0, example_inputs=inputs)
                 except EulernetError as error:
                     raise EulernetError(f"eulernet.{caller} measures a copy patched at h = 1, but: {error}") from error
             self.notes += [str(w.message) for w in caught if issubclass(w.category, EulernetWarning)]
@@ -162,7 +165,7 @@ class StepMeter:
     def gradients(self, gains: bool = False) -> list[MeasuredCall]:
         """One forward and one backward pass: norms of skips, increments and gradients, in the order of execution."""
         backend = sdpa_kernel(SDPBackend.MATH) if gains else torch.enable_grad()  # the others have one derivative only
-        with measuring(self.model.modules()), torch.enable_grad(), backend:
+        with measuring(self.copies), torch.enable_grad(), backend:
             args, kwargs = tree_map(_differentiable, (self.args, self.kwargs))
             loss = self._loss(self._run(_measure, args, kwargs))
             edges = [e for c in self.calls for e in (c.state, c.result) if e is not None]
@@ -256,7 +259,7 @@ class StepMeter:
 
     def noise(self, size: float) -> Noise | None:
         """Two runs without gradients, one of them with Gaussian noise of `size` times the norm of the input in it."""
-        with measuring(self.model.modules()), torch.no_grad():
+        with measuring(self.copies), torch.no_grad():
             arguments = tree_map(_copied, (self.args, self.kwargs))
             self._run(_keep, *arguments)
             clean = stream(self.calls)
