@@ -49,6 +49,8 @@ class Span:
     key: Span | None = None
     # Where the expression gives the sum and is not taken apart: the variable that holds the skip, or the operand.
     skip: str | Span | None = None
+    # Additions of the same function that were not run when the step was found.
+    unseen: tuple[Span, ...] = field(default=(), compare=False)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Pickles from before 0.1.0 have other words for the surroundings."""
@@ -161,7 +163,17 @@ def operands_of(node: ast.AST, where: str) -> tuple[ast.expr, ast.expr, list[ast
     raise Unsupported(f"the addition in {where} is written in a form that is not supported: {ast.unparse(node)[:80]}")
 
 
-def span_of(node: ast.expr, first: int) -> Span:
+def positions_of(code: CodeType) -> list[Any]:
+    """Where each instruction of a code object stands: line, last line, column, end column."""
+    if code not in _positions:
+        _positions[code] = list(code.co_positions())
+    return _positions[code]
+
+
+_positions: weakref.WeakKeyDictionary[CodeType, list[Any]] = weakref.WeakKeyDictionary()
+
+
+def span_of(node: ast.expr | ast.stmt, first: int) -> Span:
     assert node.end_lineno is not None and node.end_col_offset is not None
     return Span(node.lineno - first, node.end_lineno - first, node.col_offset, node.end_col_offset)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
@@ -45,6 +45,7 @@ class Location:
     position: tuple[int, int, int, int]  # line, last line, column, end column
     function: str
     keeps: bool = True  # whether a variable of the function can be set in the expression
+    holder: FunctionType | None = field(default=None, compare=False, repr=False)  # the function, as it is
 
     @property
     def line(self) -> int:
@@ -107,7 +108,8 @@ def locate(addition: Addition, skip_is_left: bool, outwards: int | None = None) 
         code = frames[0].code
         within = definition_of(function)[2]
         keeps = not any(expression in nodes_of(scope) for scope in without_variables(within))
-        return frame.module, Location(tuple(targets), code.co_filename, _position(frames[0]), code.co_qualname, keeps)
+        at = code.co_filename, _position(frames[0]), code.co_qualname
+        return frame.module, Location(tuple(targets), *at, keeps, function)
     if frames and frames[-1].module is not None:
         raise Unsupported(
             f"it is made by {frames[-1].code.co_qualname}, which is no method of the class "

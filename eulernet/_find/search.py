@@ -41,6 +41,7 @@ from eulernet._find.sites import (
 )
 from eulernet._find.tensors import all_modules
 from eulernet._find.trace import Trace
+from eulernet._find.unseen import with_unseen
 from eulernet._plot import together
 from eulernet._run.patched import restore_class
 from eulernet._source import Unsupported
@@ -341,6 +342,8 @@ def _places(
         else:
             at = place.at
             refused.update((id(e.addition), f"{names[at.module]} ({at.file}:{at.line}): {proven}") for e in calls)
+    for site, location in zip(found, with_unseen([site.location for site in found], traces), strict=True):
+        site.location = location
     return found, refused
 
 

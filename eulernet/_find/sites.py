@@ -6,11 +6,9 @@ tells them apart is the module that made the branch, the key: the callee of a ca
 
 from __future__ import annotations
 
-import weakref
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from types import CodeType
 from typing import Any
 
 from torch import nn
@@ -21,7 +19,7 @@ from eulernet._find.graph import StepCall
 from eulernet._find.locate import Location, keyed, locate, nowhere
 from eulernet._find.trace import ADDITIONS, Addition, ModuleCall, Trace
 from eulernet._run import known
-from eulernet._source import Unsupported
+from eulernet._source import Unsupported, positions_of
 
 Originals = dict[nn.Module, nn.Module]  # a copy's modules -> the model's
 COUPLED = (
@@ -63,17 +61,8 @@ def origin(made: Addition | StepCall, originals: Originals) -> Any:
     last = next((i for i, f in enumerate(frames) if f.module is not None), len(frames))
     modules = (originals.get(f.module, f.module) if f.module is not None else None for f in frames)
     # By the expression and not by the instruction: a call to C has two, and Python changes from one to the other.
-    places = ((f.code, _positions(f.code)[f.lasti // 2]) for f in frames[: last + 1])
+    places = ((f.code, positions_of(f.code)[f.lasti // 2]) for f in frames[: last + 1])
     return tuple((*place, id(module)) for place, module in zip(places, modules, strict=False))
-
-
-def _positions(code: CodeType) -> list[Any]:
-    if code not in _kept_positions:
-        _kept_positions[code] = list(code.co_positions())
-    return _kept_positions[code]
-
-
-_kept_positions: weakref.WeakKeyDictionary[CodeType, list[Any]] = weakref.WeakKeyDictionary()
 
 
 def site_of(step_call: StepCall, originals: Originals, sites: dict[Any, TracedSite], again: bool = False) -> TracedSite:

@@ -33,6 +33,8 @@ from eulernet._run.patched import (
     STEP_IN_PLACE,
     TAKE_GIVEN,
     TAKE_NORM,
+    UNSEEN,
+    UNSEEN_IN_PLACE,
 )
 from eulernet._source import (
     TO_BE_SEEN,
@@ -212,6 +214,7 @@ class _Editor(ast.NodeTransformer):
         self.function = function
         self.receiver = receiver
         self.first = function.__code__.co_firstlineno
+        self.unseen = {at for span in edits for at in span.unseen}
         self.around = {at: (kind, place) for span, (_, place) in edits.items() for kind, at in span.edits}
 
     def visit(self, node: ast.AST) -> Any:
@@ -235,6 +238,8 @@ class _Editor(ast.NodeTransformer):
                 kept = ast.NamedExpr(ast.Name(_key_name(place), ast.Store()), node.func)
                 node.func = ast.copy_location(kept, node.func)
         if edit is None:
+            if isinstance(node, ast.BinOp | ast.AugAssign) and span_of(node, self.first) in self.unseen:
+                return self._unseen(node)
             return self._surrounding(node) if isinstance(node, ast.expr) else node
         _, (kind, index) = edit
         if kind == "via":
@@ -256,6 +261,16 @@ class _Editor(ast.NodeTransformer):
             call = self._call(STEP_IN_PLACE, [ast.Name(left.id, ast.Load()), right], index, [])
             return ast.copy_location(ast.Assign([left], ast.copy_location(call, node)), node)
         return ast.copy_location(self._call(STEP_IN_PLACE if in_place else STEP, [left, right], index, keywords), node)
+
+    def _unseen(self, node: ast.BinOp | ast.AugAssign) -> ast.AST:
+        """An addition that tells when it runs."""
+        if isinstance(node, ast.BinOp):
+            return ast.copy_location(ast.Call(self._attribute(UNSEEN), [node.left, node.right], []), node)
+        assert isinstance(node.target, ast.Name)
+        left = ast.Name(node.target.id, ast.Load())
+        call = ast.Call(self._attribute(UNSEEN_IN_PLACE), [left, node.value], [])
+        node.value = ast.copy_location(call, node.value)
+        return node
 
     def _by_difference(self, node: Any, skip: str | Span | None, index: int) -> Any:
         """The expression gives the sum as it did, to a method that takes the skip as well."""

@@ -46,14 +46,15 @@ from eulernet._source import (
 )
 
 # Weak, so that a class that was made in a function goes when its last patched model does.
-_classes: weakref.WeakValueDictionary[tuple[type[nn.Module], Plan], type[nn.Module]] = weakref.WeakValueDictionary()
+_classes: weakref.WeakValueDictionary[Any, type[nn.Module]] = weakref.WeakValueDictionary()
 
 
 def patched_class(original: type[nn.Module], plan: Plan) -> type[nn.Module]:
     """The subclass of a block's class in which the planned additions are steps."""
-    cls: Any = _classes.get((original, plan))
+    key = original, plan, tuple(span.unseen for targets, *_ in plan for _, span in targets)
+    cls: Any = _classes.get(key)
     if cls is None or not cls._euler_is_of_now:
-        cls = _classes[original, plan] = _build(original, plan)
+        cls = _classes[key] = _build(original, plan)
     return cls  # type: ignore[no-any-return]
 
 

@@ -44,6 +44,7 @@ FUNCTION = "_euler_function_"  # with a number: a free function that the additio
 CALL_VIA = "_euler_via"  # with a callee and a number: a function that no name leads to
 DIFFERENCE = "_euler_difference"  # with a sum and its skip
 HOLD = "_euler_hold"  # with a step's number: its h, where a function begins that adds several times
+UNSEEN, UNSEEN_IN_PLACE = "_euler_unseen", "_euler_unseen_"  # an addition that no example has run
 PROBE = "_euler_probe"  # with a value, and where it stands: not in a class, but for a moment in a copy's __dict__
 # Those that a hook on the steps hides, by entries of the module's __dict__ with their names.
 OBSERVED = (STEP, STEP_IN_PLACE, SCALE, EPILOGUE, EPILOGUE_IN_PLACE, ADD_NORM, DEFER, DEFER_MUL, DIFFERENCE)
@@ -171,6 +172,14 @@ class Patched:
     def _euler_scale(self, branch: Any, place: int, key: Any = None) -> Any:
         return scale(branch, self._euler_factor(place, key).current(self, branch))
 
+    def _euler_unseen(self, left: Any, right: Any) -> Any:
+        _tell_unseen(self, left, right)
+        return left + right
+
+    def _euler_unseen_(self, left: Any, right: Any) -> Any:
+        _tell_unseen(self, left, right)
+        return right
+
     def extra_repr(self) -> str:
         shown = ", ".join(str(factor.bound_to(self)) for factor in self._euler)
         h = f"h=({shown})" if len(self._euler) > 1 else f"h={shown}" if shown else ""
@@ -253,6 +262,20 @@ class Patched:
         raise EulernetError(
             f"torch.jit.script compiles the source of {type(self).__name__}, which does not hold its step factors. Use "
             "torch.export, torch.compile or torch.jit.trace, or fold h into the weights first: eulernet.fold(model)."
+        )
+
+
+def _tell_unseen(module: Any, left: Any, right: Any) -> None:
+    """Say that two tensors of one shape are added where nothing was run when the model was patched."""
+    if torch.compiler.is_compiling() or not (isinstance(left, Tensor) and isinstance(right, Tensor)):
+        return
+    if left.shape == right.shape and all(t.is_floating_point() or t.is_complex() for t in (left, right)):
+        warnings.warn(
+            f"{type(module).__name__} adds here what the example_inputs that it was patched with did not run. If it is "
+            "a residual step, its h is 1. Patch with an example that leads here, or write the step as one addition for "
+            "all ways, or by eulernet.functional.euler_step",
+            EulernetWarning,
+            stacklevel=3,
         )
 
 
