@@ -230,10 +230,10 @@ def led_to(copies: dict[nn.Module, nn.Module]) -> Iterator[None]:
     called: list[nn.Module] = []
 
     def leading(module: nn.Module, copy: nn.Module) -> Callable[..., Any]:
-        own = module._call_impl
+        own: Callable[..., Any] = module._call_impl
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            return (copy if mine in _led.get() else own)(*args, **kwargs)
+            return copy(*args, **kwargs) if mine in _led.get() else own(*args, **kwargs)
 
         return call
 

@@ -45,7 +45,7 @@ class Location:
     position: tuple[int, int, int, int]  # line, last line, column, end column
     function: str
     keeps: bool = True  # whether a variable of the function can be set in the expression
-    holder: FunctionType | None = field(default=None, compare=False, repr=False)  # the function, as it is
+    holder: Any = field(default=None, compare=False, repr=False)  # the function that it stands in
 
     @property
     def line(self) -> int:

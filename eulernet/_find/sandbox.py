@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -116,7 +117,7 @@ class Sandbox:
             operations = stack.enter_context(Operations(self.mode))
             stack.enter_context(_Copying())
             output = self.copy(*self._inputs(args), **self._inputs(kwargs))
-            counts = operations.counts.copy()
+            counts: Counter[str] = operations.counts.copy()
             if backward:
                 _differentiate(output)
         return counts
@@ -163,6 +164,7 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     What a run of fake tensors would write into a real one, it writes into a fake one that stands for it.
     """
 
+    supports_higher_order_operators = True
     _OF_STEPS = frozenset("add sub rsub mul lerp exp clone copy _to_copy detach lift_fresh empty empty_like".split())
 
     def __init__(self, mode: FakeTensorMode | None) -> None:
@@ -171,6 +173,8 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.counts: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not isinstance(func, OpOverload):  # one of higher order
+            return func(*args, **(kwargs or {}))
         name = func._schema.name.removeprefix("aten::").rstrip("_")
         if name not in self._OF_STEPS and not name.startswith("prim::") and not func.is_view:
             self.counts[name] += 1

@@ -19,6 +19,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -426,7 +427,7 @@ class DispatchTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.owned = owned
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func._schema.is_mutable:
+        if isinstance(func, OpOverload) and func._schema.is_mutable:
             self._spare(func, args)
         return self.tracer.observe(func, args, kwargs or {}, sys._getframe(1))
 

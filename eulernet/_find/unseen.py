@@ -56,7 +56,7 @@ def _unseen(function: FunctionType, ran: set[Any]) -> Iterator[Span]:
                 continue
         at = (node.lineno, node.end_lineno, node.col_offset, node.end_col_offset)
         if at not in ran and not any(map(_is_number, operands)):
-            yield span_of(node, first)  # type: ignore[arg-type]
+            yield span_of(node, first)
 
 
 def _is_number(operand: ast.expr) -> bool:
