@@ -17,9 +17,9 @@ from eulernet._find.depths import number_streams
 from eulernet._find.gated import gated
 from eulernet._find.graph import Graph, Match, StepCall
 from eulernet._find.mixtures import is_carried, mixtures
-from eulernet._find.operations import NORMS, REARRANGES, SCALES, SQUARES, SQUASHES, UPSAMPLES, VIEWS
+from eulernet._find.operations import NORMS, REARRANGES, REDUCTIONS, SCALES, SQUARES, SQUASHES, UPSAMPLES, VIEWS
 from eulernet._find.streams import of_their_skip, steps_of
-from eulernet._find.trace import FUSED_ADDITIONS, JOINS, PRODUCTS, RUNNING, SLICES, Addition, Trace
+from eulernet._find.trace import ADDITIONS, FUSED_ADDITIONS, JOINS, PRODUCTS, RUNNING, SLICES, Addition, Trace
 from eulernet._step import Reason
 
 
@@ -162,6 +162,7 @@ def _step_call(graph: Graph, trace: Trace, addition: Addition, results: dict[int
         for skip, branch in _pairs(addition)
         if (graph.fits(skip, addition.result) or addition.op in RUNNING)
         and not _is_series(graph, skip, branch)
+        and not (_is_total(graph, skip) and _is_total(graph, branch))
         and not graph.is_noise(branch)
     ]
     # Mapped skips last: beside the result of a step, `b(x) + (x + a(x))`, a single map is a branch.
@@ -356,6 +357,16 @@ def _is_series(graph: Graph, skip: int, branch: int) -> bool:
         return {n for n in graph.ancestors(node, 0, -1) if not graph.nodes[n].inputs}
 
     return graph.constant[skip] and graph.constant[branch] and leaves(branch) <= leaves(skip)
+
+
+def _is_total(graph: Graph, node: int) -> bool:
+    """Whether it is a number for each sample, summed up over all features: a likelihood, a log-determinant."""
+    *_, total = graph.same(node, 0, scaled=True)
+    made = graph.nodes[total]
+    if made.op in ADDITIONS and len(made.inputs) > 1:  # a running sum of them
+        return all(graph.constant[n] or _is_total(graph, n) for n in made.inputs)
+    of = [len(graph.nodes[n].shape) for n in made.inputs]
+    return made.op in REDUCTIONS and len(made.shape) <= 1 < max(of, default=0)
 
 
 def _is_centred(graph: Graph, result: int, within: set[int]) -> bool:

@@ -27,6 +27,8 @@ from eulernet._find.operations import (
     SQUASHES,
     UPSAMPLES,
     VIEWS,
+    WRITES,
+    apart,
 )
 from eulernet._find.trace import ADDITIONS, CONTRACTIONS, FUSED_ADDITIONS, JOINS, SLICES, Addition, Node, Ref, Trace
 from eulernet._step import Reason
@@ -276,6 +278,7 @@ class Graph:
         """`node` and what it comes from by a shape-matching map only, each with the number of maps (at `most`)."""
         maps = 0
         last: int | None = None  # the map that takes what comes from this node, as it is or normed
+        part: int | None = None  # the part of a tensor that is followed
         yield node, maps
         while node >= start:
             op = self.nodes[node].op
@@ -285,6 +288,12 @@ class Graph:
                 last = node if last is None else None
             elif op not in NORMS and op not in VIEWS:
                 last = None
+            if op in SLICES:
+                part = node
+            elif op in WRITES and part is not None and self._spares(node, part):  # other parts were written into
+                node = inputs[0]
+                yield node, maps
+                continue
             if op in JOINS and len(inputs) > 1:
                 whole = self._whole(inputs, start, most)
                 if whole is None or maps + whole[1] > most:
@@ -313,6 +322,20 @@ class Graph:
                 return
             node = source
             yield node, maps
+
+    def _spares(self, node: int, part: int) -> bool:
+        """Whether what was written at a node is another part of the tensor than one that is read: by their indices."""
+        made = self.nodes[node]
+        if made.op == "overwritten":
+            _, written = made.inputs
+            made = self.nodes[written]
+            if made.op != "setitem" and made.inputs:  # an operation in place on a part
+                made = self.nodes[made.inputs[0]]
+        read = self.nodes[part]
+        if not (made.op in ("setitem", "getitem") and read.op == "getitem" and made.inputs and read.inputs):
+            return False
+        shapes = {self.nodes[one.inputs[0]].shape for one in (made, read)}
+        return len(shapes) == 1 and apart(made.args[1], read.args[1], shapes.pop())
 
     def is_linear(self, node: int, path: Collection[int] = ()) -> bool:
         """Whether it is linear in the one state that it was made of; in what is on a path, where that is given."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from eulernet._find.trace import ADDITIONS, JOINS
 
@@ -38,7 +39,7 @@ MAPS = re.compile(
 )
 RECURRENT = frozenset("lstm gru rnn_tanh rnn_relu".split())  # a map at each place, and one from place to place
 POOLS = re.compile(r"pool")
-_REDUCTIONS = frozenset("max amax mean sum".split())  # pooling by hand, over a reshaped axis
+REDUCTIONS = frozenset("max amax mean sum".split())  # pooling by hand, over a reshaped axis
 UPSAMPLES = re.compile(r"interpolate|upsample|conv_transpose|pixel_shuffle")
 SQUASHES = frozenset("sigmoid hardsigmoid logsigmoid tanh softmax log_softmax softmin".split())
 SQUARES = frozenset("pow square float_power abs".split())  # what an error or a variance is made by
@@ -50,6 +51,33 @@ _MASKS = frozenset(
 )
 SAME = VIEWS | CASTS | _DROPOUTS | _ACTIVATIONS | _MASKS
 HANDING_ON = VIEWS | CASTS | _DROPOUTS | SCALES | ADDITIONS | _MASKS
-MATCHING = SAME | NORMS | PADS | SCALES | _REDUCTIONS | REARRANGES
-LINEAR = VIEWS | CASTS | _DROPOUTS | SCALES | ADDITIONS | REARRANGES | PADS | {"setitem", "overwritten"}
+MATCHING = SAME | NORMS | PADS | SCALES | REDUCTIONS | REARRANGES
+WRITES = frozenset(("overwritten", "setitem"))
+LINEAR = VIEWS | CASTS | _DROPOUTS | SCALES | ADDITIONS | REARRANGES | PADS | WRITES
 NOT_LINEAR = re.compile(r"attention|lstm|gru|rnn|::")
+
+
+def apart(one: Any, other: Any, shape: tuple[int, ...]) -> bool:
+    """Whether two indices of a tensor of this shape, of numbers and slices, have no element in common.
+
+    Example:
+        >>> apart((slice(None), slice(0, 3)), (slice(None), slice(3, None)), (2, 6))
+        True
+    """
+    ranges = [_ranges(index, shape) for index in (one, other)]
+    return all(ranges) and any(a.isdisjoint(b) for a, b in zip(*ranges, strict=True))
+
+
+def _ranges(index: Any, shape: tuple[int, ...]) -> list[set[int]]:
+    """The positions along each axis, none where an index is something else than a number or a slice."""
+    parts = list(index) if isinstance(index, list | tuple) else [index]
+    if Ellipsis in parts:
+        at = parts.index(Ellipsis)
+        parts[at : at + 1] = [slice(None)] * (len(shape) - len(parts) + 1)
+    parts += [slice(None)] * (len(shape) - len(parts))
+    bounds = [b for part in parts for b in ((part.start, part.stop, part.step) if type(part) is slice else (part,))]
+    if len(parts) != len(shape) or not all(type(b) is int or b is None for b in bounds) or None in parts:
+        return []
+    return [
+        set(range(n)[part] if isinstance(part, slice) else [part % n]) for part, n in zip(parts, shape, strict=True)
+    ]

@@ -86,6 +86,9 @@ class LogDeterminant(Trap):
             nn.Sequential(nn.Linear(half, DIM), self.Residual(), nn.ReLU(), nn.Linear(DIM, 2 * half)) for _ in range(3)
         )
 
+    def begin(self, x: Tensor) -> Any:
+        return torch.zeros(len(x), dtype=x.dtype)
+
     def couple(self, x: Tensor, made: Tensor, layer: Any) -> tuple[Tensor, Tensor]:
         a, b = x.chunk(2, 1)
         scale, shift = layer[3](layer[2](made)).chunk(2, 1)
@@ -93,7 +96,7 @@ class LogDeterminant(Trap):
         return torch.cat((b * torch.exp(scale) + shift, a), 1), scale.sum(1)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        total = torch.zeros(len(x), dtype=x.dtype)
+        total = self.begin(x)
         for layer in self.layers:
             made = layer[1](layer[0](x.chunk(2, 1)[0]))
             x, log = self.couple(x, made, layer)
@@ -101,12 +104,29 @@ class LogDeterminant(Trap):
         return x, total
 
     def reference(self, x: Tensor, *, h: Sequence[float]) -> tuple[Tensor, Tensor]:
-        total = torch.zeros(len(x), dtype=x.dtype)
+        total = self.begin(x)
         for layer, factor in zip(self.layers, h, strict=True):
             made = layer[1].reference(layer[0](x.chunk(2, 1)[0]), factor)
             x, log = self.couple(x, made, layer)
             total = total + log
         return x, total
+
+
+@trap
+class TwoLogDeterminants(LogDeterminant):
+    """Of two couplings the second logarithm alone is made of the state of the first one."""
+
+    expected = tuple(Expected(f"layers.{i}.1", depth=2) for i in range(2))
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.layers[2]
+
+
+@trap
+class TwoLogDeterminantsFromZero(TwoLogDeterminants):
+    def begin(self, x: Tensor) -> Any:
+        return 0
 
 
 @trap

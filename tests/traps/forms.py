@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.ao.nn.quantized import FloatFunctional
 
-from tests.traps.base import PROJECTION, Expected, Form, trap
+from tests.traps.base import PROJECTION, Expected, Form, mlp, trap
 
 
 @trap
@@ -170,6 +170,46 @@ class InPlaceSlice(Form):
 
     def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
         return torch.cat((x[:, :1], x[:, 1:] + h[0] * self.a(x)[:, 1:]), dim=1)
+
+
+BOTH_PARTS = tuple(Expected(f"<root>:{i}", kind="projection", depth=2) for i in range(2))
+
+
+@trap
+class InPlaceSlices(Form):
+    """``+=`` into one slice after the other, of what was made of the state before."""
+
+    expected = BOTH_PARTS
+
+    def forward(self, x: Tensor) -> Tensor:
+        made, y = self.a(x), x.clone()
+        y[:, :2] += made[:, :2]
+        y[:, 2:] += made[:, 2:]
+        return y
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        made = self.a(x)
+        return torch.cat((x[:, :2] + h[0] * made[:, :2], x[:, 2:] + h[1] * made[:, 2:]), dim=1)
+
+
+@trap
+class InPlaceModalities(Form):
+    """Mixture of transformers: text and image tokens have a map each."""
+
+    expected = BOTH_PARTS
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.b = mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.clone()
+        y[..., :2, :] += self.a(x[:, :2])
+        y[..., 2:, :] += self.b(x[:, 2:])
+        return y
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        return torch.cat((x[:, :2] + h[0] * self.a(x[:, :2]), x[:, 2:] + h[1] * self.b(x[:, 2:])), dim=1)
 
 
 @trap
