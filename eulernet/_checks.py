@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -81,6 +82,8 @@ def check_model(model: nn.Module, caller: str) -> None:
     """A model that can be traced and patched: not wrapped, not sharded, made of Python."""
     check_module(model, caller)
     name = type(model).__name__
+    if isinstance(model, weakref.ProxyTypes):
+        raise EulernetError(f"eulernet.{caller} was given a weak reference to a model; give it the model itself")
     if unwrapped(model) is not model:
         inner, again = ("_orig_mod", "torch.compile") if name == "OptimizedModule" else ("module", name)
         advice = (

@@ -15,9 +15,9 @@ from torch.utils.checkpoint import checkpoint
 
 import eulernet
 from tests.traps.base import DIM
-from tests.traps.gated import SPELLINGS, ByANumber, Cell, Highway, NoGates, ResidualBesideGated
+from tests.traps.gated import SPELLINGS, ByANumber, Cell, Highway, NoGates, Normalized, ResidualBesideGated
 
-EVERY = [*SPELLINGS.values(), Cell, Highway]
+EVERY = [*SPELLINGS.values(), Cell, Highway, Normalized]
 X = torch.randn(2, 4, DIM, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
@@ -38,7 +38,8 @@ def gradients(model: nn.Module) -> list[torch.Tensor]:
 def test_all_spellings_are_one_kind_and_left_alone(cls: Any) -> None:
     found = eulernet.find_steps(made(cls), example_inputs=X)
     assert len(found) == len(found.long) == len(found.unsupported) == 0
-    assert [(step.kind, step.calls) for step in found.gated] == [("gated", 1 if cls is Highway else X.shape[1])]
+    calls = 1 if cls in (Highway, Normalized) else X.shape[1]
+    assert [(step.kind, step.calls) for step in found.gated] == [("gated", calls)]
     assert "gated updates, left alone" in str(found)
     assert found == eulernet.Steps.from_json(found.to_json())
     with pytest.raises(eulernet.EulernetError, match=r'is gated: .* include="\*"'):

@@ -70,6 +70,13 @@ def test_what_is_no_whole_number_in_bounds_is_refused_with_an_example(value: obj
         whole_number(value, "n", "n=2", least=1, most=8)
 
 
+@pytest.mark.parametrize("h", [np.linspace(0.1, 0.2, 2), torch.linspace(0.1, 0.2, 2)])
+def test_h_of_each_step_may_be_an_array(h: Any) -> None:
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    eulernet.patch(model, h, example_inputs=torch.zeros(2, 3, 8))
+    assert [step.h for step in eulernet.steps(model)] == h.tolist()
+
+
 @pytest.mark.parametrize("bounds", [(np.float32(0.01), np.float64(1)), np.array([0.01, 1.0])])
 def test_bounds_of_calibrate_may_be_of_numpy(bounds: Any) -> None:
     torch.manual_seed(0)

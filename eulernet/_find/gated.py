@@ -93,8 +93,8 @@ def _step_call(graph: Graph, addition: Addition, update: _Update) -> StepCall | 
 
 
 def _leading(graph: Graph, skip: int, node: int) -> list[int]:
-    """What a skip is a mere view, cast or copy of, and a node was computed from by a map: the first such state."""
-    for state in graph.same(skip, 0):
+    """What a skip is a view, cast, copy or norm of, and a node was computed from by a map: the first such state."""
+    for state in graph.raw(skip, by_hand=True):
         if state < node and graph.mixes(graph.path(state, node, graph.ancestors(node, 0, state)), state):
             return [state]
     return []

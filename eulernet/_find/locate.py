@@ -177,9 +177,13 @@ def nowhere(addition: Addition) -> tuple[nn.Module, Location]:
 
 
 def _is_attribute(frame: Frame) -> bool:
-    """Whether the module keeps the method itself in an attribute, which another method of its class does not reach."""
-    held = (value for name, value in vars(frame.module).items() if name != "forward")
-    return any(_is_kept(value, frame) for value in held)
+    """Whether the module keeps the method itself in an attribute, or in a list or dictionary of its own, which another
+    method of its class does not reach."""
+    for name, held in vars(frame.module).items():
+        items = held.values() if type(held) is dict else held if type(held) in (list, tuple) else (held,)
+        if name != "forward" and any(_is_kept(value, frame) for value in items):
+            return True
+    return False
 
 
 def _is_kept(value: Any, frame: Frame) -> bool:

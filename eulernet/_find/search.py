@@ -213,8 +213,8 @@ def _guessed(model: nn.Module, training: bool) -> tuple[tuple[Any, ...], dict[st
     guess = guess_inputs(model, training=training)
     if guess is None:
         raise EulernetError(
-            f"{type(model).__name__} does not say what it takes. Pass an example (shapes matter, values do not): "
-            f"eulernet.patch(model, h=0.1, example_inputs={example_for(model)})"
+            f"{type(model).__name__} does not say what it takes. Pass an example in the same call (shapes matter, "
+            f"values do not), such as eulernet.patch(model, h=0.1, example_inputs={example_for(model)})"
         )
     return guess
 

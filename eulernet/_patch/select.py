@@ -180,6 +180,8 @@ def values(h: Any, steps: Sequence[Step]) -> list[float]:
         return [_checked(known[s.name], s.name) for s in steps]
     if isinstance(h, Mapping):
         return _from_mapping(h, steps)
+    if getattr(h, "ndim", 0) == 1 and callable(getattr(h, "tolist", None)):  # of NumPy or torch
+        h = h.tolist()
     if isinstance(h, Sequence) and not isinstance(h, (str, bytes, bytearray, memoryview)):
         if len(h) != len(steps):
             raise EulernetError(

@@ -195,12 +195,13 @@ def _spans(edits: dict[Span, Any], called: _Called) -> dict[Span, tuple[str, int
         if isinstance(edit, int):
             spans[span] = ("step", edit)
             continue
-        ((callee, inner),) = edit.items()
-        if callee.name.startswith(VIA):
+        if all(callee.name.startswith(VIA) for callee in edit):  # several, where a loop goes over functions
             spans[span] = ("via", len(called.vias))
             called.vias.append(lambda function: function)  # keeps the number
-            called.vias[spans[span][1]] = _via(callee, _spans(inner, called), called.slots)
+            inside = {callee: _spans(inner, called) for callee, inner in edit.items()}
+            called.vias[spans[span][1]] = _via(inside, called.slots)
             continue
+        ((callee, inner),) = edit.items()
         free = free_function(callee.name, called.packages)
         if free is None:
             raise EulernetError(f"{callee.name}, which makes the addition of a patched step, does not exist any more")
@@ -211,8 +212,10 @@ def _spans(edits: dict[Span, Any], called: _Called) -> dict[Span, tuple[str, int
     return spans
 
 
-def _via(target: Target, spans: dict[Span, tuple[str, int]], slots: tuple[int | None, ...]) -> Callable[[Any], Any]:
-    """What gives each function at a call, all of one source, with its addition rewritten."""
+def _via(inside: dict[Target, dict[Span, tuple[str, int]]], slots: tuple[int | None, ...]) -> Callable[[Any], Any]:
+    """What gives each function at a call, of one of these sources, with its addition rewritten."""
+    spans = {target.digest: spans for target, spans in inside.items()}
+    names = " or ".join(target.name.removeprefix(VIA) for target in inside)
     made: dict[int, types.FunctionType] = {}  # by the function's id, as long as it lives: a compiler looks it up here
 
     def rewritten(function: Any) -> Any:
@@ -220,13 +223,14 @@ def _via(target: Target, spans: dict[Span, tuple[str, int]], slots: tuple[int | 
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def make(function: Any) -> types.FunctionType:
-        if function is None or digest(function) != target.digest:
+        known = None if function is None else spans.get(digest(function))
+        if known is None:
             called = getattr(function, "__qualname__", "something that is no function in Python")
             raise EulernetError(
-                f"{called} is called where {target.name.removeprefix(VIA)} was when the model was patched; patch it "
-                "again: eulernet.patch(model, h=eulernet.steps(model), example_inputs=...)"
+                f"{called} is called where {names} was when the model was patched; patch it again: "
+                "eulernet.patch(model, h=eulernet.steps(model), example_inputs=...)"
             )
-        made[id(function)] = rewrite(function, spans, free=True, slots=slots)
+        made[id(function)] = rewrite(function, known, free=True, slots=slots)
         weakref.finalize(function, made.pop, id(function), None).atexit = False
         return made[id(function)]
 

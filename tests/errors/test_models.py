@@ -2,6 +2,7 @@
 
 import re
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -203,3 +204,10 @@ def test_set_h_warns_before_it_changes_anything() -> None:
         with pytest.raises(EulernetWarning, match="rounding"):
             eulernet.set_h(model, 1e-4)
     assert [step.h for step in eulernet.steps(model)] == [0.5, 0.5, 0.5]
+
+
+@pytest.mark.parametrize("call", [eulernet.patch, eulernet.find_steps])
+def test_a_weak_reference_is_refused(call: Any) -> None:
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    with pytest.raises(EulernetError, match=f"eulernet.{call.__name__} was given a weak reference to a model"):
+        call(weakref.proxy(model), example_inputs=torch.zeros(2, 3, 8))

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from tests.traps.base import Expected, Form, Trap, each, linear, mlp, trap
+from tests.traps.base import Expected, Form, Trap, each, linear, mlp, trap, two
 
 
 class Processor:
@@ -214,6 +214,33 @@ class ForwardInADefault(Trap):
         for factor, layer in zip(h, self.layers, strict=True):
             x = x + factor * torch.tanh(layer(x))
         return x
+
+
+@trap
+class MethodsInADict(Trap):
+    """The instance keeps its methods in a dictionary, and goes over them."""
+
+    expected = two()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = linear(), linear()
+        self.ways = {"first": self.first, "second": self.second}
+
+    def first(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(self.a(x))
+
+    def second(self, x: Tensor) -> Tensor:
+        return torch.relu(self.b(x)) + x
+
+    def forward(self, x: Tensor) -> Tensor:
+        for way in self.ways.values():
+            x = way(x)
+        return x
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        x = x + h[0] * torch.tanh(self.a(x))
+        return h[1] * torch.relu(self.b(x)) + x
 
 
 def other_add(self: nn.Module, x: Tensor, f: Tensor) -> Tensor:

@@ -172,6 +172,26 @@ class Cell(nn.Module):
         return self.o(s)
 
 
+class Normalized(nn.Module):
+    """nGPT: from the state on the sphere towards the block's output there, by a learned rate each feature."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.alpha = nn.Sequential(linear(), nn.GELU(), linear()), nn.Parameter(torch.rand(DIM))
+
+    def forward(self, x: Tensor) -> Tensor:
+        before, after = self.on_sphere(x), self.on_sphere(self.f(x))
+        return self.on_sphere(before + self.alpha.abs() * (after - before))
+
+    @staticmethod
+    def on_sphere(x: Tensor) -> Tensor:
+        return x / x.norm(p=2, dim=-1, keepdim=True)
+
+    def reference(self, x: Tensor, h: float) -> Tensor:
+        before, after = self.on_sphere(x), self.on_sphere(self.f(x))
+        return self.on_sphere(before + h * (self.alpha.abs() * (after - before)))
+
+
 class Highway(nn.Module):
     """`t * F(x) + (1 - t) * x`, of Srivastava et al.; the gate may be a parameter."""
 
