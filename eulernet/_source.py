@@ -51,6 +51,8 @@ class Span:
     skip: str | Span | None = None
     # Additions of the same function that were not run when the step was found.
     unseen: tuple[Span, ...] = field(default=(), compare=False)
+    # Of a call that leads to several functions with steps: the digests of them all.
+    callees: tuple[str, ...] = field(default=(), compare=False)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Pickles from before 0.1.0 have other words for the surroundings."""

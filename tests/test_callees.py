@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
 import eulernet
+from eulernet import EulernetError
 from tests.helpers.trapped import build
 from tests.traps.base import DIM, Trap, linear
 from tests.traps.callees import (
@@ -21,6 +22,7 @@ from tests.traps.callees import (
     DecoratedFunction,
     FunctionInADict,
     InAttribute,
+    MethodsInADict,
     PartialInAnAttribute,
     Processor,
     SharedProcessor,
@@ -185,3 +187,15 @@ def test_the_owners_function_is_left_as_it_was() -> None:
     model = InAttribute()
     eulernet.patch(model, 0.3, example_inputs=torch.randn(2, DIM))
     assert (dict(vars(add)), add.__code__) == before and model.fusion is add
+
+
+@pytest.mark.parametrize("chosen", [0, 1])
+def test_of_several_functions_called_at_one_place_one_may_be_chosen(chosen: int) -> None:
+    model, (x,) = build(MethodsInADict)
+    original = copy.deepcopy(model)
+    eulernet.patch(model, 0.3, example_inputs=x, include=f"<root>:{chosen}")
+    h = [0.3 if i == chosen else 1.0 for i in range(2)]
+    torch.testing.assert_close(model(x), original.reference(x, h=h))
+    model.ways["third"] = lambda x: x
+    with pytest.raises(EulernetError, match="<lambda> is called where MethodsInADict"):
+        model(x)

@@ -37,6 +37,7 @@ from eulernet._find.sites import (
     pair_modes,
     site_of,
     step_calls_of,
+    with_callees,
     without_place,
 )
 from eulernet._find.tensors import all_modules
@@ -342,6 +343,7 @@ def _places(
         else:
             at = place.at
             refused.update((id(e.addition), f"{names[at.module]} ({at.file}:{at.line}): {proven}") for e in calls)
+    with_callees(found)
     for site, location in zip(found, with_unseen([site.location for site in found], traces), strict=True):
         site.location = location
     return found, refused

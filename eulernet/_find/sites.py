@@ -6,8 +6,8 @@ tells them apart is the module that made the branch, the key: the callee of a ca
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from eulernet._find.graph import StepCall
 from eulernet._find.locate import Location, keyed, locate, nowhere
 from eulernet._find.trace import ADDITIONS, Addition, ModuleCall, Trace
 from eulernet._run import known
-from eulernet._source import Unsupported, positions_of
+from eulernet._source import Targets, Unsupported, positions_of
 
 Originals = dict[nn.Module, nn.Module]  # a copy's modules -> the model's
 COUPLED = (
@@ -113,6 +113,20 @@ def without_place(place: Unplaced, calls: list[StepCall], reason: str) -> Traced
     at = f"{place.at.file}:{place.at.line}"
     error = EulernetError(f"the update at {at} cannot be scaled: {reason}.")
     return TracedSite(location, module, module, calls[0].skip_is_left, False, place.step_calls, error)
+
+
+def with_callees(sites: Sequence[TracedSite]) -> None:
+    """Let each call that leads to several functions know them all, whichever of their steps will be chosen."""
+    callees: dict[Targets, set[str]] = defaultdict(set)
+    for site in sites:
+        for i, (target, _) in enumerate(site.location.targets):
+            callees[site.location.targets[:i]].add(target.digest)
+    for site in sites:
+        targets = list(site.location.targets)
+        for i, (target, span) in enumerate(targets[:-1], 1):
+            if len(known := callees[site.location.targets[:i]]) > 1:
+                targets[i - 1] = target, replace(span, callees=tuple(sorted(known)))
+        site.location = replace(site.location, targets=tuple(targets))
 
 
 Group = list[TracedSite]  # the sites of one step

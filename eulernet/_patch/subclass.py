@@ -6,7 +6,7 @@ import ast
 import contextlib
 import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -199,7 +199,7 @@ def _spans(edits: dict[Span, Any], called: _Called) -> dict[Span, tuple[str, int
             spans[span] = ("via", len(called.vias))
             called.vias.append(lambda function: function)  # keeps the number
             inside = {callee: _spans(inner, called) for callee, inner in edit.items()}
-            called.vias[spans[span][1]] = _via(inside, called.slots)
+            called.vias[spans[span][1]] = _via(inside, span.callees, called.slots)
             continue
         ((callee, inner),) = edit.items()
         free = free_function(callee.name, called.packages)
@@ -212,25 +212,30 @@ def _spans(edits: dict[Span, Any], called: _Called) -> dict[Span, tuple[str, int
     return spans
 
 
-def _via(inside: dict[Target, dict[Span, tuple[str, int]]], slots: tuple[int | None, ...]) -> Callable[[Any], Any]:
-    """What gives each function at a call, of one of these sources, with its addition rewritten."""
+def _via(
+    inside: dict[Target, dict[Span, tuple[str, int]]], callees: Sequence[str], slots: tuple[int | None, ...]
+) -> Callable[[Any], Any]:
+    """What gives each function at a call, of one of these sources, with its addition rewritten; None for others that
+    are known to be called there (`callees`, their digests)."""
     spans = {target.digest: spans for target, spans in inside.items()}
     names = " or ".join(target.name.removeprefix(VIA) for target in inside)
-    made: dict[int, types.FunctionType] = {}  # by the function's id, as long as it lives: a compiler looks it up here
+    made: dict[
+        int, types.FunctionType | None
+    ] = {}  # by the function's id, as long as it lives: a compiler looks it up here
 
     def rewritten(function: Any) -> Any:
         return made[id(function)] if id(function) in made else make(function)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def make(function: Any) -> types.FunctionType:
-        known = None if function is None else spans.get(digest(function))
-        if known is None:
+    def make(function: Any) -> types.FunctionType | None:
+        of = None if function is None else digest(function)
+        if of is None or (of not in spans and of not in callees):
             called = getattr(function, "__qualname__", "something that is no function in Python")
             raise EulernetError(
                 f"{called} is called where {names} was when the model was patched; patch it again: "
                 "eulernet.patch(model, h=eulernet.steps(model), example_inputs=...)"
             )
-        made[id(function)] = rewrite(function, known, free=True, slots=slots)
+        made[id(function)] = rewrite(function, spans[of], free=True, slots=slots) if of in spans else None
         weakref.finalize(function, made.pop, id(function), None).atexit = False
         return made[id(function)]
 

@@ -164,7 +164,8 @@ class Patched:
     def _euler_via(self, callee: Any, number: int) -> Any:
         """What is called here, whatever expression led to it, with its addition made a step."""
         function, before, keywords = behind(callee)
-        return partial(self._euler_vias[number](function), self, *before, **keywords)
+        rewritten = self._euler_vias[number](function)  # None: none of its steps was chosen
+        return callee if rewritten is None else partial(rewritten, self, *before, **keywords)
 
     def _euler_materialize(self, value: Any) -> Any:
         return fuse.materialize(value)

@@ -136,7 +136,6 @@ NOT_A_FACTOR = {
     "bool": True,
     "complex": 0.1j,
     "object": object(),
-    "vector": torch.ones(3),
 }
 
 
