@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import performance
-from benchmarks.gpu import correctness, models, operations, plan, supervise, thresholds
+from benchmarks.gpu import correctness, models, operations, plan, supervise, thresholds, tiles
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.results import RESULTS, Results, Row
 from benchmarks.gpu.sizes import EARNEST, TINY
@@ -38,7 +38,7 @@ def test_the_parts_come_in_the_order_of_what_they_decide(capsys: pytest.CaptureF
     names = capsys.readouterr().out.splitlines()
     assert len(set(names)) == len(names)
     kinds = [name.partition("/")[0] for name in names]
-    assert list(dict.fromkeys(kinds)) == ["correctness", "operations", "host", "models", "thresholds"]
+    assert list(dict.fromkeys(kinds)) == ["correctness", "operations", "host", "models", "thresholds", "tiles"]
     bfloat16, compiled = "operations/step, ReLU/bfloat16/16 MiB", "models/resnet50/compiled"
     assert names.index(bfloat16) < names.index("host") < names.index("models/resnet50/eager") < names.index(compiled)
     assert {
@@ -233,3 +233,14 @@ def test_models_are_measured_with_the_kernels_from_each_size_on() -> None:
     assert all(row[str(size)] > 0 for size in thresholds.MEBIBYTES)
     [table] = tables([{**row, "part": case.part}])
     assert table.columns[-2:] == ("64 MiB", "never") and len(table.rows[0]) == len(table.columns)
+
+
+@without_gpu
+@pytest.mark.parametrize("case", tiles.cases(TINY), ids=lambda case: case.part)
+def test_other_tiles_are_timed_and_then_as_they_were(case: tiles.Case) -> None:
+    from eulernet.kernels import _step
+
+    before = [getattr(_step, name) for name in tiles.NAMES]
+    rows = list(tiles.measure(case, TINY))
+    assert len(rows) == 2 and all(row["share"] > 0 for row in rows)
+    assert [getattr(_step, name) for name in tiles.NAMES] == before

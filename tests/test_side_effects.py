@@ -362,7 +362,7 @@ class Rope(nn.Module):
         self.mask: Tensor | None = None
 
 
-OUTSIDE = {
+OUTSIDE: dict[str, Any] = {
     "object": types.SimpleNamespace(mask=None, length=0), "slots": Slotted(), "class": Kept, "module": Rope(),
     "within an object": types.SimpleNamespace(cache=types.SimpleNamespace(mask=None, length=0)),
 }  # fmt: skip

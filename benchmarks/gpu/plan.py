@@ -7,7 +7,7 @@ from itertools import product
 from typing import NamedTuple
 
 from benchmarks import host
-from benchmarks.gpu import correctness, models, operations, thresholds
+from benchmarks.gpu import correctness, models, operations, thresholds, tiles
 from benchmarks.gpu.results import Row
 from benchmarks.gpu.sizes import Sizes
 
@@ -56,7 +56,11 @@ def parts(sizes: Sizes) -> list[Part]:
         Part(case.part, "thresholds", 8, lambda sizes, case=case: thresholds.measure(case, sizes))  # type: ignore[misc]
         for case in thresholds.cases(sizes)
     ]
-    return [*steps[:decisive], on_the_host, *eager, *steps[decisive:], *compiled, *sizes_that_pay]
+    other_tiles = [
+        Part(case.part, "tiles", 20, lambda sizes, case=case: tiles.measure(case, sizes))  # type: ignore[misc]
+        for case in tiles.cases(sizes)
+    ]
+    return [*steps[:decisive], on_the_host, *eager, *steps[decisive:], *compiled, *sizes_that_pay, *other_tiles]
 
 
 def _operation(case: operations.Case) -> Part:

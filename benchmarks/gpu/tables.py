@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from benchmarks.gpu.results import Row
 from benchmarks.tables import Table
@@ -26,8 +27,8 @@ def machine(on: Row) -> str:
 
 def tables(rows: Sequence[Row]) -> list[Table]:
     """What decides first, and no empty one."""
-    made = (_correctness(rows), _operations(rows), _host(rows), _models(rows), _thresholds(rows), _failed(rows))
-    return [table for table in made if table.rows]
+    kinds = (_correctness, _operations, _host, _models, _thresholds, _tiles, _failed)
+    return [table for make in kinds if (table := make(rows)).rows]
 
 
 def wrong(rows: Iterable[Row]) -> list[Row]:
@@ -123,6 +124,24 @@ def _thresholds(rows: Sequence[Row]) -> Table:
     return Table(
         "Time of the patched model / the original's, with kernels from a size of the state on", columns, 2, lines
     )
+
+
+def _tiles(rows: Sequence[Row]) -> Table:
+    """A line for each choice, the best first; a column for each size."""
+    mine = [row for row in rows if row["table"] == "tiles"]
+    names = ("READ", "STAGES", "HELD", "SINGLE_WARPS")
+    sizes = sorted({row["MiB"] for row in mine})
+    shares: dict[tuple[Any, ...], dict[float, float]] = {}
+    for row in mine:
+        key = row["name"], row["dtype"], *(row[name] for name in names)
+        shares.setdefault(key, {})[row["MiB"]] = row["share"]
+    ordered = sorted(shares.items(), key=lambda item: (*item[0][:2], -sum(item[1].values())))
+    lines = [
+        [*(("" if value is None else str(value)) for value in key), *(f"{of[n]:.0%}" if n in of else "" for n in sizes)]
+        for key, of in ordered
+    ]
+    columns = ("backward of", "dtype", *names, *(f"{n:g} MiB" for n in sizes))
+    return Table("Share of clone()'s bytes a second with other tiles (the constants of `_step.py`)", columns, 2, lines)
 
 
 def _failed(rows: Sequence[Row]) -> Table:

@@ -38,6 +38,7 @@ MOST_PLANS = 4096
 # Where a backward sums up: elements of a tile, how many tiles a program reads ahead, warps that a multiprocessor holds.
 # With these an H200 was fastest.
 READ, STAGES, HELD = 1024, 5, 16
+SINGLE_WARPS = 4  # of a program that reads one operand: each thread reads more of it
 Wants = tuple[bool, ...]  # whether the gradients of skip, branch and scale are asked for, and those that a norm adds
 
 
@@ -85,7 +86,7 @@ class Backward:
         if repeats:
             block = tile(way.rows, way.inner, READ)
         blocks, tiles, ahead = cdiv(way.inner, block[1]), 1, 1
-        each = 4 if plan.activation is None else plan.warps  # where one operand is read, a thread reads more of it
+        each = SINGLE_WARPS if plan.activation is None else plan.warps
         lanes = cdiv(way.rows, block[0])
         if repeats:
             assert branch is not None
