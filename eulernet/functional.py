@@ -251,6 +251,8 @@ def _factors(
 
 def _checked(skip: Any, branch: Any, h: Any, caller: str) -> Any:
     """h, a finite number, also one that a compiler has made symbolic, or a tensor; the others are tensors."""
+    if isinstance(skip, Tensor) and isinstance(branch, Tensor) and type(h) is float and math.isfinite(h):
+        return h
     for name, operand in (("skip", skip), ("branch", branch)):
         if not isinstance(operand, Tensor):
             raise EulernetError(

@@ -36,7 +36,7 @@ class Pays(NamedTuple):
         return state.nbytes >= least * 2**20
 
 
-# What an H200 said: `benchmarks.gpu.pays` makes these of benchmarks/results/gpu.json.
+# What an H200 said: `python -m benchmarks.gpu -k thresholds`, in benchmarks/results/gpu.json.
 ACTIVATION, LAYER_SCALE, BATCH_NORM = Pays(4, 64), Pays(8, 32), Pays(16, 16)
 LAYER_NORM, RMS_NORM = Pays(32, 64), Pays(64, 64)
 # An RMSNorm that is written out is eight launches in eager mode. At 16 MiB Llama was measured, and it paid.

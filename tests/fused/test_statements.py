@@ -42,6 +42,7 @@ class Context(PreNorm):
         return x + self.mlp(self.norm2(x))
 
 
+@pytest.mark.filterwarnings("ignore:.* adds here what the example_inputs:eulernet.EulernetWarning")  # the other way
 @pytest.mark.parametrize("exchanged", [False, True])
 @pytest.mark.filterwarnings("ignore:the stream from the model's input:eulernet.EulernetWarning")
 def test_an_if_before_a_norm_that_is_gone_through(exchanged: bool, launches: list[str]) -> None:
@@ -68,6 +69,7 @@ def test_an_if_around_a_sum_that_is_left_out(launches: list[str]) -> None:
     assert launches == []
 
 
+@pytest.mark.filterwarnings("ignore:.* adds here what the example_inputs:eulernet.EulernetWarning")  # the other way
 @pytest.mark.parametrize("build", [BeforeAnIf, AugmentedElsewhere])
 def test_a_branch_that_waits_is_a_tensor_in_the_other_half_of_an_if(build: Builder, launches: list[str]) -> None:
     model, x = randomized(build()).eval(), images()
