@@ -180,7 +180,7 @@ def values(h: Any, steps: Sequence[Step]) -> list[float]:
         return [_checked(known[s.name], s.name) for s in steps]
     if isinstance(h, Mapping):
         return _from_mapping(h, steps)
-    if getattr(h, "ndim", 0) == 1 and callable(getattr(h, "tolist", None)):  # of NumPy or torch
+    if getattr(h, "ndim", 0) == 1 and hasattr(h, "__array__") and len(h) > 1:  # of NumPy or torch
         h = h.tolist()
     if isinstance(h, Sequence) and not isinstance(h, (str, bytes, bytearray, memoryview)):
         if len(h) != len(steps):

@@ -51,11 +51,16 @@ _classes: weakref.WeakValueDictionary[Any, type[nn.Module]] = weakref.WeakValueD
 
 def patched_class(original: type[nn.Module], plan: Plan) -> type[nn.Module]:
     """The subclass of a block's class in which the planned additions are steps."""
-    key = original, plan, tuple(span.unseen for targets, *_ in plan for _, span in targets)
+    key = _key(original, plan)
     cls: Any = _classes.get(key)
     if cls is None or not cls._euler_is_of_now:
         cls = _classes[key] = _build(original, plan)
     return cls  # type: ignore[no-any-return]
+
+
+def _key(original: type[nn.Module], plan: Plan) -> Any:
+    """What tells two patched classes apart: what is not compared of a span, too, where something becomes of it."""
+    return original, plan, tuple((span.unseen, span.callees) for targets, *_ in plan for _, span in targets)
 
 
 def _build(original: type[nn.Module], plan: Plan) -> type[nn.Module]:
@@ -264,7 +269,7 @@ def restore(original: type[nn.Module], plan: Plan, *args: Any) -> Any:
         )
     try:
         # A copy of a model whose source was changed refuses to run as well: it gets the same class.
-        cls = _classes.get((original, plan)) or patched_class(original, plan)
+        cls = _classes.get(_key(original, plan)) or patched_class(original, plan)
     except Unsupported as reason:
         raise EulernetError(
             f"the plan in the pickle does not fit {original.__module__}.{original.__qualname__}: {reason}. Build the "
