@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 
+from reproductions import campaign, desk
 from reproductions.evidence.claims import NOT_RUN, REFUTED, SUPPORTED, UNDECIDED, Results, Row
 from reproductions.evidence.statistics import holm
 from reproductions.evidence.style import STYLE, save
@@ -54,6 +56,11 @@ there already. Each shows the setting nearest to the paper's in which it was run
 for all rows of this table that have one: *supported* and *refuted* are what is left of these words after it. The rows
 further down are not corrected: of those without any effect one in twenty is decided by chance.
 """
+BEFOREHAND = """## Asked beforehand of the campaign and the desk
+
+The primary hypotheses of `campaign` (cell 1, on a GPU) and of `desk` (on CPU cores), which their modules state and which
+were written before the first of their trainings. They hold for these settings, and their p are not corrected.
+"""
 SCALES = {  # the nearest to the paper first
     "paper": "The paper's protocol",
     "gpu": "On a GPU at hand for 15 minutes: all images, 20 epochs, branches in bf16",
@@ -85,7 +92,7 @@ def write(results: Path) -> Path:
 def text(folder: Path) -> str:
     """What REPORT.md says of the records in the folders below."""
     results = Results(record for path in sorted(folder.rglob(FILE)) for record in read_records(path.parent, WHOLE))
-    parts = [HEAD, FIRST, table(primary(results), corrected=True)]
+    parts = [HEAD, FIRST, table(primary(results), corrected=True), BEFOREHAND, table(beforehand(results, folder))]
     missing = ["## Not run\n"]
     seen: set[object] = set()
     for name, study in STUDIES.items():
@@ -131,6 +138,16 @@ def primary(results: Results) -> list[Row]:
         word = rows[name].verdict
         rows[name] = replace(rows[name], p=p, verdict=UNDECIDED if p >= 0.05 and word in (SUPPORTED, REFUTED) else word)
     return [replace(row, claim=name) for name, row in rows.items()]
+
+
+def beforehand(results: Results, folder: Path) -> list[Row]:
+    """The primary hypotheses of the campaign, as its probe chose the epochs, and of the desk."""
+    probe = folder / "campaign" / "probe.json"
+    rows: list[Row] = []
+    if probe.exists():
+        notes = json.loads(probe.read_text())
+        rows += campaign.primary(results, notes["preset"], notes["chosen"]["epochs"], notes["chosen"]["precision"])
+    return [*rows, *desk.primary(results)]
 
 
 def _new(row: Row, seen: set[object]) -> bool:

@@ -215,6 +215,13 @@ def test_the_report_begins_with_the_primary_claims_once_each(stored: Results) ->
     assert first.startswith("The paper's claims") and all(f"| {row.claim} |" in first for row in rows)
 
 
+def test_what_was_asked_beforehand_stands_second(stored: Results) -> None:
+    rows = report.beforehand(stored, RESULTS)
+    assert len(rows) == 12 and all(row.verdict != "not run" for row in rows)
+    second = (RESULTS / "REPORT.md").read_text().split("## ")[2]
+    assert second.startswith("Asked beforehand") and all(f"| {row.claim} |" in second for row in rows)
+
+
 def test_primary_verdicts_are_those_that_are_left_after_holm(stored: Results) -> None:
     for row in report.primary(stored):
         if row.p is not None and row.verdict != "not run":
@@ -222,7 +229,8 @@ def test_primary_verdicts_are_those_that_are_left_after_holm(stored: Results) ->
 
 
 def test_a_comparison_has_one_row() -> None:
-    below = (RESULTS / "REPORT.md").read_text().split("## ")[2:]
+    """But for the first two tables, which choose from all: the paper's claims, and what was asked beforehand."""
+    below = (RESULTS / "REPORT.md").read_text().split("## ")[3:]
     lines = [line for part in below for line in part.splitlines() if line.startswith("| ") and "claim |" not in line]
     numbers = [re.sub(r"^\| [^|]* ", "", line) for line in lines if " seeds |" in line and " -> " in line]
     assert [line for line in numbers if numbers.count(line) > 1 and "failed; p" not in line] == []
