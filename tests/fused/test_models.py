@@ -60,7 +60,7 @@ def test_the_kernels_give_what_eager_gives(name: str, dtype: torch.dtype, launch
         assert (a.dtype, a.shape, a.stride()) == (e.dtype, e.shape, e.stride())
         # the sum is rounded once, not three times; batch norm over 8 numbers makes more of it
         largest = max(1.0, e.double().abs().max().item())
-        nudge = (other - e).double().abs().max().item()
+        nudge = (other.double() - e.double()).abs().max().item()
         torch.testing.assert_close(a, e, rtol=tolerance, atol=max(tolerance * largest, 4 * nudge))
     for a, e in zip(result, tensors(plain.eval()(x)), strict=True):
         assert (a.dtype, a.shape, a.stride()) == (e.dtype, e.shape, e.stride())
