@@ -176,11 +176,13 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not isinstance(func, OpOverload):  # one of higher order
             return func(*args, **(kwargs or {}))
         name = func._schema.name.removeprefix("aten::").rstrip("_")
-        if name not in self._OF_STEPS and not name.startswith("prim::") and not func.is_view:
-            self.counts[name] += 1
         if func._schema.is_mutable and self.mode is not None:
             args, kwargs = tree_map_only(Tensor, self._fake, (args, kwargs or {}))
-        return func(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        # Of what gives no tensor a scripted function asks another time or not, as it is compiled.
+        if name not in self._OF_STEPS and not func.is_view and any(True for _ in tensors_in(out)):
+            self.counts[name] += 1
+        return out
 
     def _fake(self, tensor: Tensor) -> Tensor:
         assert self.mode is not None
