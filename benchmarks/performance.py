@@ -137,7 +137,7 @@ def _plot_ratios(rows: Sequence[Row], axes: Any) -> None:
     axes.set_yticklabels(names, fontsize=7)
     axes.invert_yaxis()
     if names:
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.1))
 
 
 def main(results: Path = RESULTS, target: Path = PAGE, cpu: Path = CPU, fused: Path = FUSED) -> int:

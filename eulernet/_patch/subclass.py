@@ -224,9 +224,8 @@ def _via(
     are known to be called there (`callees`, their digests)."""
     spans = {target.digest: spans for target, spans in inside.items()}
     names = " or ".join(target.name.removeprefix(VIA) for target in inside)
-    made: dict[
-        int, types.FunctionType | None
-    ] = {}  # by the function's id, as long as it lives: a compiler looks it up here
+    # By the function's id, as long as it lives: a compiler looks it up here.
+    made: dict[int, types.FunctionType | None] = {}
 
     def rewritten(function: Any) -> Any:
         return made[id(function)] if id(function) in made else make(function)
