@@ -58,8 +58,8 @@ further down are not corrected: of those without any effect one in twenty is dec
 """
 BEFOREHAND = """## Asked beforehand of the campaign and the desk
 
-The primary hypotheses of `campaign` (cell 1, on a GPU) and of `desk` (on CPU cores), which their modules state and which
-were written before the first of their trainings. They hold for these settings, and their p are not corrected.
+The primary hypotheses of `campaign` (cell 1, on a GPU) and of `desk` (on CPU cores), which their modules state and
+which were written before the first of their trainings. They hold for these settings, and their p are not corrected.
 """
 SCALES = {  # the nearest to the paper first
     "paper": "The paper's protocol",
