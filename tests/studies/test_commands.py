@@ -1,6 +1,7 @@
 """The commands of the studies, their reports and figures."""
 
 import doctest
+import json
 import math
 import re
 from dataclasses import replace
@@ -11,7 +12,7 @@ import matplotlib.pyplot as plt
 import pytest
 from typer.testing import CliRunner
 
-from reproductions import cli, desk, report, trial
+from reproductions import campaign, cli, desk, report, trial
 from reproductions.cli import RESULTS, app
 from reproductions.data import ag_news as texts
 from reproductions.data import noise as corrupt
@@ -122,6 +123,10 @@ def test_stored_trials_belong_to_the_studies_as_they_are() -> None:
     presets = {name: (*PRESETS, *getattr(study, "ALSO", ())) for name, study in GRIDS.items()}
     known = {one.key: one for name, study in GRIDS.items() for p in presets[name] for one in study.trials(p, 10)}
     known |= {one.key: one for one in desk.trials()}
+    chosen = json.loads((RESULTS / "campaign" / "probe.json").read_text())["chosen"]
+    known |= {
+        one.key: one for _, some in campaign.cells("paper", chosen["epochs"], chosen["precision"]) for one in some
+    }
     for record in read_records(RESULTS / "trials"):
         assert record["config"] == known[record["key"]].config()
         loss = record["result"]["train_loss"]
