@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MemberDescriptorType, ModuleType
 from typing import Any
@@ -30,17 +31,33 @@ _MISSING: Any = object()
 class Leftovers:
     """What the runs of a search leave: fake tensors, and what held something else before.
 
-    The first time that a function runs, what its frame names is kept in mind: its variables, the globals that its code
-    names, and what these hold. An object in which a fake tensor was left gets back all that it held then: a cache that
-    has forgotten its table must not remember the length of it.
+    Before the first run, and the first time that a function runs, what its code names is kept in mind: its variables,
+    the globals, and what these hold. Where a fake tensor was left in one of them, all of them get back what they held:
+    a cache that has forgotten its table must not remember the length of it.
     """
 
     def __init__(self) -> None:
         self.fakes: list[weakref.ref[Tensor]] = []
         self.copies: set[int] = set()  # ids of the modules that run, which are not outside
-        self._codes: dict[int, CodeType] = {}
-        self._held: dict[int, tuple[Any, dict[Any, Any]]] = {}  # by the owner's id
+        self._codes: dict[int, CodeType] = {}  # of which a frame was looked at
+        self._foreseen: dict[int, FunctionType] = {}  # functions that were looked at before they ran
+        self._held: dict[int, tuple[Any, dict[Any, Any], bool]] = {}  # by the owner's id; whether a name leads to it
         self._variables: dict[tuple[int, str], Any] = {}  # of closures, by the id of the code that reads them
+
+    def foresee(self, modules: Iterable[nn.Module]) -> None:
+        """Keep in mind what the functions of these modules' classes may write into."""
+        for cls in {base: None for module in modules for base in type(module).__mro__}:
+            for value in vars(cls).values():
+                self._foresee(value)
+
+    def _foresee(self, value: Any) -> None:
+        function = getattr(value, "fget", None) or getattr(value, "__func__", None) or value
+        function = function.__wrapped__ if isinstance(function, _CACHE) else function
+        if not isinstance(function, FunctionType) or id(function) in self._foreseen or _is_known(function.__module__):
+            return
+        self._foreseen[id(function)] = function
+        cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+        self._keep(function.__code__, {name: _content(cell) for name, cell in cells}, function.__globals__)
 
     def look(self, frame: Any) -> None:
         """Keep in mind what the functions may write into that have called this."""
@@ -49,39 +66,52 @@ class Leftovers:
             if id(code) not in self._codes:
                 self._codes[id(code)] = code
                 if not code.co_filename.startswith(_OF_TORCH):
-                    self._keep(frame)
+                    self._keep(code, frame.f_locals, frame.f_globals)
+                    for value in frame.f_locals.values():
+                        self._remember(value, _DEPTH, named=False)
             frame = frame.f_back
 
-    def _keep(self, frame: Any) -> None:
-        code, local = frame.f_code, frame.f_locals
+    def _keep(self, code: CodeType, variables: Mapping[str, Any], namespace: dict[str, Any]) -> None:
+        named = [namespace.get(name) for name in code.co_names]
         for name in code.co_freevars:
-            value = local.get(name, _MISSING)
+            value = variables.get(name, _MISSING)
             if not (isinstance(value, nn.Module) or _leads_to_fakes(value)):  # what this run has made itself
-                self._variables[id(code), name] = value
-        self._remember(frame.f_globals, 0)
-        for value in (*local.values(), *(frame.f_globals.get(name) for name in code.co_names)):
+                self._variables.setdefault((id(code), name), value)
+                named.append(value)
+        self._remember(namespace, 0)
+        for module in [m for m in named if isinstance(m, ModuleType) and not _is_known(m.__name__)]:
+            self._remember(vars(module), 0)
+            named += [vars(module).get(name) for name in code.co_names]
+        for value in named:
             self._remember(value, _DEPTH)
+            self._foresee(value)
 
-    def _remember(self, owner: Any, depth: int) -> None:
+    def _remember(self, owner: Any, depth: int, named: bool = True) -> None:
         if isinstance(owner, _VALUES) or id(owner) in self._held or (held := _held(owner)) is None:
             return
         if id(owner) in self.copies:
             held = {name: value for name, value in held.items() if name not in _OF_MODULES}
         else:
-            self._held[id(owner)] = owner, held
-        if not isinstance(owner, type | dict | list | FunctionType):
-            self._remember(type(owner), 0)
+            self._held[id(owner)] = owner, held, named
+        if not isinstance(owner, type | dict | list | FunctionType | _CACHE):
+            self._remember(type(owner), 0, named)
         if depth and len(held) < _MANY:
             for value in list(held.values()):
-                self._remember(value, depth - 1)
+                self._remember(value, depth - 1, named)
 
     def put_back(self) -> None:
-        """Where a fake tensor was left, let an object hold what it held before."""
-        for owner, held in self._held.values():
+        """Where a fake tensor was left, let what the functions name hold what it held before."""
+        changed: list[tuple[Any, dict[Any, Any], bool, bool]] = []
+        for owner, held, named in self._held.values():
             now = _held(owner) or {}
-            changed = [key for key in {**held, **now} if now.get(key, _MISSING) is not held.get(key, _MISSING)]
-            if any(_leads_to_fakes(now.get(key)) for key in changed):
-                _put_back(owner, {key: held.get(key, _MISSING) for key in changed})
+            keys = [key for key in {**held, **now} if now.get(key, _MISSING) is not held.get(key, _MISSING)]
+            if keys:
+                has_fakes = any(_leads_to_fakes(now.get(key)) for key in keys)
+                changed.append((owner, {key: held.get(key, _MISSING) for key in keys}, named, has_fakes))
+        left = any(named and has_fakes for *_, named, has_fakes in changed)
+        for owner, held, named, has_fakes in changed:
+            if has_fakes or (named and left):
+                _put_back(owner, held)
 
     def take_back(self) -> None:
         """All of it, in the end."""
@@ -90,12 +120,27 @@ class Leftovers:
         _forget(self.fakes, self._variables)
 
 
+def _is_known(module: str | None) -> bool:
+    """Whether a module is one of Python's or torch's, whose functions are none of the model's."""
+    root = (module or "").partition(".")[0]
+    return root == "torch" or (root in sys.stdlib_module_names and root != "__main__")
+
+
+def _content(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # of a variable without a value yet
+        return _MISSING
+
+
 def _held(owner: Any) -> dict[Any, Any] | None:
     """What an object holds: its items, or its attributes; None for what holds nothing that a model would write."""
     if isinstance(owner, dict):
         return dict(owner)
     if isinstance(owner, list):
         return dict(enumerate(owner))
+    if isinstance(owner, _CACHE):
+        return {id(result): result for result in _results(owner)}
     cls = type(owner)
     if (owner if isinstance(owner, type) else cls).__module__.partition(".")[0] in ("builtins", "torch", "typing"):
         return dict(vars(owner)) if isinstance(owner, FunctionType | nn.Module) else None
@@ -114,17 +159,29 @@ def _held(owner: Any) -> dict[Any, Any] | None:
     return held
 
 
+def _results(cached: Any) -> Iterator[Any]:
+    """What a cached function keeps."""
+    for held in gc.get_referents(cached):
+        if type(held) is not dict:
+            yield held
+        elif held is not vars(cached):
+            yield from held.values()
+
+
 def _put_back(owner: Any, held: dict[Any, Any]) -> None:
     """Let an object hold again what it did, nothing under a key that is missing."""
+    if isinstance(owner, _CACHE):
+        owner.cache_clear()
+        return
     if isinstance(owner, list):
         kept = [value for key, value in enumerate(owner) if key not in held]
         owner[:] = kept + [value for value in held.values() if value is not _MISSING]
         return
-    namespace = isinstance(owner, dict) and "__builtins__" in owner
+    now = _held(owner) or {}
     for key, value in held.items():
+        if isinstance(now.get(key), _NAMED):
+            continue  # what was imported meanwhile
         if isinstance(owner, dict):
-            if namespace and isinstance(owner.get(key), _NAMED):
-                continue  # what was imported meanwhile
             if value is _MISSING:
                 owner.pop(key, None)
             else:
@@ -169,6 +226,26 @@ def _forget(fakes: list[weakref.ref[Tensor]], variables: dict[tuple[int, str], A
     if any(fake() is not None for fake in fakes):
         gc.collect()
     kept: list[Any] = [tensor for fake in fakes if (tensor := fake()) is not None]
+    if not kept:
+        return
+    with _unfrozen():
+        _empty_holders(kept, variables)
+
+
+@contextlib.contextmanager
+def _unfrozen() -> Iterator[None]:
+    """What was frozen (`gc.freeze`) is found among the referrers as well."""
+    frozen = gc.get_freeze_count() > 0
+    if frozen:
+        gc.unfreeze()
+    try:
+        yield
+    finally:
+        if frozen:
+            gc.freeze()
+
+
+def _empty_holders(kept: list[Any], variables: dict[tuple[int, str], Any]) -> None:
     own = {id(kept)}
     for _ in range(4):  # a cache holds the tensor itself, or a tuple or list of a few
         if not kept:
@@ -186,6 +263,9 @@ def _forget(fakes: list[weakref.ref[Tensor]], variables: dict[tuple[int, str], A
             elif isinstance(holder, CellType):
                 _empty(holder, variables)
             elif type(holder) is dict and id(holder) not in spaces:
+                if _is_result(holder):
+                    kept.append(holder)
+                    continue
                 for key in [key for key, value in holder.items() if id(value) in inside]:
                     del holder[key]
             elif type(holder) is list and not any(_is_cache(h) for h in gc.get_referrers(holder)):
@@ -212,6 +292,13 @@ def _namespaces(dicts: list[dict[Any, Any]]) -> set[int]:
     """The ids of what the classes and modules refer to whose `__dict__` is among these."""
     owners = [owner for owner in gc.get_referrers(*dicts) if isinstance(owner, (type, ModuleType))] if dicts else []
     return {id(value) for value in gc.get_referents(*owners)}
+
+
+def _is_result(value: Any) -> bool:
+    """Whether it is what a cached function has returned."""
+    holders = gc.get_referrers(value)
+    entries = gc.get_referrers(*[h for h in holders if type(h) is dict])
+    return any(isinstance(holder, _CACHE) for holder in (*holders, *entries))
 
 
 def _is_cache(holder: Any) -> bool:

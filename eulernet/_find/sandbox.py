@@ -10,7 +10,7 @@ import inspect
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from types import CellType, FunctionType, MethodType
 from typing import Any
@@ -47,6 +47,7 @@ class Sandbox:
         if self.mode and any(isinstance(v, torch.ScriptObject) for m in all_modules(model) for v in vars(m).values()):
             self.mode.cache_enabled = False  # it compares arguments, which packed weights refuse
         self.tracer: Tracer | None = None  # while it runs
+        self.operations: Operations | None = None  # of the last run again
         self.differentiates = False  # whether the model asks for gradients in eval mode too, as a force field does
         memo: dict[int, Any] = {}
         fakes, draws = FakeCopyMode(self.mode) if self.mode else contextlib.nullcontext(), Draws()
@@ -114,13 +115,22 @@ class Sandbox:
     ) -> Counter[str]:
         """Run the copy, which is no longer as it was traced, as the model will run; returns what it computes."""
         with self._running(training, _Made(self.fakes)) as stack:
-            operations = stack.enter_context(Operations(self.mode))
+            self.operations = stack.enter_context(Operations(self.mode))
             stack.enter_context(_Copying())
             output = self.copy(*self._inputs(args), **self._inputs(kwargs))
-            counts: Counter[str] = operations.counts.copy()
+            counts: Counter[str] = self.operations.counts.copy()
             if backward:
                 _differentiate(output)
         return counts
+
+    def step(self, add: Callable[[], Any]) -> Any:
+        """What `add` returns, which is the work of a step, while the copy runs again."""
+        assert self.operations is not None
+        self.operations.in_step = True
+        try:
+            return add()
+        finally:
+            self.operations.in_step = False
 
     @contextlib.contextmanager
     def _running(self, training: bool, of_fakes: TorchDispatchMode) -> Iterator[contextlib.ExitStack]:
@@ -159,17 +169,20 @@ class Sandbox:
 
 
 class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts what a run computes, but for what a step does another way: views, copies, and the arithmetic of a sum.
+    """Counts what a run computes, by name and numbers, but for what a step does another way: views, copies, sums.
 
     What a run of fake tensors would write into a real one, it writes into a fake one that stands for it.
     """
 
     supports_higher_order_operators = True
-    _OF_STEPS = frozenset("add sub rsub mul lerp exp clone copy _to_copy detach lift_fresh empty empty_like".split())
+    _COPIES = frozenset("clone copy _to_copy detach lift_fresh empty empty_like".split())
+    _SUMS = frozenset("add sub rsub".split())  # of tensors
+    _OF_STEPS = _SUMS | frozenset("mul lerp exp".split())
 
     def __init__(self, mode: FakeTensorMode | None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.mode = mode
+        self.in_step = False
         self.counts: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -180,8 +193,11 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
             args, kwargs = tree_map_only(Tensor, self._fake, (args, kwargs or {}))
         out = func(*args, **(kwargs or {}))
         # Of what gives no tensor a scripted function asks another time or not, as it is compiled.
-        if name not in self._OF_STEPS and not func.is_view and any(True for _ in tensors_in(out)):
-            self.counts[name] += 1
+        if name not in self._COPIES and not func.is_view and any(True for _ in tensors_in(out)):
+            numbers = [a for a in args if type(a) in (int, float)]
+            numbers += [f"{key}={a}" for key, a in (kwargs or {}).items() if type(a) in (int, float) and a != 1]
+            if not (name in self._OF_STEPS if self.in_step else name in self._SUMS and not numbers):
+                self.counts[" ".join(map(str, (name, *numbers)))] += 1
         return out
 
     def _fake(self, tensor: Tensor) -> Tensor:

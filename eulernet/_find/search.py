@@ -107,6 +107,7 @@ class Proofs(NamedTuple):
 def search_by(model: nn.Module, example_inputs: Any, proofs: Proofs) -> Iterator[Search]:
     """Find the steps of a model that is not patched, or of the original of one that is."""
     with alone(), nothing_left(model) as leftovers, _disable_current_modes():
+        leftovers.foresee(all_modules(model))
         result = apart(lambda: _search(model, example_inputs, leftovers, proofs))
         try:
             yield result

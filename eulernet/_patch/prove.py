@@ -17,6 +17,7 @@ from torch import nn
 
 from eulernet._checks import short
 from eulernet._errors import EulernetError
+from eulernet._find.sandbox import Sandbox
 from eulernet._find.search import Proofs, Run, Search, search_by
 from eulernet._find.sites import TracedSite, origin
 from eulernet._patch.difference import by_difference
@@ -82,45 +83,55 @@ def not_as_found(search: Search, changes: Sequence[Any], learned: Sequence[Slot]
     """
     wrong: dict[int, str] = {}
     runs = _that_differ(search)
-    strange: list[tuple[Run, Counter[str]]] = []
-    for sandbox in {id(run.sandbox): run.sandbox for run in runs}.values():
-        twins = {module: twin for twin, module in sandbox.original.items()}
-        counts: Counter[tuple[int, int, int]] = Counter()
+    strange: list[Run] = []
+    for run in runs:
+        operations, counts = _run_patched(run, changes)
+        if run.sandbox.mode and operations != search.traces[search.runs.index(run)].operations:  # values decide nothing
+            strange.append(run)
         for change in changes:
-            twin = twins[change.module]
-            change.of(twins.__getitem__).make()
-            add_step_hook(twin, partial(_count, counts, id(change.module)))
-        for run in runs:
-            if run.sandbox is not sandbox:
-                continue
-            counts.clear()
-            try:
-                operations = sandbox.run_again(run.args, run.kwargs, training=run.training)
-            except (EulernetError, MemoryError):
-                raise
-            except Exception as error:
-                raise _goes_astray(sandbox.copy, f"fails once it is patched: {short(error)}") from error
-            if sandbox.mode and operations != search.traces[search.runs.index(run)].operations:  # values decide nothing
-                strange.append((run, operations))
-            for change in changes:
-                for slot, found, site in ((i, f, s) for i, f in enumerate(change.found) for s in f.sites):
-                    place, expected = change.places[site.location.targets], site.calls[run.training]
-                    passed = counts[id(change.module), place, slot]
-                    if passed != expected:
-                        wrong[found.step.index] = (
-                            f"the addition at {site.location.file}:{site.location.line} ran {expected} times, but "
-                            f"{passed} times as a step once it was rewritten."
-                        )
-        for change in changes:
-            remove_step_hooks(twins[change.module])
-            restore_class(twins[change.module])
-    for run, operations in strange if not wrong else ():  # caches may have been filled since it was traced
+            for slot, found, site in ((i, f, s) for i, f in enumerate(change.found) for s in f.sites):
+                place, expected = change.places[site.location.targets], site.calls[run.training]
+                passed = counts[id(change.module), place, slot]
+                if passed != expected:
+                    wrong[found.step.index] = (
+                        f"the addition at {site.location.file}:{site.location.line} ran {expected} times, but "
+                        f"{passed} times as a step once it was rewritten."
+                    )
+    for run in strange if not wrong else ():  # caches have been filled since it was traced
         before = run.sandbox.run_again(run.args, run.kwargs, training=run.training)
-        if operations != before:
-            more, fewer = (" ".join(sorted(some)) for some in (operations - before, before - operations))
+        operations, _ = _run_patched(run, changes)
+        more, fewer = (", ".join(sorted(some)) for some in (operations - before, _but_sums(before - operations)))
+        if more or fewer:
             how = " and ".join(f"{what} {some}" for what, some in (("more", more), ("fewer", fewer)) if some)
             raise _goes_astray(run.sandbox.copy, f"computes something else once it is patched ({how})")
     return wrong or _without_gradient(search, changes, learned)
+
+
+def _but_sums(operations: Counter[str]) -> list[str]:
+    """Without `torch.add(x, f, alpha=2)`, which may be a step."""
+    return [o for o in operations if not (o.startswith(("add alpha=", "sub alpha=")))]
+
+
+_Passed = Counter[tuple[int, int, int]]  # by the id of a module, the place in it, and the number of its step
+
+
+def _run_patched(run: Run, changes: Sequence[Any]) -> tuple[Counter[str], _Passed]:
+    """What a patched copy computes beside its steps, and how often it goes through each of these."""
+    sandbox, passed = run.sandbox, _Passed()
+    twins = {module: twin for twin, module in sandbox.original.items()}
+    for change in changes:
+        change.of(twins.__getitem__).make()
+        add_step_hook(twins[change.module], partial(_count, passed, id(change.module), sandbox))
+    try:
+        return sandbox.run_again(run.args, run.kwargs, training=run.training), passed
+    except (EulernetError, MemoryError):
+        raise
+    except Exception as error:
+        raise _goes_astray(sandbox.copy, f"fails once it is patched: {short(error)}") from error
+    finally:
+        for change in changes:
+            remove_step_hooks(twins[change.module])
+            restore_class(twins[change.module])
 
 
 def _goes_astray(model: nn.Module, how: str) -> EulernetError:
@@ -164,6 +175,6 @@ def _without_gradient(search: Search, changes: Sequence[Any], learned: Sequence[
     return wrong
 
 
-def _count(counts: Counter[tuple[int, int, int]], module: int, seen: StepInputs, add: Callable[[], Any]) -> Any:
-    counts[module, seen.place, seen.slot] += 1
-    return add()
+def _count(passed: _Passed, module: int, sandbox: Sandbox, seen: StepInputs, add: Callable[[], Any]) -> Any:
+    passed[module, seen.place, seen.slot] += 1
+    return sandbox.step(add)
