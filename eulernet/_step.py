@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import random
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -419,8 +420,10 @@ def _check_distinct(steps: Sequence[Step]) -> None:
 
 def as_text(table: Any) -> str:
     """What rich draws, without colours, 140 columns wide."""
-    from rich.console import Console  # imported where something is shown, so not with eulernet
+    state = random.getstate()
+    from rich.console import Console  # where something is shown, so not with eulernet; it draws a number when imported
 
+    random.setstate(state)
     text = io.StringIO()
     Console(file=text, width=140, color_system=None, soft_wrap=False).print(table)
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())

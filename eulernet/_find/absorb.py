@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -123,8 +123,19 @@ class _TracedRun:
         if step_call.addition.op == "addcdiv" and step_call.branch != step_call.addition.right[0]:
             raise NotAbsorbable("its branch is what addcdiv divides by")
         path: Path = Counter()
-        self.trace_back(step_call.addition.result, step_call.branch, path)
+        for reader in self.ends(step_call):
+            self.trace_back(reader, step_call.branch, path)
         return path
+
+    def ends(self, step_call: StepCall) -> list[int]:
+        """What reads the branch to sum it up: the sum itself, or what stacks the two first."""
+        result, branch = step_call.addition.result, step_call.branch
+        before, pending = {result}, [result]
+        while pending:
+            new = {i for i in self.nodes[pending.pop()].inputs if i > branch} - before
+            before |= new
+            pending += new
+        return [result] if result in self.readers[branch] else [r for r in self.readers[branch] if r in before]
 
     def trace_back(self, reader: int, node: int, path: Path) -> None:
         if self.nodes[node].op in _ZEROS:
@@ -239,6 +250,21 @@ def parameters_read(trace: Trace, run: Run) -> dict[int, nn.Parameter]:
 # ---- all steps together
 
 
+@dataclass
+class _Way:
+    """What of a run leads from the sums of a step back to its parameters."""
+
+    path: Path = field(default_factory=Counter)
+    ends: set[tuple[int, int]] = field(default_factory=set)  # of the path, each what reads a branch to sum it up, and the branch
+
+    def asks(self, reader: int, node: int, of_reader: int) -> int:
+        """How often a reader asks a node to be multiplied by the step's factor, when it is to be so often itself.
+
+        A step in the branch of another call of the step asks twice.
+        """
+        return ((reader, node) in self.ends) + of_reader if self.path[reader, node] else 0
+
+
 def absorbing(
     model: nn.Module, search: Search, factors: Mapping[int, float]
 ) -> tuple[dict[nn.Parameter, float], dict[int, str]]:
@@ -256,25 +282,26 @@ def absorbing(
     names = {module: name or ROOT for name, module in model.named_modules()}
     traced = [_TracedRun(r, run, names) for r, run in zip(search.traces, search.runs, strict=True)]
     refused: dict[int, str] = {}
-    paths: dict[int, list[tuple[int, Path]]] = {}  # of each step, with the run
+    ways: dict[int, dict[int, _Way]] = {}  # of each step, by the run
     for found in search.found:
         index = found.step.index
         if factors.get(index, 1.0) != 1.0:
             try:
                 _check_reached(found.step, search.steps.unreached)
-                own: dict[tuple[int, int], Path] = defaultdict(Counter)  # of each branch, which may be added twice
+                own: dict[int, _Way] = defaultdict(_Way)
                 for run, step_call in search.step_calls[index]:
-                    own[run, step_call.branch] |= traced[run].path(step_call)
-                paths[index] = [(run, path) for (run, _), path in own.items()]
+                    own[run].path |= traced[run].path(step_call)
+                    own[run].ends.update((end, step_call.branch) for end in traced[run].ends(step_call))
+                ways[index] = own
             except NotAbsorbable as reason:
                 refused[index] = str(reason)
     while True:
-        scales, conflicts = _scales(traced, paths, factors)
+        scales, conflicts = _scales(traced, ways, factors)
         if not conflicts:
             return scales, refused
         refused.update(conflicts)
         for index in conflicts:
-            del paths[index]
+            del ways[index]
 
 
 def _check_reached(step: Step, unreached: tuple[str, ...]) -> None:
@@ -288,41 +315,35 @@ def _check_reached(step: Step, unreached: tuple[str, ...]) -> None:
 
 
 def _scales(
-    traced: list[_TracedRun], paths: Mapping[int, list[tuple[int, Path]]], factors: Mapping[int, float]
+    traced: list[_TracedRun], ways: Mapping[int, Mapping[int, _Way]], factors: Mapping[int, float]
 ) -> tuple[dict[nn.Parameter, float], dict[int, str]]:
     """What each parameter is multiplied by, and the steps whose paths pass what would be multiplied in two ways."""
-    passing: dict[tuple[int, int], list[tuple[int, Path]]] = defaultdict(list)  # run and node -> the steps' paths
-    users: dict[Any, set[int]] = defaultdict(set)
-    for index, runs in paths.items():
-        for run, path in runs:
-            for node in {n for _, n in path}:
-                passing[run, node].append((index, path))
-                users[traced[run].parameters.get(node, (run, node))].add(index)
-
-    def scale(run: int, node: int, reader: int) -> float:
-        """By what a tensor must be multiplied in the eyes of one reader.
-
-        NaN, which equals nothing, where the reader uses it several times and only some of these are on the path.
-        """
-        steps = []  # several where a step lies in the branch of another one
-        for index, path in passing[run, node]:
-            if reads := path[reader, node]:
-                steps.append(factors[index] if reads == traced[run].readers[node][reader] else math.nan)
-        return math.prod(sorted(steps))  # in one order: two readers must not differ by rounding
-
     scales: dict[Any, float] = {}  # of a parameter, or of the tensor at a node of a run
+    passing: dict[Any, set[int]] = defaultdict(set)  # likewise, the steps whose paths pass it
     conflicts: dict[int, str] = {}
+    for index, own in ways.items():
+        for run, way in own.items():
+            for _, node in way.path:
+                passing[traced[run].parameters.get(node, (run, node))].add(index)
     for run, one in enumerate(traced):
-        for node, readers in one.readers.items():
+        steps: dict[int, Counter[int]] = defaultdict(Counter)  # whose factors a node is multiplied by
+        for node, readers in sorted(one.readers.items(), reverse=True):  # what reads it comes after it
             key = one.parameters.get(node, (run, node))
-            for reader in readers if key in users else ():
+            here = {index: ways[index][run] for index in passing.get(key, ()) if run in ways[index]}
+            for reader, times in readers.items() if key in passing else ():
                 # All readers must agree, those as well that are on nobody's path and ask for 1. A parameter has one key
                 # for all runs and all modules that hold it, so eval and train mode and tied weights must agree too.
-                here = scale(run, node, reader)
-                if scales.setdefault(key, here) != here:
-                    other = min(readers, key=lambda r: sum(w[r, node] for _, w in passing[run, node]))
-                    conflicts.update(dict.fromkeys(users[key], one.shared(node, other)))
-    return {p: s for p, s in scales.items() if isinstance(p, nn.Parameter) and s != 1.0}, conflicts
+                asked = Counter({i: way.asks(reader, node, steps[reader][i]) for i, way in here.items()})
+                steps[node] = steps[node] or asked
+                # NaN, which equals nothing, where a reader uses it several times, and some of these are on no path.
+                partly = any(way.path[reader, node] not in (0, times) for way in here.values())
+                # In one order: two readers must not differ by rounding.
+                scale = math.nan if partly else math.prod(sorted(factors[index] for index in asked.elements()))
+                if scales.setdefault(key, scale) != scale:
+                    other = min(readers, key=lambda r: sum(way.path[r, node] for way in here.values()))
+                    conflicts.update(dict.fromkeys(passing[key], one.shared(node, other)))
+    parameters = (parameter for one in traced for _, parameter in sorted(one.parameters.items()))
+    return {p: scales[p] for p in parameters if scales.get(p, 1.0) != 1.0}, conflicts
 
 
 def refusal(search: Search, refused: Mapping[int, str], instead: str) -> EulernetError:

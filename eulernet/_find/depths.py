@@ -24,6 +24,7 @@ def number_streams(graph: Graph, calls: list[StepCall]) -> None:
             return False
         return not (leads_out(call, outer, links) or goes_on(graph, call, outer, links))
 
+    beside: dict[StepCall, StepCall] = {}  # parts of one sum, written one after the other
     inside = {id(e): frozenset(id(o) for o in calls if holds(o, e)) for e in calls}
     streams = 0
     for role in (False, False), (True, False), (False, True):
@@ -37,18 +38,21 @@ def number_streams(graph: Graph, calls: list[StepCall]) -> None:
             else:
                 nearest = call.first.before if call.first is not None else before[call.source]
                 call.before = tuple(e for e in nearest if inside[id(e)] == inside[id(call)])
+                for part in (e for e in call.before if call.kind == e.kind == "projection" and call.state == e.state):
+                    beside[call], call.before = part, part.before
+                    break
                 call.position = 1 + max((e.position for e in call.before), default=0)
                 # Where a branch began earlier, there are steps between it and the one that it belongs to.
                 between = (e for e in before[call.skip] if call.first not in (None, e, e.first))
                 before.append(frozenset((call, *between)))
         members = [e for e in calls if _role(e) == role]
         for call in members:
-            start = max(call.before, key=lambda e: e.position, default=call.first)
+            start = max(call.before, key=lambda e: e.position, default=call.first or beside.get(call))
             call.stream = streams if start is None else start.stream
             streams += start is None
             call.depth = call.position
         for call in reversed(members):  # D is the length of the longest chain through the step
-            for other in (*call.before, *([call.first] if call.first is not None else [])):
+            for other in (*call.before, *(o for o in (call.first, beside.get(call)) if o is not None)):
                 other.depth = max(other.depth, call.depth)
         for call in members:
             if call.first is not None:

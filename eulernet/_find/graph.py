@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import permutations
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch.utils._pytree import tree_leaves
 
@@ -29,6 +29,7 @@ from eulernet._find.operations import (
     VIEWS,
     WRITES,
     apart,
+    part_of,
 )
 from eulernet._find.trace import ADDITIONS, CONTRACTIONS, FUSED_ADDITIONS, JOINS, SLICES, Addition, Node, Ref, Trace
 from eulernet._step import Reason
@@ -117,7 +118,7 @@ class Graph:
 
     def state_inputs(self, node: int) -> tuple[int, ...]:
         """What it was made of, without the constants, scales and masks where there is a state beside them."""
-        inputs = self.nodes[node].inputs
+        inputs = self.nodes[node].inputs if not _is_zero(self.nodes[node]) else ()
         states = [i for i in inputs if not self.constant[i]] or inputs
         return tuple(i for i in states if not self.bare[i]) or tuple(states)
 
@@ -324,18 +325,24 @@ class Graph:
             yield node, maps
 
     def _spares(self, node: int, part: int) -> bool:
-        """Whether what was written at a node is another part of the tensor than one that is read: by their indices."""
+        """Whether what was written at a node leaves a part that is read as it was, or adds to it."""
         made = self.nodes[node]
         if made.op == "overwritten":
             _, written = made.inputs
+            if written in self.sums:
+                return True
             made = self.nodes[written]
             if made.op != "setitem" and made.inputs:  # an operation in place on a part
                 made = self.nodes[made.inputs[0]]
+        if made.op == "setitem" and made.inputs[-1] in self.sums:
+            addends = [self.nodes[i] for i in self.nodes[made.inputs[-1]].inputs]
+            if any(one.op == "getitem" and one.args[1] == made.args[1] for one in addends):
+                return True
         read = self.nodes[part]
-        if not (made.op in ("setitem", "getitem") and read.op == "getitem" and made.inputs and read.inputs):
+        if not (made.op in SLICES | {"setitem"} and made.inputs and read.inputs):
             return False
         shapes = {self.nodes[one.inputs[0]].shape for one in (made, read)}
-        return len(shapes) == 1 and apart(made.args[1], read.args[1], shapes.pop())
+        return len(shapes) == 1 and apart(*(_part(one, *shapes) for one in (made, read)), shapes.pop())
 
     def is_linear(self, node: int, path: Collection[int] = ()) -> bool:
         """Whether it is linear in the one state that it was made of; in what is on a path, where that is given."""
@@ -460,6 +467,17 @@ class Graph:
             return False
         product = self.nodes[made.inputs[0]]
         return product.op in SCALES and [self.constant[i] for i in sorted(product.inputs)].count(True) == 1
+
+
+def _is_zero(made: Node) -> bool:
+    """Whether it is a product with the number zero."""
+    return made.op in SCALES and "mul" in made.op and any(type(a) in (bool, int, float) and a == 0 for a in made.args)
+
+
+def _part(made: Node, shape: tuple[int, ...]) -> Any:
+    """The index that an operation reads or writes a tensor of this shape at."""
+    op = "getitem" if made.op == "setitem" else made.op
+    return part_of(op, made.args, made.kwargs, made.output, shape)
 
 
 def _axis(made: Node, dims: int) -> int:

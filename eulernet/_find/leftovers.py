@@ -45,8 +45,12 @@ class Leftovers:
         self._variables: dict[tuple[int, str], Any] = {}  # of closures, by the id of the code that reads them
 
     def foresee(self, modules: Iterable[nn.Module]) -> None:
-        """Keep in mind what the functions of these modules' classes may write into."""
-        for cls in {base: None for module in modules for base in type(module).__mro__}:
+        """Keep in mind these modules, which no run is to change, and what the functions of their classes may write into."""
+        classes: dict[type, None] = {}
+        for module in modules:
+            self._remember(module, 1)
+            classes.update(dict.fromkeys(type(module).__mro__))
+        for cls in classes:
             for value in vars(cls).values():
                 self._foresee(value)
 
@@ -143,11 +147,11 @@ def _held(owner: Any) -> dict[Any, Any] | None:
         return {id(result): result for result in _results(owner)}
     cls = type(owner)
     if (owner if isinstance(owner, type) else cls).__module__.partition(".")[0] in ("builtins", "torch", "typing"):
-        return dict(vars(owner)) if isinstance(owner, FunctionType | nn.Module) else None
+        return _attributes(owner) if isinstance(owner, FunctionType | nn.Module) else None
     if isinstance(owner, type):
         return dict(vars(owner))
     try:
-        held = dict(object.__getattribute__(owner, "__dict__"))
+        held = _attributes(owner)
     except (AttributeError, TypeError):
         held = {}
     for base in cls.__mro__:
@@ -156,6 +160,12 @@ def _held(owner: Any) -> dict[Any, Any] | None:
                 if isinstance(slot, MemberDescriptorType):
                     with contextlib.suppress(AttributeError):
                         held[name] = slot.__get__(owner)
+    return held
+
+
+def _attributes(owner: Any) -> dict[Any, Any]:
+    held = dict(object.__getattribute__(owner, "__dict__"))
+    held.pop("_call_impl", None)  # which leads a module's callers to its copy while the runs last
     return held
 
 

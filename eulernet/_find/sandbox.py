@@ -80,6 +80,7 @@ class Sandbox:
             handles.append(module.register_forward_hook(tracer.leave))
         try:
             with self._running(training, OneDtype()) as stack:  # type: ignore[no-untyped-call]
+                tracer.keep(t for module in self.original for t in tensors_in(vars(module)))  # made by its `train`, too
                 args, kwargs = self._inputs(args), self._inputs(kwargs)
                 operations = stack.enter_context(Operations(self.mode))
                 stack.enter_context(DispatchTracer(tracer, {} if self.mode else self._owned()))
@@ -336,7 +337,9 @@ def _shared(model: nn.Module) -> dict[int, Any]:
 
 
 def _with_copies(value: Any, memo: dict[int, Any]) -> Any:
-    """`value`, or where it is a function that holds something of the model in its cells, one that holds the copy."""
+    """`value`, or where it is a function or a reference that leads to something of the model, one that leads to the copy."""
+    if type(value) is weakref.ref:
+        return weakref.ref(memo.get(id(value()), value()), value.__callback__) if value() is not None else value
     if isinstance(value, functools.partial):
         function = _with_copies(value.func, memo)
         return value if function is value.func else functools.partial(function, *value.args, **value.keywords)

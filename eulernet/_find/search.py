@@ -306,14 +306,18 @@ def _places(
         # adds a residual here and a position there), h would scale what is none, so none of its runs is a step.
         runs_at = Counter(origin(a, run.sandbox.original) for a in trace.additions)
         steps_at = Counter(origin(e, run.sandbox.original) for e in step_calls)
+        # A module that runs on the input and on a constant is one function of both.
+        of_steps = {id(e.addition) for e in step_calls}
+        constant = [a for a in trace.additions if trace.nodes[a.result].constant and id(a) not in of_steps]
+        constant_at = Counter(origin(a, run.sandbox.original) for a in constant)
         for step_call in step_calls:
             at = origin(step_call, run.sandbox.original)
             try:
                 site = site_of(step_call, run.sandbox.original, sites, at in again)
                 if site.host not in registered:
                     raise Unsupported("model.modules() does not know the module that makes it; use nn.ModuleList")
-                if steps_at[at] != runs_at[at]:
-                    others = runs_at[at] - steps_at[at]
+                site.on_constants[run.training] = constant_at[at]
+                if others := runs_at[at] - steps_at[at] - constant_at[at]:
                     raise Unsupported(
                         f"it adds {runs_at[at]} times in a forward pass, {others} of them no step, which h would scale"
                     )

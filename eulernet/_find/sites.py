@@ -40,10 +40,12 @@ class TracedSite:
     step_calls: dict[bool, list[StepCall]]  # training -> its runs
     error: EulernetError | None = None
     again: bool = False  # whether it is made again in the backward of a function that it runs in
+    on_constants: Counter[bool] = field(default_factory=Counter)  # training -> how often it runs on no input besides
 
     @property
     def calls(self) -> tuple[int, int]:
-        return len(self.step_calls[False]), len(self.step_calls[True])
+        eval_, train = (len(self.step_calls[mode]) + self.on_constants[mode] for mode in (False, True))
+        return eval_, train
 
 
 @dataclass(eq=False)

@@ -9,15 +9,16 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any
 
 from eulernet._find.locate import Location
 from eulernet._find.trace import Trace
-from eulernet._source import Span, definition_of, positions_of, span_of
+from eulernet._source import Span, Unsupported, definition_of, operands_of, positions_of, span_of
 
-_SCOPES = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda | ast.ListComp | ast.SetComp | ast.DictComp
+_SCOPES = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 _NUMBERS = ast.Constant | ast.JoinedStr | ast.Tuple | ast.List | ast.Dict | ast.Compare
+_PLAIN = ast.Name | ast.Attribute | ast.Subscript | ast.Slice | ast.Tuple | ast.Constant | ast.expr_context
 _SIZES = frozenset("shape size ndim dim len numel stride dtype device int float range".split())
 
 
@@ -33,10 +34,19 @@ def with_unseen(locations: Iterable[Location], traces: Sequence[Trace]) -> Itera
             yield location
             continue
         if id(function.__code__) not in known:
-            known[id(function.__code__)] = tuple(_unseen(function, ran.get(id(function.__code__), set())))
+            here = set().union(*(ran.get(id(code), ()) for code in _codes(function.__code__)))
+            known[id(function.__code__)] = tuple(_unseen(function, here))
         *calls, (target, span) = location.targets
         spans = known[id(function.__code__)]
         yield replace(location, targets=(*calls, (target, replace(span, unseen=spans)))) if spans else location
+
+
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    """A function's code, and that of its lambdas and comprehensions."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _codes(constant)
 
 
 def _unseen(function: FunctionType, ran: set[Any]) -> Iterator[Span]:
@@ -44,19 +54,29 @@ def _unseen(function: FunctionType, ran: set[Any]) -> Iterator[Span]:
     pending: list[ast.AST] = list(definition_of(function)[2].body)
     while pending:
         node = pending.pop()
-        if isinstance(node, _SCOPES | ast.GeneratorExp):
+        if isinstance(node, _SCOPES):
             continue  # whose code is another one's
         pending += ast.iter_child_nodes(node)
-        match node:
-            case ast.BinOp(op=ast.Add(), left=left, right=right):
-                operands = left, right
-            case ast.AugAssign(op=ast.Add(), target=ast.Name() as left, value=right):
-                operands = left, right
-            case _:
-                continue
-        at = (node.lineno, node.end_lineno, node.col_offset, node.end_col_offset)
-        if at not in ran and not any(map(_is_number, operands)):
-            yield span_of(node, first)
+        if isinstance(node, ast.expr | ast.stmt) and _adds(node):
+            at = (node.lineno, node.end_lineno, node.col_offset, node.end_col_offset)
+            if at not in ran:
+                yield span_of(node, first)
+
+
+def _adds(node: ast.AST) -> bool:
+    """Whether it may add two tensors, and can be told of when it does."""
+    match node:
+        case ast.Call(func=ast.Name(id="sum"), args=[_]):
+            return True
+        case ast.AugAssign(target=target) if not all(isinstance(n, _PLAIN) for n in ast.walk(target)):
+            return False  # to be evaluated twice
+        case ast.BinOp() | ast.AugAssign() | ast.Call():
+            try:
+                left, right, _ = operands_of(node, "")
+            except Unsupported:
+                return False
+            return not (_is_number(left) or _is_number(right))
+    return False
 
 
 def _is_number(operand: ast.expr) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import inspect
 from collections import Counter
 from collections.abc import Sequence
 from types import FunctionType
@@ -34,6 +35,7 @@ from eulernet._run.patched import (
     TAKE_GIVEN,
     TAKE_NORM,
     UNSEEN,
+    UNSEEN_CALL,
     UNSEEN_IN_PLACE,
 )
 from eulernet._source import (
@@ -197,6 +199,22 @@ def _assigned(body: list[ast.stmt]) -> list[ast.BinOp]:
     return [s.value for s in body if isinstance(s, ast.Assign) and isinstance(s.value, ast.BinOp)]
 
 
+_ADDING = ast.BinOp | ast.AugAssign | ast.Call
+
+
+class _Loading(ast.NodeTransformer):
+    """What is written into, read."""
+
+    def visit_Name(self, node: ast.Name) -> ast.Name:
+        return ast.copy_location(ast.Name(node.id, ast.Load()), node)
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.Attribute:
+        return ast.copy_location(ast.Attribute(self.visit(node.value), node.attr, ast.Load()), node)
+
+    def visit_Subscript(self, node: ast.Subscript) -> ast.Subscript:
+        return ast.copy_location(ast.Subscript(self.visit(node.value), self.visit(node.slice), ast.Load()), node)
+
+
 class _Editor(ast.NodeTransformer):
     def __init__(
         self,
@@ -215,6 +233,8 @@ class _Editor(ast.NodeTransformer):
         self.receiver = receiver
         self.first = function.__code__.co_firstlineno
         self.unseen = {at for span in edits for at in span.unseen}
+        parameters = inspect.signature(function, follow_wrapped=False).parameters if self.unseen else {}
+        self.optional = {name for name, parameter in parameters.items() if parameter.default is None}
         self.around = {at: (kind, place) for span, (_, place) in edits.items() for kind, at in span.edits}
 
     def visit(self, node: ast.AST) -> Any:
@@ -238,7 +258,7 @@ class _Editor(ast.NodeTransformer):
                 kept = ast.NamedExpr(ast.Name(_key_name(place), ast.Store()), node.func)
                 node.func = ast.copy_location(kept, node.func)
         if edit is None:
-            if isinstance(node, ast.BinOp | ast.AugAssign) and span_of(node, self.first) in self.unseen:
+            if isinstance(node, _ADDING) and self.unseen and span_of(node, self.first) in self.unseen:
                 return self._unseen(node)
             return self._surrounding(node) if isinstance(node, ast.expr) else node
         _, (kind, index) = edit
@@ -262,14 +282,20 @@ class _Editor(ast.NodeTransformer):
             return ast.copy_location(ast.Assign([left], ast.copy_location(call, node)), node)
         return ast.copy_location(self._call(STEP_IN_PLACE if in_place else STEP, [left, right], index, keywords), node)
 
-    def _unseen(self, node: ast.BinOp | ast.AugAssign) -> ast.AST:
+    def _unseen(self, node: ast.BinOp | ast.AugAssign | ast.Call) -> ast.AST:
         """An addition that tells when it runs."""
+        if isinstance(node, ast.Call):
+            func = self._attribute(UNSEEN_CALL)
+            return ast.copy_location(ast.Call(func, [node.func, *node.args], node.keywords), node)
+        left, right, _ = operands_of(node, self.function.__qualname__)
+        given = [ast.Constant(isinstance(part, ast.Name) and part.id in self.optional) for part in (left, right)]
         if isinstance(node, ast.BinOp):
-            return ast.copy_location(ast.Call(self._attribute(UNSEEN), [node.left, node.right], []), node)
-        assert isinstance(node.target, ast.Name)
-        left = ast.Name(node.target.id, ast.Load())
-        call = ast.Call(self._attribute(UNSEEN_IN_PLACE), [left, node.value], [])
-        node.value = ast.copy_location(call, node.value)
+            minus = [ast.Constant(True)] if isinstance(node.op, ast.Sub) else []
+            return ast.copy_location(ast.Call(self._attribute(UNSEEN), [left, right, *given, *minus], []), node)
+        before = _Loading().visit(copy.deepcopy(node.target))
+        node.value = ast.copy_location(
+            ast.Call(self._attribute(UNSEEN_IN_PLACE), [before, node.value, *given], []), node.value
+        )
         return node
 
     def _by_difference(self, node: Any, skip: str | Span | None, index: int) -> Any:

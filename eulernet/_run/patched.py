@@ -44,7 +44,8 @@ FUNCTION = "_euler_function_"  # with a number: a free function that the additio
 CALL_VIA = "_euler_via"  # with a callee and a number: a function that no name leads to
 DIFFERENCE = "_euler_difference"  # with a sum and its skip
 HOLD = "_euler_hold"  # with a step's number: its h, where a function begins that adds several times
-UNSEEN, UNSEEN_IN_PLACE = "_euler_unseen", "_euler_unseen_"  # an addition that no example has run
+# An addition that no example has run: of two, into the first, and by a function.
+UNSEEN, UNSEEN_IN_PLACE, UNSEEN_CALL = "_euler_unseen", "_euler_unseen_", "_euler_unseen_call"
 PROBE = "_euler_probe"  # with a value, and where it stands: not in a class, but for a moment in a copy's __dict__
 # Those that a hook on the steps hides, by entries of the module's __dict__ with their names.
 OBSERVED = (STEP, STEP_IN_PLACE, SCALE, EPILOGUE, EPILOGUE_IN_PLACE, ADD_NORM, DEFER, DEFER_MUL, DIFFERENCE)
@@ -173,13 +174,21 @@ class Patched:
     def _euler_scale(self, branch: Any, place: int, key: Any = None) -> Any:
         return scale(branch, self._euler_factor(place, key).current(self, branch))
 
-    def _euler_unseen(self, left: Any, right: Any) -> Any:
-        _tell_unseen(self, left, right)
-        return left + right
+    def _euler_unseen(self, left: Any, right: Any, *given: bool) -> Any:
+        """`given`: of each whether it is an argument that may be left out; True where the right one is subtracted."""
+        _tell_unseen(self, left, right, *given[:2])
+        return left - right if len(given) > 2 else left + right
 
-    def _euler_unseen_(self, left: Any, right: Any) -> Any:
-        _tell_unseen(self, left, right)
+    def _euler_unseen_(self, left: Any, right: Any, *given: bool) -> Any:
+        _tell_unseen(self, left, right, *given)
         return right
+
+    def _euler_unseen_call(self, function: Any, *args: Any, **keywords: Any) -> Any:
+        added = args[0] if function is sum else (getattr(function, "__self__", None), *args, *keywords.values())
+        tensors = [part for part in added if isinstance(part, Tensor)] if isinstance(added, list | tuple) else []
+        if len(tensors) > 1:
+            _tell_unseen(self, *tensors[:2])
+        return function(*args, **keywords)
 
     def extra_repr(self) -> str:
         shown = ", ".join(str(factor.bound_to(self)) for factor in self._euler)
@@ -266,18 +275,27 @@ class Patched:
         )
 
 
-def _tell_unseen(module: Any, left: Any, right: Any) -> None:
+def _tell_unseen(module: Any, left: Any, right: Any, left_given: bool = False, right_given: bool = False) -> None:
     """Say that two tensors of one shape are added where nothing was run when the model was patched."""
     if torch.compiler.is_compiling() or not (isinstance(left, Tensor) and isinstance(right, Tensor)):
         return
-    if left.shape == right.shape and all(t.is_floating_point() or t.is_complex() for t in (left, right)):
-        warnings.warn(
-            f"{type(module).__name__} adds here what the example_inputs that it was patched with did not run. If it is "
-            "a residual step, its h is 1. Patch with an example that leads here, or write the step as one addition for "
-            "all ways, or by eulernet.functional.euler_step",
-            EulernetWarning,
-            stacklevel=3,
-        )
+    if left.shape != right.shape or left.dim() == 0 or not all(_is_continuous(t) for t in (left, right)):
+        return  # the parts of a loss have no dimensions
+    if (left_given and not left.requires_grad and right.requires_grad) or (
+        right_given and not right.requires_grad and left.requires_grad
+    ):
+        return  # a mask, positions, a target
+    warnings.warn(
+        f"{type(module).__name__} adds here what the example_inputs that it was patched with did not run. If it is a "
+        "residual step, its h is 1. Patch with an example that leads here, or write the step as one addition for all "
+        "ways, or by eulernet.functional.euler_step",
+        EulernetWarning,
+        stacklevel=3,
+    )
+
+
+def _is_continuous(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 # ---- the patched modules of a model

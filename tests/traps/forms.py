@@ -172,7 +172,7 @@ class InPlaceSlice(Form):
         return torch.cat((x[:, :1], x[:, 1:] + h[0] * self.a(x)[:, 1:]), dim=1)
 
 
-BOTH_PARTS = tuple(Expected(f"<root>:{i}", kind="projection", depth=2) for i in range(2))
+BOTH_PARTS = tuple(Expected(f"<root>:{i}", kind="projection") for i in range(2))  # of one sum: no chain of two
 
 
 @trap
@@ -190,6 +190,32 @@ class InPlaceSlices(Form):
     def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
         made = self.a(x)
         return torch.cat((x[:, :2] + h[0] * made[:, :2], x[:, 2:] + h[1] * made[:, 2:]), dim=1)
+
+
+@trap
+class InPlaceNarrow(InPlaceSlices):
+    """The same through views that have no index."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        made, y = self.a(x), x.clone()
+        y.narrow(1, 0, 2).add_(made.narrow(1, 0, 2))
+        y.narrow(1, 2, y.shape[1] - 2).add_(made[:, 2:])
+        return y
+
+
+@trap
+class InPlaceOverlap(InPlaceSlices):
+    """Some tokens are in both slices."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        made, y = self.a(x), x.clone()
+        y[:, :3] += made[:, :3]
+        y[:, 1:] += made[:, 1:]
+        return y
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        made, place = self.a(x), torch.arange(x.shape[1])[:, None]
+        return x + h[0] * made * (place < 3) + h[1] * made * (place >= 1)
 
 
 @trap
