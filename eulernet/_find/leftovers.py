@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from eulernet._find.tensors import all_modules
+from eulernet._find.tensors import OF_MODULES, all_modules
 
 _CACHE = functools._lru_cache_wrapper
 _HERE = str(Path(__file__).parent)
@@ -24,7 +24,6 @@ _OF_TORCH = torch.__path__[0]
 _DEPTH, _MANY = 2, 256  # how far what a frame names is followed, and from how many items on no further
 _VALUES = (Tensor, str, bytes, int, float, complex, ModuleType, CodeType, BuiltinFunctionType, type(None))
 _NAMED = (ModuleType, type, FunctionType, BuiltinFunctionType)  # what a namespace may get while a model runs
-_OF_MODULES = frozenset(vars(nn.Module()))
 _MISSING: Any = object()
 
 
@@ -48,7 +47,10 @@ class Leftovers:
         """Keep in mind these modules, which no run is to change, and what the functions of their classes may write into."""
         classes: dict[type, None] = {}
         for module in modules:
-            self._remember(module, 1)
+            self._remember(module, 0)
+            for name, value in vars(module).items():
+                if name in ("_parameters", "_buffers") or name not in OF_MODULES:
+                    self._remember(value, 0)
             classes.update(dict.fromkeys(type(module).__mro__))
         for cls in classes:
             for value in vars(cls).values():
@@ -94,7 +96,7 @@ class Leftovers:
         if isinstance(owner, _VALUES) or id(owner) in self._held or (held := _held(owner)) is None:
             return
         if id(owner) in self.copies:
-            held = {name: value for name, value in held.items() if name not in _OF_MODULES}
+            held = {name: value for name, value in held.items() if name not in OF_MODULES}
         else:
             self._held[id(owner)] = owner, held, named
         if not isinstance(owner, type | dict | list | FunctionType | _CACHE):

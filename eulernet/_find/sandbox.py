@@ -28,7 +28,7 @@ from eulernet._draws import Draws, entered, own_numbers
 from eulernet._errors import EulernetError
 from eulernet._find.apart import OneDtype, alone, led_to, quiet, without_global_hooks
 from eulernet._find.leftovers import Leftovers
-from eulernet._find.tensors import all_modules, deepcopied, returned, tensors_in
+from eulernet._find.tensors import all_modules, attributes_of, deepcopied, returned, tensors_in
 from eulernet._find.trace import DispatchTracer, Trace, Tracer
 from eulernet._step import ROOT
 
@@ -80,7 +80,8 @@ class Sandbox:
             handles.append(module.register_forward_hook(tracer.leave))
         try:
             with self._running(training, OneDtype()) as stack:  # type: ignore[no-untyped-call]
-                tracer.keep(t for module in self.original for t in tensors_in(vars(module)))  # made by its `train`, too
+                switched = (m for m in self.original if type(m).train is not nn.Module.train)  # which may make tensors
+                tracer.keep(t for module in switched for t in tensors_in(attributes_of(module)))
                 args, kwargs = self._inputs(args), self._inputs(kwargs)
                 operations = stack.enter_context(Operations(self.mode))
                 stack.enter_context(DispatchTracer(tracer, {} if self.mode else self._owned()))

@@ -97,6 +97,14 @@ def deepcopied(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
     return memo[id(tensor)]  # type: ignore[no-any-return]
 
 
+OF_MODULES = frozenset(vars(nn.Module()))  # the attributes that each module has
+
+
+def attributes_of(module: nn.Module) -> dict[str, Any]:
+    """The attributes that a module was given beside its parameters, buffers and modules."""
+    return {name: value for name, value in vars(module).items() if name not in OF_MODULES}
+
+
 def all_modules(model: nn.Module) -> Iterator[nn.Module]:
     """The registered modules, and those that a module keeps unregistered in a list, tuple, dict or attribute."""
     seen: set[int] = set()

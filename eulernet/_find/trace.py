@@ -29,6 +29,7 @@ from eulernet._find.tensors import (
     ADDING,
     adds,
     all_modules,
+    attributes_of,
     deepcopied,
     is_float,
     is_made,
@@ -154,7 +155,7 @@ class Tracer(TorchFunctionMode):
         self.parameters: set[int] = set()
         self.kept: set[int] = set()
         self._hold(self.parameters, (t for module in modules for t in own_tensors(module)))
-        self.keep(t for module in modules for t in tensors_in(vars(module)))
+        self.keep(t for module in modules for t in tensors_in(attributes_of(module)))
 
     def keep(self, tensors: Iterable[Tensor]) -> None:
         """The model has these before it runs, and no parameters are among them."""
