@@ -33,7 +33,7 @@ def _seed() -> None:
 
 @pytest.fixture(autouse=True)
 def _frozen() -> None:
-    """What is there before a test, most of it packages, is not gone over by each collection: that took a third of it."""
+    """No collection of garbage goes over what is there before a test, most of it packages: a third of the time."""
     gc.collect()
     gc.freeze()
 

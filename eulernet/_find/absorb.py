@@ -255,7 +255,7 @@ class _Way:
     """What of a run leads from the sums of a step back to its parameters."""
 
     path: Path = field(default_factory=Counter)
-    ends: set[tuple[int, int]] = field(default_factory=set)  # of the path, each what reads a branch to sum it up, and the branch
+    ends: set[tuple[int, int]] = field(default_factory=set)  # what reads a branch to sum it up, and the branch
 
     def asks(self, reader: int, node: int, of_reader: int) -> int:
         """How often a reader asks a node to be multiplied by the step's factor, when it is to be so often itself.

@@ -427,7 +427,7 @@ def _parallel(
     A linear map of a state several steps earlier is that state, given again.
     """
     passed: set[int] = set()
-    while (node := next((n for n in graph.same(skip, start, scaled=True) if n in results), None)) is not None:
+    while (node := next((n for n in graph.handed_on(skip, start) if n in results), None)) is not None:
         one = results[node]
         passed.add(node)
         skip = one.source
@@ -441,7 +441,8 @@ def _parallel(
             injected = later and all(graph.is_linear(n, path) for n in way)
             # A stream of its own from the same state; but a read-out sums up one stream, state by state.
             carries = [is_carried(graph, [one.state], n, as_it_is=True) for n in (branch, one.branch)]
-            other = injected or carries == [True, False] or _passes_levels(graph, path, one.state, branch)
+            twin = any(results[n].made_as(one) for n in graph.same(branch, start) if n in results)
+            other = injected or twin or carries == [True, False] or _passes_levels(graph, path, one.state, branch)
             if graph.mixes(path, one.state) and not other:
                 return Match("parallel", one.state, set(path) - {one.state}, one)
     return None

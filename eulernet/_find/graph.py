@@ -20,17 +20,18 @@ from eulernet._find.operations import (
     NOT_LINEAR,
     PADS,
     POOLS,
+    PUTS,
     RECURRENT,
     REPEATS,
     SAME,
     SCALES,
+    SCATTERS,
     SQUASHES,
     UPSAMPLES,
     VIEWS,
     WRITES,
-    apart,
-    part_of,
 )
+from eulernet._find.parts import apart, part_of, same_part
 from eulernet._find.trace import ADDITIONS, CONTRACTIONS, FUSED_ADDITIONS, JOINS, SLICES, Addition, Node, Ref, Trace
 from eulernet._step import Reason
 
@@ -69,6 +70,11 @@ class StepCall:
     def head(self) -> StepCall:
         """The call of the first place, which may be this one."""
         return self.first or self
+
+    def made_as(self, other: StepCall) -> bool:
+        """Whether both are made by one addition of one module, in two calls of it."""
+        mine, its = self.addition.frames[:1], other.addition.frames[:1]
+        return [(f.code, f.lasti, f.module) for f in mine] == [(f.code, f.lasti, f.module) for f in its]
 
     @property
     def supported(self) -> bool:
@@ -208,6 +214,17 @@ class Graph:
             node = inputs[0]
             yield node
 
+    def handed_on(self, node: int, start: int) -> Iterator[int]:
+        """A node and what it is the same as, a multiple or a part of or normed from, back to the call's start."""
+        while True:
+            chain = list(self.same(node, start, scaled=True))
+            yield from chain
+            last = chain[-1]
+            inputs = self.state_inputs(last)
+            if last < start or len(inputs) != 1 or self.nodes[last].op not in NORMS | SLICES:
+                return
+            node = inputs[0]
+
     def raw(self, node: int, *, scaled: bool = False, by_hand: bool = False) -> Iterator[int]:
         """A node and what it is the same as, a multiple of or normed from; by a norm that is written out, too."""
         source: int | None = node
@@ -291,7 +308,7 @@ class Graph:
                 last = None
             if op in SLICES:
                 part = node
-            elif op in WRITES and part is not None and self._spares(node, part):  # other parts were written into
+            elif op in WRITES and self._spares(node, part):
                 node = inputs[0]
                 yield node, maps
                 continue
@@ -324,25 +341,31 @@ class Graph:
             node = source
             yield node, maps
 
-    def _spares(self, node: int, part: int) -> bool:
-        """Whether what was written at a node leaves a part that is read as it was, or adds to it."""
-        made = self.nodes[node]
+    def _spares(self, node: int, part: int | None) -> bool:
+        """Whether what was written at a node adds to what was there, or leaves the part as it was that is read."""
+        made, read = self.nodes[node], part
         if made.op == "overwritten":
-            _, written = made.inputs
+            view, written = made.inputs
             if written in self.sums:
                 return True
-            made = self.nodes[written]
-            if made.op != "setitem" and made.inputs:  # an operation in place on a part
+            made, read = self.nodes[written], view if part is None else part
+            if made.op not in PUTS and made.inputs:  # an operation in place on a part
                 made = self.nodes[made.inputs[0]]
-        if made.op == "setitem" and made.inputs[-1] in self.sums:
-            addends = [self.nodes[i] for i in self.nodes[made.inputs[-1]].inputs]
-            if any(one.op == "getitem" and one.args[1] == made.args[1] for one in addends):
-                return True
-        read = self.nodes[part]
-        if not (made.op in SLICES | {"setitem"} and made.inputs and read.inputs):
+        if not made.inputs or made.op not in PUTS | SLICES:
             return False
-        shapes = {self.nodes[one.inputs[0]].shape for one in (made, read)}
-        return len(shapes) == 1 and apart(*(_part(one, *shapes) for one in (made, read)), shapes.pop())
+        shape = self.nodes[made.inputs[0]].shape
+        addends = self.nodes[made.inputs[-1]].inputs if made.op in PUTS and made.inputs[-1] in self.sums else ()
+        if any(same_part(self._part(made), self._part(self.nodes[i]), shape) for i in addends):
+            return True
+        other = None if read is None or self.nodes[read].op not in SLICES else self.nodes[read]
+        of = other and other.inputs and self.nodes[other.inputs[0]].shape
+        return other is not None and of == shape and apart(self._part(made), self._part(other), shape)
+
+    def _part(self, made: Node) -> Any:
+        """The index at which an operation reads or writes the first of its inputs."""
+        args = [a for a in made.args if not (made.op in SCATTERS and isinstance(a, Ref) and a == made.inputs[-1])]
+        op = "getitem" if made.op == "setitem" else made.op.removesuffix("_scatter")
+        return part_of(op, args, made.kwargs, made.output, self.nodes[made.inputs[0]].shape) if made.inputs else None
 
     def is_linear(self, node: int, path: Collection[int] = ()) -> bool:
         """Whether it is linear in the one state that it was made of; in what is on a path, where that is given."""
@@ -472,12 +495,6 @@ class Graph:
 def _is_zero(made: Node) -> bool:
     """Whether it is a product with the number zero."""
     return made.op in SCALES and "mul" in made.op and any(type(a) in (bool, int, float) and a == 0 for a in made.args)
-
-
-def _part(made: Node, shape: tuple[int, ...]) -> Any:
-    """The index that an operation reads or writes a tensor of this shape at."""
-    op = "getitem" if made.op == "setitem" else made.op
-    return part_of(op, made.args, made.kwargs, made.output, shape)
 
 
 def _axis(made: Node, dims: int) -> int:

@@ -44,7 +44,7 @@ class Leftovers:
         self._variables: dict[tuple[int, str], Any] = {}  # of closures, by the id of the code that reads them
 
     def foresee(self, modules: Iterable[nn.Module]) -> None:
-        """Keep in mind these modules, which no run is to change, and what the functions of their classes may write into."""
+        """Keep in mind these modules, which no run is to change, and what their functions may write into."""
         classes: dict[type, None] = {}
         for module in modules:
             self._remember(module, 0)

@@ -338,7 +338,7 @@ def _shared(model: nn.Module) -> dict[int, Any]:
 
 
 def _with_copies(value: Any, memo: dict[int, Any]) -> Any:
-    """`value`, or where it is a function or a reference that leads to something of the model, one that leads to the copy."""
+    """`value`; where it is a function or a weak reference that leads to the model, one that leads to the copy."""
     if type(value) is weakref.ref:
         return weakref.ref(memo.get(id(value()), value()), value.__callback__) if value() is not None else value
     if isinstance(value, functools.partial):

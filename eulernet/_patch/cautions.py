@@ -13,6 +13,7 @@ from eulernet._find.search import Search
 from eulernet._find.starts import counted_twice, empty, relative_starts
 from eulernet._patch.saved import saved_in
 from eulernet._plot import together
+from eulernet._run.patched import original_class
 from eulernet._step import Step
 from eulernet.schedules import FALLING, transfer
 
@@ -47,6 +48,22 @@ def not_supported(lines: Iterable[str]) -> Iterator[str]:
         yield f"not scaled, because not supported: {together(names)} ({place_and_reason}"
     if groups:
         yield "To scale these as well, write eulernet.functional.euler_step(skip, branch, h) in the model's source"
+
+
+def not_reached(model: nn.Module, search: Search) -> Iterator[str]:
+    """That the example inputs never reached modules of a class that holds steps in others."""
+    hosts = {original_class(found.host) for found in search.found}
+    unreached = tuple(f"{name}." for name in search.steps.unreached)
+    names = [
+        name
+        for name, module in model.named_modules()
+        if f"{name}.".startswith(unreached) and original_class(module) in hosts
+    ]
+    if names:
+        yield (
+            f"{together(names)}: the example inputs never reached these modules, and others of their class hold steps. "
+            "Here h is 1. Pass an example that leads through them"
+        )
 
 
 def trained(model: nn.Module) -> Iterator[str]:

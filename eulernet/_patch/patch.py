@@ -19,7 +19,16 @@ from eulernet._errors import EulernetError, EulernetWarning
 from eulernet._find.absorb import absorbing, check_scalable, refusal, scale_parameters
 from eulernet._find.apart import apart
 from eulernet._find.search import FoundStep, Search
-from eulernet._patch.cautions import depth_twice, kept_at_one, not_supported, rounded_away, stored, trained, when_set
+from eulernet._patch.cautions import (
+    depth_twice,
+    kept_at_one,
+    not_reached,
+    not_supported,
+    rounded_away,
+    stored,
+    trained,
+    when_set,
+)
 from eulernet._patch.prove import not_as_found, search
 from eulernet._patch.saved import read_steps, saves_itself
 from eulernet._patch.select import HLike, Selector, leave_out, names_given, select, values, which
@@ -185,6 +194,7 @@ def patch(
         *kept_at_one([step for step in found if step.index in main]),
         *not_supported(result.steps.unsupported),
         *(f"not scaled: {(s := by_index[i].step).name} ({s.module_class}): {why}" for i, why in refused.items()),
+        *not_reached(model, result),
         *result.steps.notes,
         *twice,
         *stored(model, {by_index[i].step.name: value for i, value in hs.items()}),

@@ -187,7 +187,7 @@ class Patched:
         added = args[0] if function is sum else (getattr(function, "__self__", None), *args, *keywords.values())
         tensors = [part for part in added if isinstance(part, Tensor)] if isinstance(added, list | tuple) else []
         if len(tensors) > 1:
-            _tell_unseen(self, *tensors[:2])
+            _tell_unseen(self, tensors[0], tensors[1])
         return function(*args, **keywords)
 
     def extra_repr(self) -> str:
