@@ -67,6 +67,7 @@ def apart(work: Callable[[], T]) -> T:
     def wait() -> None:  # `Thread.join` and `Event.wait` stand no interrupt: Python 3.11 does not wait again
         while not over and (ended.acquire(timeout=0.1) or thread.is_alive()):
             pass
+        thread.join()  # it frees tensors until then, and aborts the process if that ends meanwhile
 
     thread = threading.Thread(target=contextvars.copy_context().run, args=(run,), name="eulernet", daemon=True)
     try:

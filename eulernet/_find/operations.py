@@ -8,8 +8,8 @@ from eulernet._find.trace import ADDITIONS, JOINS
 
 VIEWS = frozenset(
     "view reshape flatten unflatten permute transpose t T mT H mH swapaxes swapdims movedim moveaxis squeeze unsqueeze "
-    "ravel contiguous view_as reshape_as unsafe_view as_strided alias data atleast_1d atleast_2d atleast_3d "
-    "as_subclass getitem chunk split tensor_split unbind narrow select slice unsafe_chunk unsafe_split real imag".split()
+    "ravel contiguous view_as reshape_as unsafe_view as_strided alias data atleast_1d atleast_2d atleast_3d getitem "
+    "chunk split tensor_split unbind narrow select slice unsafe_chunk unsafe_split real imag as_subclass".split()
 )
 CASTS = frozenset(
     "to to_copy type type_as float half bfloat16 double clone cpu cuda requires_grad lift_fresh copy positive".split()
