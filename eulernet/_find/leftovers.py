@@ -7,9 +7,18 @@ import functools
 import gc
 import sys
 import weakref
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MemberDescriptorType, ModuleType
+from types import (
+    BuiltinFunctionType,
+    CellType,
+    CodeType,
+    FunctionType,
+    MemberDescriptorType,
+    ModuleType,
+    SimpleNamespace,
+)
 from typing import Any
 
 import torch
@@ -142,13 +151,13 @@ def _content(cell: CellType) -> Any:
 def _held(owner: Any) -> dict[Any, Any] | None:
     """What an object holds: its items, or its attributes; None for what holds nothing that a model would write."""
     if isinstance(owner, dict):
-        return dict(owner)
+        return dict(dict.items(owner))  # one that makes its values as they are asked for is not asked
     if isinstance(owner, list):
-        return dict(enumerate(owner))
+        return dict(enumerate(list.__iter__(owner)))
     if isinstance(owner, _CACHE):
         return {id(result): result for result in _results(owner)}
     cls = type(owner)
-    if (owner if isinstance(owner, type) else cls).__module__.partition(".")[0] in ("builtins", "torch", "typing"):
+    if _is_known((owner if isinstance(owner, type) else cls).__module__) and cls is not SimpleNamespace:
         return _attributes(owner) if isinstance(owner, FunctionType | nn.Module) else None
     if isinstance(owner, type):
         return dict(vars(owner))
@@ -186,18 +195,19 @@ def _put_back(owner: Any, held: dict[Any, Any]) -> None:
         owner.cache_clear()
         return
     if isinstance(owner, list):
-        kept = [value for key, value in enumerate(owner) if key not in held]
-        owner[:] = kept + [value for value in held.values() if value is not _MISSING]
+        kept = [value for key, value in enumerate(list.__iter__(owner)) if key not in held]
+        list.__setitem__(owner, slice(None), kept + [value for value in held.values() if value is not _MISSING])
         return
     now = _held(owner) or {}
     for key, value in held.items():
         if isinstance(now.get(key), _NAMED):
             continue  # what was imported meanwhile
         if isinstance(owner, dict):
+            kind: type[dict[Any, Any]] = OrderedDict if isinstance(owner, OrderedDict) else dict
             if value is _MISSING:
-                owner.pop(key, None)
+                kind.pop(owner, key, None)
             else:
-                owner[key] = value
+                kind.__setitem__(owner, key, value)
         elif value is _MISSING:
             (type.__delattr__ if isinstance(owner, type) else object.__delattr__)(owner, key)
         else:
