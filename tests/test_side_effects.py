@@ -561,7 +561,11 @@ class AsksForTheClass(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
-            if self.how == "table":
+            if self.how == "number":
+                x = layer(x) * (1.5 if type(layer) is Counting else 1)
+            elif self.how == "difference":
+                x = layer(x) if type(layer) is Counting else layer(x) - 1
+            elif self.how == "table":
                 x = {Counting: layer, nn.Linear: lambda x, f=layer: f(x).tanh()}[type(layer)](x)
             else:
                 same = isinstance(layer, Counting) if self.how == "isinstance" else type(layer) is Counting
@@ -569,17 +573,20 @@ class AsksForTheClass(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("how", ["type", "table", "isinstance"])
+@pytest.mark.parametrize("how", ["type", "number", "difference", "table", "isinstance"])
 def test_a_model_that_asks_for_the_class_of_a_block_is_refused(how: str) -> None:
     model = AsksForTheClass(how).eval()
     expected = model(X[0])
     if how == "isinstance":
         eulernet.patch(model, 1.0, example_inputs=X[0])
     else:
-        says = (
-            "fails once it is patched: KeyError" if how == "table" else r"something else once it is patched \(more tanh"
-        )
-        with pytest.raises(EulernetError, match=says):
+        says = {
+            "table": "fails once it is patched: KeyError",
+            "type": r"something else once it is patched \(more tanh",
+            "number": r"something else once it is patched \(more mul 1 and fewer mul 1\.5",
+            "difference": r"something else once it is patched \(more sub 1",
+        }
+        with pytest.raises(EulernetError, match=says[how]):
             eulernet.patch(model, 1.0, example_inputs=X[0])
     model.layers[0].moved.fill_(1)  # type: ignore[operator, union-attr]
     assert torch.equal(model(X[0]), expected)

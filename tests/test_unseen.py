@@ -64,6 +64,89 @@ def test_an_addition_that_was_not_run_is_told(inputs: dict[str, Any]) -> None:
         assert torch.equal(output, eulernet.unpatch(copy.deepcopy(model))(X, **inputs))
 
 
+class Forms(nn.Module):
+    """The same step in each form that an addition has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.kept = mlp(), None
+
+    def forward(self, x: Tensor, form: str = "", labels: Tensor | None = None, mask: Tensor | None = None) -> Any:
+        y, states = self.f(x), {"x": x.clone()}
+        match form:
+            case "function":
+                return torch.add(x, y)
+            case "keyword":
+                return torch.add(input=x, other=y)
+            case "method":
+                return x.add(y)
+            case "in place":
+                return y.add_(x)
+            case "difference":
+                return x - y
+            case "entry":
+                states["x"] += y
+                return states["x"]
+            case "attribute":
+                self.kept = x.clone()
+                self.kept += y
+                return self.kept
+            case "slice":
+                states["x"][:, :2] += y[:, :2]
+                return states["x"]
+            case "comprehension":
+                return torch.stack([a + b for a, b in zip(x, y, strict=True)])
+            case "lambda":
+                return (lambda a: a + y)(x)
+            case "sum":
+                return sum([x, y])
+        if mask is not None:
+            y = y + mask
+        x = x + y
+        if labels is not None:
+            loss = (x - labels).square().mean()
+            return loss + 0.1 * x.square().mean() * (torch.tensor(1.0) + torch.tensor(2.0))
+        return x
+
+
+FORMS = "function keyword method difference entry attribute slice comprehension lambda sum".split()
+
+
+@pytest.mark.parametrize("form", [*FORMS, "in place"])
+def test_each_form_of_an_addition_is_told(form: str) -> None:
+    model = eulernet.patch(Forms(), 0.3, example_inputs=X)
+    with pytest.warns(EulernetWarning, match=SAYS):
+        output = model(X, form)
+    assert torch.equal(output, eulernet.unpatch(model)(X, form))
+
+
+@pytest.mark.parametrize("given", ["labels", "mask"])
+@pytest.mark.filterwarnings("error")
+def test_a_loss_and_what_the_caller_gives_are_no_streams(given: str) -> None:
+    eulernet.patch(Forms(), 0.3, example_inputs=X)(X, **{given: torch.zeros_like(X)})
+
+
+class Deeper(nn.Module):
+    """Its second block runs where it is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([TwoWays(True), TwoWays(True)])
+
+    def forward(self, x: Tensor, blocks: int = 1) -> Tensor:
+        for block in self.blocks[:blocks]:
+            x = block(x)
+        return x
+
+
+def test_a_block_that_no_example_has_reached_is_told_when_its_like_is_patched() -> None:
+    with pytest.warns(EulernetWarning, match=r"blocks\.1: the example inputs never reached these modules, and others"):
+        eulernet.patch(Deeper(), 0.3, example_inputs=X)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(eulernet.steps(eulernet.patch(Deeper(), 0.3, example_inputs={"x": X, "blocks": 2}))) == 2
+
+
 @pytest.mark.parametrize("inputs", [{}, {"way": "position"}, {"way": "number"}, {"way": "other"}])
 def test_nothing_is_told_of_what_ran_or_is_no_step(inputs: dict[str, Any]) -> None:
     model = patched()

@@ -38,7 +38,8 @@ def number_streams(graph: Graph, calls: list[StepCall]) -> None:
             else:
                 nearest = call.first.before if call.first is not None else before[call.source]
                 call.before = tuple(e for e in nearest if inside[id(e)] == inside[id(call)])
-                for part in (e for e in call.before if call.kind == e.kind == "projection" and call.state == e.state):
+                parts = (e for e in call.before if call.kind == "projection" and call.state < e.addition.result)
+                for part in parts:
                     beside[call], call.before = part, part.before
                     break
                 call.position = 1 + max((e.position for e in call.before), default=0)

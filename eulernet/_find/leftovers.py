@@ -9,13 +9,16 @@ import sys
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from types import (
     BuiltinFunctionType,
     CellType,
     CodeType,
     FunctionType,
+    GeneratorType,
     MemberDescriptorType,
+    MethodType,
     ModuleType,
     SimpleNamespace,
 )
@@ -25,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from eulernet._errors import EulernetError
 from eulernet._find.tensors import OF_MODULES, all_modules
 
 _CACHE = functools._lru_cache_wrapper
@@ -60,15 +64,21 @@ class Leftovers:
             for name, value in vars(module).items():
                 if name in ("_parameters", "_buffers") or name not in OF_MODULES:
                     self._remember(value, 0)
+                    self._foresee(value)
             classes.update(dict.fromkeys(type(module).__mro__))
         for cls in classes:
             for value in vars(cls).values():
                 self._foresee(value)
 
     def _foresee(self, value: Any) -> None:
-        function = getattr(value, "fget", None) or getattr(value, "__func__", None) or value
-        function = function.__wrapped__ if isinstance(function, _CACHE) else function
-        if not isinstance(function, FunctionType) or id(function) in self._foreseen or _is_known(function.__module__):
+        if isinstance(value, dict | list) and len(value) < _MANY:
+            for item in dict.values(value) if isinstance(value, dict) else list.__iter__(value):
+                self._foresee_function(item)
+        self._foresee_function(value)
+
+    def _foresee_function(self, value: Any) -> None:
+        function = _function(value)
+        if function is None or id(function) in self._foreseen or _is_known(function.__module__):
             return
         self._foreseen[id(function)] = function
         cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
@@ -139,6 +149,24 @@ def _is_known(module: str | None) -> bool:
     """Whether a module is one of Python's or torch's, whose functions are none of the model's."""
     root = (module or "").partition(".")[0]
     return root == "torch" or (root in sys.stdlib_module_names and root != "__main__")
+
+
+def _function(value: Any) -> FunctionType | None:
+    """The function behind a method, a property, a partial or a cache."""
+    while True:
+        match value:
+            case FunctionType():
+                return value
+            case partial():
+                value = value.func
+            case property():
+                value = value.fget
+            case MethodType() | staticmethod() | classmethod():
+                value = value.__func__
+            case _ if isinstance(value, _CACHE):
+                value = value.__wrapped__
+            case _:
+                return None
 
 
 def _content(cell: CellType) -> Any:
@@ -282,6 +310,11 @@ def _empty_holders(kept: list[Any], variables: dict[tuple[int, str], Any]) -> No
                 continue
             if isinstance(holder, _CACHE):
                 holder.cache_clear()
+            elif isinstance(holder, GeneratorType):
+                raise EulernetError(
+                    f"the generator {holder.__qualname__}, which the model reads, was moved on as a copy of the model "
+                    "ran, and a generator cannot be copied or put back. Let the model compute this tensor, or hold it"
+                )
             elif isinstance(holder, CellType):
                 _empty(holder, variables)
             elif type(holder) is dict and id(holder) not in spaces:

@@ -62,7 +62,7 @@ def not_reached(model: nn.Module, search: Search) -> Iterator[str]:
     if names:
         yield (
             f"{together(names)}: the example inputs never reached these modules, and others of their class hold steps. "
-            "Here h is 1. Pass an example that leads through them"
+            "Where they run after all, h is 1; with an example that leads through them they are scaled as well"
         )
 
 

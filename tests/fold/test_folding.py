@@ -178,6 +178,54 @@ def test_a_map_that_is_used_elsewhere() -> None:
     refused(model, lambda: eulernet.fold(model, example_inputs=X), r"first\.f\.(weight|bias) is also read by linear")
 
 
+class AddedTwice(nn.Module):
+    """One value of a branch is added at two places, or in parts."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.a, self.how = nn.Sequential(linear(), nn.Tanh(), linear()), how
+
+    def forward(self, x: Tensor) -> Any:
+        if self.how == "streams":
+            first, second = x.chunk(2, 1)
+            y = self.a(first - second)
+            return torch.cat([first + y, second + y], 1)
+        y = self.a(x)
+        match self.how:
+            case "two sums":
+                return torch.tanh(x + y), x + y
+            case "parts":
+                return torch.cat([x[:, :1] + y[:, :1], x[:, 1:] + y[:, 1:]], 1)
+            case "samples":
+                return torch.stack([a + b for a, b in zip(x, y, strict=True)])
+            case "slices":
+                x = x.clone()
+                x[..., :4] += y[..., :4]
+                x[..., 4:] += y[..., 4:]
+                return x
+        x = x.clone()
+        for i in range(0, 8, 2):
+            x[..., i : i + 2] = x[..., i : i + 2] + y[..., i : i + 2]
+        return x
+
+
+@pytest.mark.parametrize("how", ["two sums", "parts", "samples", "streams", "slices", "loop"])
+def test_a_branch_that_is_added_twice_takes_h_once(how: str) -> None:
+    model, x = AddedTwice(how).double(), torch.randn(2, 4, 8, dtype=torch.float64)
+    original = in_both_modes(model, x)
+    eulernet.patch(model, 0.3, example_inputs=x, preserve=True)
+    assert_equal_to_rounding(in_both_modes(model, x), original)
+    eulernet.set_h(model, 0.5)
+    expected = in_both_modes(model, x)
+    assert_equal_to_rounding(in_both_modes(eulernet.fold(model, example_inputs=x), x), expected)
+
+
+def test_parts_of_a_branch_with_an_h_each_are_refused() -> None:
+    model, x = AddedTwice("slices").double(), torch.randn(2, 4, 8, dtype=torch.float64)
+    eulernet.patch(model, [0.3, 0.4], example_inputs=x)
+    refused(model, lambda: eulernet.fold(model, example_inputs=x), "2 of the 2", "linear .* is also read by getitem")
+
+
 class Returned(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.ao.nn.quantized import FloatFunctional
 
-from tests.traps.base import PROJECTION, Expected, Form, mlp, trap
+from tests.traps.base import PROJECTION, Expected, Form, Trap, mlp, trap
 
 
 @trap
@@ -216,6 +216,62 @@ class InPlaceOverlap(InPlaceSlices):
     def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
         made, place = self.a(x), torch.arange(x.shape[1])[:, None]
         return x + h[0] * made * (place < 3) + h[1] * made * (place >= 1)
+
+
+class InParts(Trap):
+    """Branches of the state before, each added into a part of it."""
+
+    expected = BOTH_PARTS
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = mlp(), mlp()
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        return torch.cat((x[:, :2] + h[0] * self.a(x)[:, :2], x[:, 2:] + h[1] * self.b(x)[:, 2:]), dim=1)
+
+
+@trap
+class InPlaceViews(InParts):
+    """Both views are made before either is written into."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c = mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.c(x)
+        first, last, y = self.a(x)[:, :2], self.b(x)[:, 2:], x.clone()
+        one, other = y[:, :2], y[:, 2:]
+        one += first
+        other += last
+        return y
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        return super().reference(self.c(x), h=h)
+
+
+@trap
+class SliceScatter(InParts):
+    """Out of place, one part after the other."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, last, end = self.a(x)[:, :2], self.b(x)[:, 2:], x.shape[1]
+        x = torch.slice_scatter(x, x[:, :2] + first, 1, 0, 2)
+        return torch.slice_scatter(x, x[:, 2:] + last, 1, 2, end)
+
+
+@trap
+class InPlaceSliceThenAll(InParts):
+    """The whole is added to after the part."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        part, whole, y = self.a(x)[:, :2], self.b(x), x.clone()
+        y[:, :2] += part
+        return y + whole
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        return x + h[1] * self.b(x) + torch.cat((h[0] * self.a(x)[:, :2], torch.zeros_like(x)[:, 2:]), dim=1)
 
 
 @trap

@@ -46,6 +46,49 @@ class JoinedMapsAreNoShortcut(WithABlock):
 
 
 @trap
+class SkipOfZero(WithABlock):
+    """``0 * x + f(x)``: without a skip."""
+
+    residual = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = linear()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(self.residual * x + self.a(x))
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        return self.block.reference(self.a(x), h[0])
+
+
+@trap
+class TwoCallsOfABlock(WithABlock):
+    """The results of one block for two inputs are siblings (Siamese networks)."""
+
+    expected = (Expected("block", calls=2),)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.block(x) - self.block(x.flip(1))).abs()
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        return (self.block.reference(x, h[0]) - self.block.reference(x.flip(1), h[0])).abs()
+
+
+@trap
+class BlockOfAConstant(WithABlock):
+    """One block is one function, of what is given and of a constant (Chronos-2: future covariates are zeros)."""
+
+    expected = (Expected("block", calls=2),)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.block(x), self.block(torch.zeros_like(x))], dim=1)
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        return torch.cat([self.block.reference(x, h[0]), self.block.reference(torch.zeros_like(x), h[0])], dim=1)
+
+
+@trap
 class NothingMixes(WithABlock):
     """``x + f(x)`` with an elementwise f."""
 
