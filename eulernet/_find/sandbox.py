@@ -9,7 +9,7 @@ import functools
 import inspect
 import sys
 import weakref
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from types import CellType, FunctionType, MethodType
@@ -344,7 +344,7 @@ def _with_copies(value: Any, memo: dict[int, Any]) -> Any:
     if isinstance(value, functools.partial):
         function = _with_copies(value.func, memo)
         return value if function is value.func else functools.partial(function, *value.args, **value.keywords)
-    if type(value) in (list, dict):
+    if type(value) in (list, dict, OrderedDict):
         for key, item in list(value.items() if isinstance(value, dict) else enumerate(value)):
             own = _with_copies(item, memo)
             if own is not item:
