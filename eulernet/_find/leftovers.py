@@ -52,7 +52,8 @@ class Leftovers:
         self.fakes: list[weakref.ref[Tensor]] = []
         self.copies: set[int] = set()  # ids of the modules that run, which are not outside
         self._codes: dict[int, CodeType] = {}  # of which a frame was looked at
-        self._foreseen: dict[int, FunctionType] = {}  # functions that were looked at before they ran
+        self._foreseen: dict[int, FunctionType] = {}  # functions that are looked at before they run
+        self._pending: list[FunctionType] = []  # of these, those that are still to be looked at
         self._held: dict[int, tuple[Any, dict[Any, Any], bool]] = {}  # by the owner's id; whether a name leads to it
         self._variables: dict[tuple[int, str], Any] = {}  # of closures, by the id of the code that reads them
 
@@ -69,20 +70,22 @@ class Leftovers:
         for cls in classes:
             for value in vars(cls).values():
                 self._foresee(value)
+        self._look_ahead()
 
     def _foresee(self, value: Any) -> None:
-        if isinstance(value, dict | list) and len(value) < _MANY:
-            for item in dict.values(value) if isinstance(value, dict) else list.__iter__(value):
-                self._foresee_function(item)
-        self._foresee_function(value)
+        """Look at a function, or at those in a container, before they run."""
+        several = isinstance(value, dict | list) and len(value) < _MANY
+        for one in (value, *((_held(value) or {}).values() if several else ())):
+            function = _function(one)
+            if function is not None and id(function) not in self._foreseen and not _is_known(function.__module__):
+                self._foreseen[id(function)] = function
+                self._pending.append(function)
 
-    def _foresee_function(self, value: Any) -> None:
-        function = _function(value)
-        if function is None or id(function) in self._foreseen or _is_known(function.__module__):
-            return
-        self._foreseen[id(function)] = function
-        cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
-        self._keep(function.__code__, {name: _content(cell) for name, cell in cells}, function.__globals__)
+    def _look_ahead(self) -> None:
+        while self._pending:
+            function = self._pending.pop()
+            cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+            self._keep(function.__code__, {name: _content(cell) for name, cell in cells}, function.__globals__)
 
     def look(self, frame: Any) -> None:
         """Keep in mind what the functions may write into that have called this."""
@@ -95,6 +98,7 @@ class Leftovers:
                     for value in frame.f_locals.values():
                         self._remember(value, _DEPTH, named=False)
             frame = frame.f_back
+        self._look_ahead()
 
     def _keep(self, code: CodeType, variables: Mapping[str, Any], namespace: dict[str, Any]) -> None:
         named = [namespace.get(name) for name in code.co_names]

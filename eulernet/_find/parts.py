@@ -4,43 +4,54 @@ from __future__ import annotations
 
 from typing import Any
 
+_ARGUMENTS = {  # behind the tensor
+    "narrow": "dim start length",
+    "select": "dim index",
+    "slice": "dim start end step",
+    "unbind": "dim",
+    "chunk": "chunks dim",
+    "split": "sizes dim",
+}
+
 
 def part_of(op: str, args: Any, kwargs: Any, output: int, shape: tuple[int, ...]) -> Any:
-    """The index of the part of a tensor that an operation gives, by numbers and slices; None where it is not known.
+    """The index of the part of a tensor that an operation gives; None where it is not known.
+
+    Args:
+        op: the name of the operation.
+        args, kwargs: what it was called with, first the tensor.
+        output: which of its results is meant.
+        shape: that of the tensor.
 
     Example:
         >>> part_of("narrow", [0, 1, 2, 3], {}, 0, (4, 6))
         (slice(None, None, None), slice(2, 5, None))
+        >>> part_of("chunk", [0, 2, -1], {}, 1, (4, 6))
+        (slice(None, None, None), slice(3, 6, None))
     """
     if op == "getitem":
         return args[1]
-    if op not in ("narrow", "select", "slice", "unbind", "chunk", "split"):
+    given = {"dim": 0, **dict(zip(_ARGUMENTS.get(op, "").split(), args[1:], strict=False)), **kwargs}
+    sizes: Any = given.get("sizes", given.get("split_size_or_sections", given.get("split_size")))
+    dim, start = given["dim"], given.get("start", 0)
+    if op not in _ARGUMENTS or not (type(dim) is type(start) is int) or not shape:
         return None
-    names = {"narrow": "dim start length", "select": "dim index", "slice": "dim start end step", "unbind": "dim"}
-    given = dict(zip(names.get(op, "sizes dim").split(), args[1:], strict=False)) | kwargs
-    dim = given.get("dim", 0)
-    start, sizes = given.get("start", 0), given.get("sizes", given.get("split_size_or_sections", given.get("chunks")))
-    if not all(type(n) is int for n in (dim, start)) or not shape:
-        return None
-    part: Any = None
+    part: Any = output
     if op == "narrow":
         part = slice(start, start + given["length"])
     elif op == "select":
         part = given["index"]
     elif op == "slice":
         part = slice(start, given.get("end"), given.get("step", 1))
-    elif op == "unbind":
-        part = output
     elif op in ("chunk", "split"):
-        n = shape[dim]
-        each = -(-n // sizes) if op == "chunk" and type(sizes) is int else sizes
-        sizes = [each] * (n // each) if type(each) is int else each
-        part = slice(sum(sizes[:output]), min(n, sum(sizes[: output + 1])) if output < len(sizes) else n)
-    return None if part is None else (slice(None),) * (dim % len(shape)) + (part,)
+        each = -(-shape[dim] // given["chunks"]) if op == "chunk" else sizes
+        begin = output * each if type(each) is int else sum(each[:output])
+        part = slice(begin, min(shape[dim], begin + (each if type(each) is int else each[output])))
+    return (slice(None),) * (dim % len(shape)) + (part,)
 
 
 def same_part(one: Any, other: Any, shape: tuple[int, ...]) -> bool:
-    """Whether two indices of a tensor of this shape are the same; those of other tensors are, where they are equal."""
+    """Whether two indices of a tensor of this shape are the same; those by other tensors are, where they are equal."""
     if one is None or other is None:
         return False
     return bool(one == other or (_ranges(one, shape) and _ranges(one, shape) == _ranges(other, shape)))
