@@ -308,7 +308,7 @@ class Graph:
                 last = None
             if op in SLICES:
                 part = node
-            elif op in WRITES and self._spares(node, part):
+            elif op in WRITES and (part is not None or self._is_view(node)) and self._spares(node, part):
                 node = inputs[0]
                 yield node, maps
                 continue
@@ -340,6 +340,11 @@ class Graph:
                 return
             node = source
             yield node, maps
+
+    def _is_view(self, node: int) -> bool:
+        """Whether it is a view that was made before a write into the tensor that it is a part of."""
+        made = self.nodes[node]
+        return made.op == "overwritten" and self.nodes[made.inputs[0]].op in SLICES | {"as_strided"}
 
     def _spares(self, node: int, part: int | None) -> bool:
         """Whether what was written at a node adds to what was there, or leaves the part as it was that is read."""

@@ -262,19 +262,6 @@ class SliceScatter(InParts):
 
 
 @trap
-class InPlaceSliceThenAll(InParts):
-    """The whole is added to after the part."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        part, whole, y = self.a(x)[:, :2], self.b(x), x.clone()
-        y[:, :2] += part
-        return y + whole
-
-    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
-        return x + h[1] * self.b(x) + torch.cat((h[0] * self.a(x)[:, :2], torch.zeros_like(x)[:, 2:]), dim=1)
-
-
-@trap
 class InPlaceModalities(Form):
     """Mixture of transformers: text and image tokens have a map each."""
 
