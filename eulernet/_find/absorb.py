@@ -116,8 +116,8 @@ class _TracedRun:
         for number in trace.outputs:
             self.readers[number][_OUTPUT] += 1
 
-    def path(self, step_call: StepCall) -> Path:
-        """From the branch of a step back to the parameters that scale it."""
+    def extend(self, way: _Way, step_call: StepCall) -> None:
+        """By what leads from the branch of a step back to the parameters that scale it."""
         if step_call.mixture:
             raise NotAbsorbable("it goes a part of the way from one tensor to another, and is no sum of the two")
         if step_call.addition.op == "addcdiv" and step_call.branch != step_call.addition.right[0]:
@@ -125,7 +125,8 @@ class _TracedRun:
         path: Path = Counter()
         for reader in self.ends(step_call):
             self.trace_back(reader, step_call.branch, path)
-        return path
+            way.ends.add((reader, step_call.branch))
+        way.path |= path
 
     def ends(self, step_call: StepCall) -> list[int]:
         """What reads the branch to sum it up: the sum itself, or what stacks the two first."""
@@ -290,8 +291,7 @@ def absorbing(
                 _check_reached(found.step, search.steps.unreached)
                 own: dict[int, _Way] = defaultdict(_Way)
                 for run, step_call in search.step_calls[index]:
-                    own[run].path |= traced[run].path(step_call)
-                    own[run].ends.update((end, step_call.branch) for end in traced[run].ends(step_call))
+                    traced[run].extend(own[run], step_call)
                 ways[index] = own
             except NotAbsorbable as reason:
                 refused[index] = str(reason)

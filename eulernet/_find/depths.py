@@ -39,9 +39,8 @@ def number_streams(graph: Graph, calls: list[StepCall]) -> None:
                 nearest = call.first.before if call.first is not None else before[call.source]
                 call.before = tuple(e for e in nearest if inside[id(e)] == inside[id(call)])
                 parts = (e for e in call.before if call.kind == "projection" and call.state < e.addition.result)
-                for part in parts:
+                if (part := next(parts, None)) is not None:
                     beside[call], call.before = part, part.before
-                    break
                 call.position = 1 + max((e.position for e in call.before), default=0)
                 # Where a branch began earlier, there are steps between it and the one that it belongs to.
                 between = (e for e in before[call.skip] if call.first not in (None, e, e.first))

@@ -317,7 +317,8 @@ def _empty_holders(kept: list[Any], variables: dict[tuple[int, str], Any]) -> No
             elif isinstance(holder, GeneratorType):
                 raise EulernetError(
                     f"the generator {holder.__qualname__}, which the model reads, was moved on as a copy of the model "
-                    "ran, and a generator cannot be copied or put back. Let the model compute this tensor, or hold it"
+                    "ran, and a generator cannot be copied or put back. Make it anew, and let the model hold what it "
+                    "gives: self.table = next(generator) in __init__"
                 )
             elif isinstance(holder, CellType):
                 _empty(holder, variables)

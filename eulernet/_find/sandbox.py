@@ -340,7 +340,8 @@ def _shared(model: nn.Module) -> dict[int, Any]:
 def _with_copies(value: Any, memo: dict[int, Any]) -> Any:
     """`value`; where it is a function or a weak reference that leads to the model, one that leads to the copy."""
     if type(value) is weakref.ref:
-        return weakref.ref(memo.get(id(value()), value()), value.__callback__) if value() is not None else value
+        own = memo.get(id(value()))
+        return value if own is None else weakref.ref(own)  # without the owner's callback, which a copy's end would call
     if isinstance(value, functools.partial):
         function = _with_copies(value.func, memo)
         return value if function is value.func else functools.partial(function, *value.args, **value.keywords)

@@ -62,7 +62,8 @@ def not_reached(model: nn.Module, search: Search) -> Iterator[str]:
     if names:
         yield (
             f"{together(names)}: the example inputs never reached these modules, and others of their class hold steps. "
-            "Where they run after all, h is 1; with an example that leads through them they are scaled as well"
+            "Where they run after all, h is 1. To scale them as well, lead an example through them: "
+            "eulernet.patch(model, h, example_inputs=...)"
         )
 
 

@@ -202,19 +202,6 @@ def _assigned(body: list[ast.stmt]) -> list[ast.BinOp]:
 _ADDING = ast.BinOp | ast.AugAssign | ast.Call
 
 
-class _Loading(ast.NodeTransformer):
-    """What is written into, read."""
-
-    def visit_Name(self, node: ast.Name) -> ast.Name:
-        return ast.copy_location(ast.Name(node.id, ast.Load()), node)
-
-    def visit_Attribute(self, node: ast.Attribute) -> ast.Attribute:
-        return ast.copy_location(ast.Attribute(self.visit(node.value), node.attr, ast.Load()), node)
-
-    def visit_Subscript(self, node: ast.Subscript) -> ast.Subscript:
-        return ast.copy_location(ast.Subscript(self.visit(node.value), self.visit(node.slice), ast.Load()), node)
-
-
 class _Editor(ast.NodeTransformer):
     def __init__(
         self,
@@ -292,7 +279,8 @@ class _Editor(ast.NodeTransformer):
         if isinstance(node, ast.BinOp):
             minus = [ast.Constant(True)] if isinstance(node.op, ast.Sub) else []
             return ast.copy_location(ast.Call(self._attribute(UNSEEN), [left, right, *given, *minus], []), node)
-        before = _Loading().visit(copy.deepcopy(node.target))
+        before = copy.deepcopy(node.target)
+        before.ctx = ast.Load()
         node.value = ast.copy_location(
             ast.Call(self._attribute(UNSEEN_IN_PLACE), [before, node.value, *given], []), node.value
         )
