@@ -115,12 +115,12 @@ def check_model(model: nn.Module, caller: str) -> None:
                 f"{path} is partitioned by DeepSpeed (ZeRO-3): this process holds no more than a part of {name}. "
                 f"Before deepspeed.zero.Init and deepspeed.initialize: eulernet.{caller}(model)"
             )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise EulernetError(
+            f"{ROOT} is a scripted or traced module ({name}), whose code is compiled. "
+            "Patch the Python model it was made from, then use torch.jit.trace or torch.export."
+        )
     for path, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            raise EulernetError(
-                f"{path or ROOT} is a scripted or traced module ({type(module).__name__}), whose code is compiled. "
-                "Patch the Python model it was made from, then use torch.jit.trace or torch.export."
-            )
         if _is_offloaded(module):
             raise EulernetError(
                 f"{path or ROOT} is offloaded by accelerate, which brings its weights from elsewhere for each "

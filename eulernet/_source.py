@@ -162,7 +162,9 @@ def operands_of(node: ast.AST, where: str) -> tuple[ast.expr, ast.expr, list[ast
                     operands.insert(0, func.value)
                 if len(operands) == 2 and len(operands) + len(rest) >= len(keywords):
                     return operands[0], operands[1], rest
-    raise Unsupported(f"the addition in {where} is written in a form that is not supported: {ast.unparse(node)[:80]}")
+    raise Unsupported(
+        f"the addition in {where} is compiled, or written in a form that is not supported: {ast.unparse(node)[:80]}"
+    )
 
 
 def positions_of(code: CodeType) -> list[Any]:

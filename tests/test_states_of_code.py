@@ -41,15 +41,46 @@ def test_a_model_that_is_wrapped_is_refused_with_the_call_to_make_instead(wrap: 
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning", "ignore:.*torch.jit.*:DeprecationWarning")
-@pytest.mark.parametrize("part", [None, 1])
 @pytest.mark.parametrize("make", [torch.jit.script, lambda m: torch.jit.trace(m, X)], ids=["scripted", "traced"])
-def test_what_is_scripted_or_traced_is_refused(make: Callable[..., Any], part: int | None) -> None:
-    model: Any = net()
-    if part is None:
-        model = make(model)
-    else:
-        model[part] = make(model[part])
+def test_what_is_scripted_or_traced_is_refused(make: Callable[..., Any]) -> None:
+    model: Any = make(net())
     refused(model, lambda: patched(model), r"is a scripted or traced module.*then use torch\.jit\.trace")
+
+
+class Compiled(nn.Module):
+    """A block whose second half is compiled by torch.jit, as a step and as the branch of one."""
+
+    def __init__(self, make: Callable[..., Any]) -> None:
+        super().__init__()
+        self.first, self.second, self.third = make(Block()), Block(), make(nn.Linear(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        x = self.second(x)
+        return x + self.third(x)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning", "ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.parametrize("make", [torch.jit.script, lambda m: torch.jit.trace(m, X)], ids=["scripted", "traced"])
+def test_steps_of_a_part_that_is_scripted_or_traced_are_scaled_where_it_is_called(make: Callable[..., Any]) -> None:
+    model = Compiled(make)
+    expected = X + 0.5 * (model.first(X) - X)
+    expected = expected + 0.5 * model.second.branch(expected)
+    expected = expected + 0.5 * model.third(expected)
+    assert eulernet.find_steps(model, example_inputs=X).outside.parameters == 0
+    patched(model)
+    assert {step.name for step in eulernet.steps(model)} == {"<root>:0", "<root>:1", "second"}
+    torch.testing.assert_close(model(X), expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning", "ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.parametrize("make", [torch.jit.script, lambda m: torch.jit.trace(m, X)], ids=["scripted", "traced"])
+def test_a_step_in_a_part_that_is_scripted_or_traced_is_named(make: Callable[..., Any]) -> None:
+    model: Any = net()
+    model[1] = make(model[1])
+    with pytest.warns(eulernet.EulernetWarning, match=r"not supported: <root> .* is compiled, or written in a form"):
+        patched(model)
+    assert [step.name for step in eulernet.steps(model)] == ["0", "2"]
 
 
 @pytest.mark.parametrize("make", [torch.fx.symbolic_trace, lambda m: torch.export.export(m, (X,)).module()])

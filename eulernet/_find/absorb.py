@@ -241,10 +241,10 @@ def parameters_read(trace: Trace, run: Run) -> dict[int, nn.Parameter]:
     """The nodes of a run that are parameters, each with the parameter of the model itself."""
     found = {}
     for twin, module in run.sandbox.original.items():
-        for name, parameter in twin._parameters.items():
-            original = module._parameters.get(name)
-            if parameter is not None and original is not None and id(parameter) in trace.used:
-                found[trace.used[id(parameter)]] = original
+        own = dict(module.named_parameters(recurse=False))
+        for name, parameter in twin.named_parameters(recurse=False):
+            if name in own and id(parameter) in trace.used:
+                found[trace.used[id(parameter)]] = own[name]
     return found
 
 

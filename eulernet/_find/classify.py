@@ -183,6 +183,8 @@ def _step_call(graph: Graph, trace: Trace, addition: Addition, results: dict[int
                         kind = "decomposition"
                     call = StepCall(addition, kind, skip, branch, skip == addition.left, state, within, first=first)
                     call.sums, call.mixture = graph.gives_sum(addition, skip), addition.op == "lerp"
+                    if graph.constant[skip] and not graph.constant[state]:  # a state that is detached beside its branch
+                        call.source = state
                     return call
     return None
 
@@ -247,9 +249,17 @@ def _joined(graph: Graph, skip: int, branch: int, start: int) -> Match | None:
 
 
 def _detached(graph: Graph, skip: int, branch: int) -> Match | None:
-    """A branch of the detached state; not one that is detached itself, as a straight-through estimator's is."""
-    if graph.constant[skip] or not graph.constant[branch]:
+    """A branch of the detached state, or the detached state beside its branch.
+
+    Not a branch that is detached itself, as a straight-through estimator's is.
+    """
+    if graph.constant[skip] == graph.constant[branch]:
         return None
+    if graph.constant[skip]:
+        states = [n for cut in graph.same(skip, 0) for source in graph.detached(cut) for n in graph.same(source, 0)]
+        ancestors = graph.ancestors(branch, 0, min(states, default=0))
+        ways = [(state, graph.path(state, branch, ancestors)) for state in states if state in ancestors]
+        return next((Match("identity", n, set(way) - {n}) for n, way in ways if graph.mixes(way, n)), None)
     states, ancestors = set(graph.same(skip, 0)), graph.ancestors(branch, 0, -1)
     for cut in (n for n in ancestors.difference(graph.same(branch, 0)) if graph.nodes[n].op == "detach"):
         if any(not states.isdisjoint(graph.ancestors(n, 0, min(states))) for n in graph.detached(cut)):

@@ -40,10 +40,13 @@ _PLUMBING = tuple(
 
 
 def frames_of(frame: Any) -> Iterator[Frame]:
-    """The frames from an operation up to the `forward` of the module that is being called."""
-    while frame is not None and frame.f_code.co_filename != _MODULE_CALL:
+    """The frames from an operation up to the `forward` of the module that is being called; what is scripted has none."""
+    while frame is not None:
         code = frame.f_code
-        if not code.co_filename.startswith(_PLUMBING) and code.co_filename not in _RECORDING:
+        if code.co_filename == _MODULE_CALL:
+            if not isinstance(frame.f_locals.get("self"), torch.jit.ScriptModule):
+                return
+        elif not code.co_filename.startswith(_PLUMBING) and code.co_filename not in _RECORDING:
             first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
             yield Frame(code, frame.f_lasti, first if isinstance(first, nn.Module) else None)
         frame = frame.f_back

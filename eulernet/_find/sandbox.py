@@ -61,7 +61,9 @@ class Sandbox:
         self.original: dict[nn.Module, nn.Module] = {}
         for module in {id(m): m for m in all_modules(model)}.values():
             twin = memo.get(id(module))
-            if isinstance(twin, nn.Module):
+            if isinstance(twin, torch.jit.ScriptModule):  # which copies its modules itself
+                self.original.update(zip(twin.modules(), module.modules(), strict=True))
+            elif isinstance(twin, nn.Module):
                 self.original[twin] = module
         self.hooked: dict[nn.Module, None] = {}  # of the model's modules those with a hook that is not run, and returns
         for twin, module in self.original.items():
@@ -75,7 +77,7 @@ class Sandbox:
         self.tracer = tracer = Tracer(self.copy, self.leftovers.look if self.mode else None)
         tracer.keep(t for fake in self.fakes if (t := fake()) is not None)  # in a cache since an earlier run
         handles = []
-        for module in self.original:
+        for module in (m for m in self.original if not isinstance(m, torch.jit.ScriptModule)):  # which takes no hooks
             handles.append(module.register_forward_pre_hook(tracer.enter, with_kwargs=True))
             handles.append(module.register_forward_hook(tracer.leave))
         try:

@@ -116,6 +116,7 @@ def all_modules(model: nn.Module) -> Iterator[nn.Module]:
         seen.add(id(value))
         if isinstance(value, nn.Module):
             yield value
+            pending += value.children() if isinstance(value, torch.jit.ScriptModule) else ()
             value = vars(value)
         items = value.values() if isinstance(value, dict) else value
         pending += [v for v in items if (type(v) in (list, tuple, dict, OrderedDict) and v) or isinstance(v, nn.Module)]

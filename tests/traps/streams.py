@@ -404,6 +404,27 @@ class ABranchOfTheDetachedState(Trap):
 
 
 @trap
+class ADetachedStateBesideItsBranch(Trap):
+    """Each block is trained by itself, and hands on no gradient through its skip."""
+
+    expected = each("<root>:0", "<root>:1")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm, self.a, self.b = linear(), nn.LayerNorm(DIM), mlp(), mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = x.detach() + self.a(x)
+        return self.b(self.norm(x)) + x.detach()
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        x = self.stem(x)
+        x = x.detach() + h[0] * self.a(x)
+        return h[1] * self.b(self.norm(x)) + x.detach()
+
+
+@trap
 class StraightThrough(WithABlock):
     """Another value, and the gradient of this one: as codes are looked up."""
 
