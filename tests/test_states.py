@@ -257,6 +257,7 @@ WORLD = """
         parallelize_module(split[1], mesh, styles)
         torch.testing.assert_close(split(X), by_hand(net(), 0.5))
         print("done", rank, flush=True)
+        dist.barrier()  # else one process takes away what the other still waits for
         dist.destroy_process_group()
 
     if __name__ == "__main__":

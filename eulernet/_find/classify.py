@@ -256,9 +256,9 @@ def _detached(graph: Graph, skip: int, branch: int) -> Match | None:
     if graph.constant[skip] == graph.constant[branch]:
         return None
     if graph.constant[skip]:
-        states = [n for cut in graph.same(skip, 0) for source in graph.detached(cut) for n in graph.same(source, 0)]
-        ancestors = graph.ancestors(branch, 0, min(states, default=0))
-        ways = [(state, graph.path(state, branch, ancestors)) for state in states if state in ancestors]
+        before = [n for cut in graph.same(skip, 0) for source in graph.detached(cut) for n in graph.same(source, 0)]
+        ancestors = graph.ancestors(branch, 0, min(before, default=0))
+        ways = [(state, graph.path(state, branch, ancestors)) for state in before if state in ancestors]
         return next((Match("identity", n, set(way) - {n}) for n, way in ways if graph.mixes(way, n)), None)
     states, ancestors = set(graph.same(skip, 0)), graph.ancestors(branch, 0, -1)
     for cut in (n for n in ancestors.difference(graph.same(branch, 0)) if graph.nodes[n].op == "detach"):

@@ -40,7 +40,7 @@ _PLUMBING = tuple(
 
 
 def frames_of(frame: Any) -> Iterator[Frame]:
-    """The frames from an operation up to the `forward` of the module that is being called; what is scripted has none."""
+    """The frames from an operation up to the `forward` of the module that is being called, if it is not scripted."""
     while frame is not None:
         code = frame.f_code
         if code.co_filename == _MODULE_CALL:

@@ -7,7 +7,7 @@ import functools
 import gc
 import sys
 import weakref
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,6 @@ from types import (
     MemberDescriptorType,
     MethodType,
     ModuleType,
-    SimpleNamespace,
 )
 from typing import Any
 
@@ -36,8 +35,12 @@ _HERE = str(Path(__file__).parent)
 _OF_TORCH = torch.__path__[0]
 _DEPTH, _MANY = 2, 256  # how far what a frame names is followed, and from how many items on no further
 _VALUES = (Tensor, str, bytes, int, float, complex, ModuleType, CodeType, BuiltinFunctionType, type(None))
+_NUMBERS = (bool, int, float, str, type(None))
 _NAMED = (ModuleType, type, FunctionType, BuiltinFunctionType)  # what a namespace may get while a model runs
 _MISSING: Any = object()
+_CONTAINERS = frozenset(
+    ("types", "collections", "queue")
+)  # of Python's modules those whose objects hold what is put in
 
 
 class Leftovers:
@@ -45,11 +48,13 @@ class Leftovers:
 
     Before the first run, and the first time that a function runs, what its code names is kept in mind: its variables,
     the globals, and what these hold. Where a fake tensor was left in one of them, all of them get back what they held:
-    a cache that has forgotten its table must not remember the length of it.
+    a cache that has forgotten its table must not remember the length of it. So they do where a run had values. Flags
+    and counters always do.
     """
 
     def __init__(self) -> None:
         self.fakes: list[weakref.ref[Tensor]] = []
+        self.had_values = False  # whether a run's tensors were no fake ones
         self.copies: set[int] = set()  # ids of the modules that run, which are not outside
         self._codes: dict[int, CodeType] = {}  # of which a frame was looked at
         self._foreseen: dict[int, FunctionType] = {}  # functions that are looked at before they run
@@ -129,24 +134,32 @@ class Leftovers:
                 self._remember(value, depth - 1, named)
 
     def put_back(self) -> None:
-        """Where a fake tensor was left, let what the functions name hold what it held before."""
-        changed: list[tuple[Any, dict[Any, Any], bool, bool]] = []
+        """Let what the functions name hold what it held before: all of it, or its flags and counters."""
+        changed: list[tuple[Any, dict[Any, Any], dict[Any, Any], bool, bool]] = []
         for owner, held, named in self._held.values():
             now = _held(owner) or {}
             keys = [key for key in {**held, **now} if now.get(key, _MISSING) is not held.get(key, _MISSING)]
             if keys:
+                before = {key: held.get(key, _MISSING) for key in keys}
                 has_fakes = any(_leads_to_fakes(now.get(key)) for key in keys)
-                changed.append((owner, {key: held.get(key, _MISSING) for key in keys}, named, has_fakes))
+                changed.append((owner, before, now, named, has_fakes))
         left = any(named and has_fakes for *_, named, has_fakes in changed)
-        for owner, held, named, has_fakes in changed:
-            if has_fakes or (named and left):
-                _put_back(owner, held)
+        for owner, before, now, named, has_fakes in changed:
+            cached = isinstance(owner, _CACHE)  # whose results with values are as good as any
+            if has_fakes or (named and (left or (self.had_values and not cached))):
+                _put_back(owner, before)
+            elif named and not cached:
+                _put_back(owner, {key: v for key, v in before.items() if _is_flag(v, now.get(key, _MISSING))})
 
     def take_back(self) -> None:
         """All of it, in the end."""
         self.put_back()
         self._held.clear()
         _forget(self.fakes, self._variables)
+
+
+def _is_flag(*values: Any) -> bool:
+    return all(value is _MISSING or isinstance(value, _NUMBERS) for value in values)
 
 
 def _is_known(module: str | None) -> bool:
@@ -184,12 +197,15 @@ def _held(owner: Any) -> dict[Any, Any] | None:
     """What an object holds: its items, or its attributes; None for what holds nothing that a model would write."""
     if isinstance(owner, dict):
         return dict(dict.items(owner))  # one that makes its values as they are asked for is not asked
-    if isinstance(owner, list):
-        return dict(enumerate(list.__iter__(owner)))
+    if isinstance(owner, list | deque):
+        return dict(enumerate(list.__iter__(owner) if isinstance(owner, list) else owner))
+    if isinstance(owner, set):
+        return {id(value): value for value in owner}
     if isinstance(owner, _CACHE):
         return {id(result): result for result in _results(owner)}
     cls = type(owner)
-    if _is_known((owner if isinstance(owner, type) else cls).__module__) and cls is not SimpleNamespace:
+    home = (owner if isinstance(owner, type) else cls).__module__
+    if _is_known(home) and not (home in _CONTAINERS and hasattr(owner, "__dict__")):
         return _attributes(owner) if isinstance(owner, FunctionType | nn.Module) else None
     if isinstance(owner, type):
         return dict(vars(owner))
@@ -226,9 +242,19 @@ def _put_back(owner: Any, held: dict[Any, Any]) -> None:
     if isinstance(owner, _CACHE):
         owner.cache_clear()
         return
-    if isinstance(owner, list):
-        kept = [value for key, value in enumerate(list.__iter__(owner)) if key not in held]
-        list.__setitem__(owner, slice(None), kept + [value for value in held.values() if value is not _MISSING])
+    if isinstance(owner, list | deque):
+        items = {**dict(enumerate(owner)), **held}
+        kept = [items[key] for key in sorted(items) if items[key] is not _MISSING]
+        if isinstance(owner, deque):
+            owner.clear()
+            owner.extend(kept)
+        else:
+            list.__setitem__(owner, slice(None), kept)
+        return
+    if isinstance(owner, set):
+        items = {**{id(value): value for value in owner}, **held}
+        owner.clear()
+        owner.update(value for value in items.values() if value is not _MISSING)
         return
     now = _held(owner) or {}
     for key, value in held.items():
@@ -328,6 +354,10 @@ def _empty_holders(kept: list[Any], variables: dict[tuple[int, str], Any]) -> No
                     continue
                 for key in [key for key, value in holder.items() if id(value) in inside]:
                     del holder[key]
+            elif isinstance(holder, deque | set):
+                left = [item for item in holder if id(item) not in inside]
+                holder.clear()
+                (holder.extend if isinstance(holder, deque) else holder.update)(left)
             elif type(holder) is list and not any(_is_cache(h) for h in gc.get_referrers(holder)):
                 holder[:] = [item for item in holder if id(item) not in inside]
             elif type(holder) in (tuple, list):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from types import CodeType, FunctionType, ModuleType
@@ -250,9 +249,9 @@ def _callee(caller: Frame, function: FunctionType, frame: Frame, module: nn.Modu
             value = _lookup(function, name)
         case ast.Call(func=ast.Attribute(value=ast.Name(id=base), attr=attribute)):
             receiver = caller.code.co_varnames[0] if caller.code.co_argcount else None
-            holder = type(module) if base == receiver and caller.module is module else _lookup(function, base)
-            value = inspect.getattr_static(holder, attribute, None)
-            value = value.__func__ if isinstance(value, staticmethod) else None if holder is type(module) else value
+            of_module = base == receiver and caller.module is module
+            value = _attribute(type(module) if of_module else _lookup(function, base), attribute)
+            value = value.__func__ if isinstance(value, staticmethod) else None if of_module else value
     if (
         not isinstance(value, FunctionType)
         or value.__code__ is not frame.code
@@ -286,10 +285,22 @@ def _callee_at_run_time(caller: Frame, function: FunctionType, frame: Frame) -> 
     return callee
 
 
+def _attribute(holder: Any, name: str) -> Any:
+    """What a file of functions or a class holds by a name, as it is; an object would be handed to what it holds."""
+    if isinstance(holder, ModuleType):
+        return vars(holder).get(name)
+    owners = holder.__mro__ if isinstance(holder, type) else ()
+    return next((vars(owner)[name] for owner in owners if name in vars(owner)), None)
+
+
 def _lookup(function: FunctionType, name: str) -> Any:
-    if name in function.__code__.co_freevars:
-        return inspect.getclosurevars(function).nonlocals.get(name)
-    return function.__globals__.get(name)
+    variables = function.__code__.co_freevars
+    if name not in variables:
+        return function.__globals__.get(name)
+    try:
+        return (function.__closure__ or ())[variables.index(name)].cell_contents
+    except (ValueError, IndexError):  # of a variable that has no value here
+        return None
 
 
 def _position(frame: Frame) -> tuple[int, int, int, int]:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import contextlib
 import copy
 import dis
-import functools
 import inspect
 import sys
 import weakref
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import pairwise
-from types import CellType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -23,14 +21,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
-from eulernet._commit import surely
 from eulernet._draws import Draws, entered, own_numbers
-from eulernet._errors import EulernetError
 from eulernet._find.apart import OneDtype, alone, led_to, quiet, without_global_hooks
+from eulernet._find.copies import copied
 from eulernet._find.leftovers import Leftovers
 from eulernet._find.tensors import all_modules, attributes_of, deepcopied, returned, tensors_in
 from eulernet._find.trace import DispatchTracer, Trace, Tracer
-from eulernet._step import ROOT
 
 _KEEPING = frozenset("append extend update setdefault __setitem__ add put".split())  # what a lambda keeps a value by
 
@@ -51,11 +47,11 @@ class Sandbox:
         self.differentiates = False  # whether the model asks for gradients in eval mode too, as a force field does
         memo: dict[int, Any] = {}
         fakes, draws = FakeCopyMode(self.mode) if self.mode else contextlib.nullcontext(), Draws()
-        with fakes, own_numbers(draws), draws, _generators_cloned():
-            self.copy: nn.Module = _copy(model, memo)
-        _check_copied(model, self.copy)
-        _without_compiling(self.copy)
+        with fakes, own_numbers(draws), draws:
+            self.copy: nn.Module = copied(model, memo)
+        self.copied = [value for value in memo.values() if isinstance(value, Tensor)]
         self.leftovers = leftovers or Leftovers()
+        self.leftovers.had_values |= not fake
         self.leftovers.copies |= {id(module) for module in all_modules(self.copy)}
         self.fakes = self.leftovers.fakes
         self.original: dict[nn.Module, nn.Module] = {}
@@ -75,6 +71,7 @@ class Sandbox:
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool, backward: bool = False) -> Trace:
         """Run the copy in eval or train mode, and return the trace; with that of its backward if asked."""
         self.tracer = tracer = Tracer(self.copy, self.leftovers.look if self.mode else None)
+        tracer.keep(self.copied)
         tracer.keep(t for fake in self.fakes if (t := fake()) is not None)  # in a cache since an earlier run
         handles = []
         for module in (m for m in self.original if not isinstance(m, torch.jit.ScriptModule)):  # which takes no hooks
@@ -270,131 +267,6 @@ def _returns(hook: Any) -> bool:
         if step.opname in ("RETURN_VALUE", "RETURN_CONST")
     ]
     return any("CONST" not in step.opname or step.argval is not None for step in last)
-
-
-def _copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """A deep copy, of the functions as well that hold the model's modules; what cannot be copied is shared."""
-    try:
-        twin = copy.deepcopy(model, memo)
-    except Exception:
-        memo.clear()
-        memo.update(_shared(model))
-        twin = copy.deepcopy(model, memo)
-    for module in list(all_modules(twin)):
-        for name, value in list(vars(module).items()):
-            own = _with_copies(value, memo)
-            if own is not value:
-                vars(module)[name] = own
-    return twin
-
-
-@contextlib.contextmanager
-def _generators_cloned() -> Iterator[None]:
-    """A generator's copy reads a copy of its state, and torch 2.8 crashes where that is a fake tensor."""
-    copiers: dict[type, Any] = copy._deepcopy_dispatch  # type: ignore[attr-defined]
-    with surely(lambda: copiers.pop(torch.Generator, None)):
-        copiers[torch.Generator] = lambda generator, memo: generator.clone_state()
-        yield
-
-
-def _check_copied(model: nn.Module, twin: nn.Module) -> None:
-    """A copy that holds a module of the model's would run it."""
-    own = {id(module) for module in all_modules(model)}
-    for name, module in twin.named_modules():
-        if id(module) in own:
-            raise EulernetError(
-                f"{name or ROOT} ({type(module).__name__}) gives itself back where it is copied, by its __deepcopy__, "
-                "and it is a copy that eulernet runs. Make that return a new module"
-            )
-
-
-def _without_compiling(twin: nn.Module) -> None:
-    """Modules that `torch.compile` has wrapped stand there themselves."""
-    for module in list(twin.modules()):
-        for name, part in module._modules.items():
-            if type(part).__name__ == "OptimizedModule":
-                module._modules[name] = part._orig_mod  # type: ignore[union-attr, assignment]
-
-
-def _shared(model: nn.Module) -> dict[int, Any]:
-    """What of the modules' attributes cannot be copied, by its id: a lock, a generator, a trainer, a result."""
-    shared: dict[int, Any] = {}
-    pending = [value for module in all_modules(model) for value in vars(module).values()]
-    seen = {id(module) for module in all_modules(model)}
-    while pending:
-        value = pending.pop()
-        if id(value) in seen:
-            continue
-        seen.add(id(value))
-        if isinstance(value, (list, tuple, dict)):
-            pending.extend(value.values() if isinstance(value, dict) else value)
-        elif isinstance(value, Tensor):
-            if not value.is_leaf:
-                shared[id(value)] = value.detach()
-        else:
-            try:
-                copy.deepcopy(value, dict(shared))
-            except Exception:
-                shared[id(value)] = value
-    return shared
-
-
-def _with_copies(value: Any, memo: dict[int, Any]) -> Any:
-    """`value`; where it is a function or a weak reference that leads to the model, one that leads to the copy."""
-    if type(value) is weakref.ref:
-        own = memo.get(id(value()))
-        return value if own is None else weakref.ref(own)  # without the owner's callback, which a copy's end would call
-    if isinstance(value, functools.partial):
-        function = _with_copies(value.func, memo)
-        return value if function is value.func else functools.partial(function, *value.args, **value.keywords)
-    if type(value) in (list, dict, OrderedDict):
-        for key, item in list(value.items() if isinstance(value, dict) else enumerate(value)):
-            own = _with_copies(item, memo)
-            if own is not item:
-                value[key] = own
-        return value
-    if not isinstance(value, FunctionType):
-        return value
-    if id(value) not in memo:
-        memo[id(value)] = value  # for one that refers to itself
-        held = [_held(cell, memo) for cell in value.__closure__ or ()]
-        defaults = tuple(_copied(v, memo) for v in value.__defaults__ or ())
-        new = FunctionType(value.__code__, value.__globals__, value.__name__, defaults or None, tuple(held) or None)
-        was = (*(value.__closure__ or ()), *(value.__defaults__ or ()))
-        if any(a is not b for a, b in zip((*held, *defaults), was, strict=True)):
-            functools.update_wrapper(new, value)
-            new.__kwdefaults__ = value.__kwdefaults__
-            memo[id(value)] = new
-    return memo[id(value)]
-
-
-def _held(cell: CellType, memo: dict[int, Any]) -> CellType:
-    try:
-        value = cell.cell_contents
-    except ValueError:  # empty
-        return cell
-    own = _copied(value, memo)
-    return cell if own is value else CellType(own)
-
-
-def _copied(value: Any, memo: dict[int, Any]) -> Any:
-    """What a function holds: the copies of the model's modules and tensors, and of what contains them."""
-    if isinstance(value, FunctionType):
-        return _with_copies(value, memo)
-    if isinstance(value, (nn.Module, Tensor, MethodType, functools.partial)) or any(map(_is_module, _items(value))):
-        try:
-            return copy.deepcopy(value, memo)
-        except Exception:
-            return value
-    return value
-
-
-def _items(value: Any) -> list[Any]:
-    return list(value.values() if isinstance(value, dict) else value) if isinstance(value, (list, tuple, dict)) else []
-
-
-def _is_module(value: Any) -> bool:
-    return isinstance(value, nn.Module)
 
 
 @contextlib.contextmanager

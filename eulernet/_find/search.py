@@ -349,7 +349,8 @@ def _places(
             at = place.at
             refused.update((id(e.addition), f"{names[at.module]} ({at.file}:{at.line}): {proven}") for e in calls)
     with_callees(found)
-    for site, location in zip(found, with_unseen([site.location for site in found], traces), strict=True):
+    ran = [(trace, run.sandbox.original) for run, trace in zip(runs, traces, strict=True)]
+    for site, location in zip(found, with_unseen([(s.host, s.location) for s in found], ran), strict=True):
         site.location = location
     return found, refused
 

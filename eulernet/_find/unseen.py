@@ -7,10 +7,12 @@ in silence: behind another `if`, in another mode, with a cache.
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from types import CodeType, FunctionType
 from typing import Any
+
+from torch import nn
 
 from eulernet._find.locate import Location
 from eulernet._find.trace import Trace
@@ -19,25 +21,36 @@ from eulernet._source import Span, Unsupported, definition_of, operands_of, posi
 _SCOPES = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 _NUMBERS = ast.Constant | ast.JoinedStr | ast.Tuple | ast.List | ast.Dict | ast.Compare
 _PLAIN = ast.Name | ast.Attribute | ast.Subscript | ast.Slice | ast.Tuple | ast.Constant | ast.expr_context
+_FUSED = frozenset("lerp addcmul baddbmm".split())
 _SIZES = frozenset("shape size ndim dim len numel stride dtype device int float range".split())
 
 
-def with_unseen(locations: Iterable[Location], traces: Sequence[Trace]) -> Iterator[Location]:
-    """The places of steps, each with the additions of its function that no run has made."""
-    ran: dict[int, set[Any]] = {}
-    for frame in (f for trace in traces for a in trace.additions for f in a.frames):
-        ran.setdefault(id(frame.code), set()).add(positions_of(frame.code)[frame.lasti // 2])
-    known: dict[int, tuple[Span, ...]] = {}
-    for location in locations:
+def with_unseen(
+    places: Iterable[tuple[nn.Module, Location]], traces: Iterable[tuple[Trace, Mapping[nn.Module, nn.Module]]]
+) -> Iterator[Location]:
+    """The places of steps, each with the additions of its function that its module has made in no run.
+
+    Args:
+        places: each with the module that makes the addition.
+        traces: each with the modules of the copy that ran, and the model's for them.
+    """
+    ran: dict[tuple[int, nn.Module | None], set[Any]] = {}
+    for addition, originals in ((a, of) for trace, of in traces for a in trace.additions):
+        module = next((originals.get(f.module) for f in addition.frames if f.module is not None), None)
+        for frame in addition.frames:
+            ran.setdefault((id(frame.code), module), set()).add(positions_of(frame.code)[frame.lasti // 2])
+    known: dict[tuple[int, nn.Module], tuple[Span, ...]] = {}
+    for module, location in places:
         function = location.holder
         if function is None or not location.targets:
             yield location
             continue
-        if id(function.__code__) not in known:
-            here = set().union(*(ran.get(id(code), ()) for code in _codes(function.__code__)))
-            known[id(function.__code__)] = tuple(_unseen(function, here))
+        key = id(function.__code__), module
+        if key not in known:
+            here = set().union(*(ran.get((id(code), module), ()) for code in _codes(function.__code__)))
+            known[key] = tuple(_unseen(function, here))
         *calls, (target, span) = location.targets
-        spans = known[id(function.__code__)]
+        spans = known[key]
         yield replace(location, targets=(*calls, (target, replace(span, unseen=spans)))) if spans else location
 
 
@@ -66,7 +79,9 @@ def _unseen(function: FunctionType, ran: set[Any]) -> Iterator[Span]:
 def _adds(node: ast.AST) -> bool:
     """Whether it may add two tensors, and can be told of when it does."""
     match node:
-        case ast.Call(func=ast.Name(id="sum"), args=[_]):
+        case ast.Call(func=ast.Name(id="sum")) | ast.Call(args=[_, _, *_]) if (
+            _called(node) in {"sum", "reduce"} | _FUSED
+        ):
             return True
         case ast.AugAssign(target=target) if not all(isinstance(n, _PLAIN) for n in ast.walk(target)):
             return False  # to be evaluated twice
@@ -77,6 +92,10 @@ def _adds(node: ast.AST) -> bool:
                 return False
             return not (_is_number(left) or _is_number(right))
     return False
+
+
+def _called(call: ast.Call) -> str:
+    return next((n.attr if isinstance(n, ast.Attribute) else n.id for n in _head(call.func)), "")
 
 
 def _is_number(operand: ast.expr) -> bool:

@@ -239,11 +239,18 @@ def _via(
                 f"{called} is called where {names} was when the model was patched; patch it again: "
                 "eulernet.patch(model, h=eulernet.steps(model), example_inputs=...)"
             )
-        made[id(function)] = rewrite(function, spans[of], free=True, slots=slots) if of in spans else None
-        weakref.finalize(function, made.pop, id(function), None).atexit = False
+        for one in {id(f): f for f in (function, _copied(function))}.values():
+            made[id(one)] = rewrite(one, spans[of], free=True, slots=slots) if of in spans else None
+            weakref.finalize(one, made.pop, id(one), None).atexit = False
         return made[id(function)]
 
     return rewritten
+
+
+def _copied(function: Any) -> Any:
+    """What a function is the copy of, with variables of its own, as the copy of a model has them; else itself."""
+    wrapped = vars(function).get("__wrapped__")
+    return wrapped if getattr(wrapped, "__code__", None) is function.__code__ else function
 
 
 def _owner(cls: type, target: Target) -> type:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copyreg
 import math
+import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from functools import partial
-from types import CodeType, MappingProxyType, MethodType
+from functools import partial, reduce
+from types import CodeType, FrameType, MappingProxyType, MethodType
 from typing import Any, ClassVar
 
 import torch
@@ -184,8 +185,13 @@ class Patched:
         return right
 
     def _euler_unseen_call(self, function: Any, *args: Any, **keywords: Any) -> Any:
-        added = args[0] if function is sum else (getattr(function, "__self__", None), *args, *keywords.values())
-        tensors = [part for part in added if isinstance(part, Tensor)] if isinstance(added, list | tuple) else []
+        at = 0 if function is sum else 1 if function is reduce else None
+        if at is not None and not isinstance(args[at], str | Tensor):  # which may be a generator
+            args = (*args[:at], list(args[at]), *args[at + 1 :])
+            added = (*args[at + 1 :], *keywords.values(), *args[at])
+        else:
+            added = (getattr(function, "__self__", None), *args, *keywords.values())
+        tensors = [part for part in added if isinstance(part, Tensor)]
         if len(tensors) > 1:
             _tell_unseen(self, tensors[0], tensors[1])
         return function(*args, **keywords)
@@ -276,15 +282,21 @@ class Patched:
 
 
 def _tell_unseen(module: Any, left: Any, right: Any, left_given: bool = False, right_given: bool = False) -> None:
-    """Say that two tensors of one shape are added where nothing was run when the model was patched."""
+    """Say that two tensors of one shape are added where nothing was run when the model was patched.
+
+    Not where one is no state: a loss of each sample, a parameter, or what takes no gradient beside what does, as noise,
+    masks and positions. `left_given`, `right_given`: which are arguments that may be left out.
+    """
     if torch.compiler.is_compiling() or not (isinstance(left, Tensor) and isinstance(right, Tensor)):
         return
-    if left.shape != right.shape or left.dim() == 0 or not all(_is_continuous(t) for t in (left, right)):
-        return  # the parts of a loss have no dimensions
-    if (left_given and not left.requires_grad and right.requires_grad) or (
-        right_given and not right.requires_grad and left.requires_grad
-    ):
-        return  # a mask, positions, a target
+    if left.shape != right.shape or left.dim() < 2 or not all(_is_continuous(t) for t in (left, right)):
+        return
+    if any(isinstance(t, nn.Parameter) for t in (left, right)):
+        return
+    if left.requires_grad != right.requires_grad:
+        without, given = (right, right_given) if left.requires_grad else (left, left_given)
+        if given or _arguments_differ_from(without, sys._getframe(2)):
+            return
     warnings.warn(
         f"{type(module).__name__} adds here what the example_inputs that it was patched with did not run. If it is a "
         "residual step, its h is 1. Patch with an example that leads here, or write the step as one addition for all "
@@ -292,6 +304,14 @@ def _tell_unseen(module: Any, left: Any, right: Any, left_given: bool = False, r
         EulernetWarning,
         stacklevel=3,
     )
+
+
+def _arguments_differ_from(tensor: Tensor, frame: FrameType) -> bool:
+    """Whether the arguments of this shape that a function was called with, and there are some, all take a gradient."""
+    code = frame.f_code
+    given = [frame.f_locals.get(name) for name in code.co_varnames[: code.co_argcount]]
+    alike = [t for t in given if isinstance(t, Tensor) and t.shape == tensor.shape and _is_continuous(t)]
+    return bool(alike) and all(t.requires_grad for t in alike)
 
 
 def _is_continuous(tensor: Tensor) -> bool:
