@@ -330,7 +330,9 @@ def test_what_lies_in_branches_gets_no_gradient_at_a_tiny_h(name: str) -> None:
     if isinstance(model, FourierBranch):
         assert outside.of == 0
         return
-    if isinstance(model, DetachedBetweenItsSteps | ADetachedStateBesideItsBranch):  # whose stem computes at h = 0, and is cut off from any gradient
+    if isinstance(
+        model, DetachedBetweenItsSteps | ADetachedStateBesideItsBranch
+    ):  # whose stem computes at h = 0, and is cut off from any gradient
         assert outside.names == ("stem",)
         return
     norms = []

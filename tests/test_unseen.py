@@ -1,6 +1,8 @@
 """Additions that the example did not run: the patched model says so where one of them runs after all."""
 
 import copy
+import functools
+import operator
 import pickle
 import warnings
 from typing import Any
@@ -100,6 +102,20 @@ class Forms(nn.Module):
                 return (lambda a: a + y)(x)
             case "sum":
                 return sum([x, y])
+            case "sum to a start":
+                return sum([y], x)
+            case "sum of a generator":
+                return sum(part for part in (x, y))
+            case "reduce":
+                return functools.reduce(operator.add, [x, y])
+            case "lerp":
+                return torch.lerp(x, y, 0.5)
+            case "addcmul":
+                return x.addcmul(y, y)
+            case "noise":
+                return y + 0.1 * torch.randn_like(x)
+            case "losses":
+                return y.square().mean((1, 2)) + y.abs().mean((1, 2))
         if mask is not None:
             y = y + mask
         x = x + y
@@ -109,7 +125,8 @@ class Forms(nn.Module):
         return x
 
 
-FORMS = "function keyword method difference entry attribute slice comprehension lambda sum".split()
+FORMS = "function keyword method difference entry attribute slice comprehension lambda sum reduce lerp addcmul".split()
+FORMS += ["sum to a start", "sum of a generator"]
 
 
 @pytest.mark.parametrize("form", [*FORMS, "in place"])
@@ -124,6 +141,12 @@ def test_each_form_of_an_addition_is_told(form: str) -> None:
 @pytest.mark.filterwarnings("error")
 def test_a_loss_and_what_the_caller_gives_are_no_streams(given: str) -> None:
     eulernet.patch(Forms(), 0.3, example_inputs=X)(X, **{given: torch.zeros_like(X)})
+
+
+@pytest.mark.parametrize("form", ["noise", "losses"])
+@pytest.mark.filterwarnings("error")
+def test_what_takes_no_gradient_beside_what_does_is_no_stream(form: str) -> None:
+    eulernet.patch(Forms(), 0.3, example_inputs=X)(X.clone().requires_grad_(), form)
 
 
 class Deeper(nn.Module):
@@ -204,3 +227,24 @@ def test_an_addition_of_the_training_path_that_could_not_be_traced_is_told() -> 
         eulernet.patch(model, 0.3, example_inputs=X[:1, 0])
     with pytest.warns(EulernetWarning, match=SAYS):
         model(X[:, 0])
+
+
+class Asked(nn.Module):
+    """Which way each block goes is asked at each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([TwoWays(True), TwoWays(False)])
+
+    def forward(self, x: Tensor, first: tuple[bool, ...] = (True, False)) -> Tensor:
+        for block, way in zip(self.blocks, first, strict=True):
+            block.first = way
+            x = block(x)
+        return x
+
+
+def test_a_way_that_another_block_of_the_class_has_taken_is_told() -> None:
+    model = eulernet.patch(Asked(), 0.3, example_inputs=X)
+    with pytest.warns(EulernetWarning, match=SAYS) as caught:
+        model(X, first=(False, True))
+    assert len(caught) == 2

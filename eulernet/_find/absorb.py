@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from eulernet._commit import Change, Write
@@ -27,8 +27,10 @@ from eulernet._errors import EulernetError
 from eulernet._find.graph import StepCall
 from eulernet._find.operations import CASTS, VIEWS
 from eulernet._find.search import Run, Search
+from eulernet._find.tensors import all_modules, attributes_of, storage_of, tensors_in
 from eulernet._find.trace import Node, Ref, Trace
 from eulernet._step import ROOT, Step
+from eulernet.kernels._layout import span
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,8 @@ _RULES = {
     )
     for op in ops.split()
 }  # fmt: skip
+# With other values of these arguments than such they are not.
+_ONLY_WITH = {"reduce": (None, "add", "sum"), "rounding_mode": (None,)}
 # Times any number these are what they were.
 _ZEROS = frozenset("zeros zeros_like new_zeros zero empty empty_like new_empty".split())
 # Results that do not depend on the parameters of the same operation's rule: running statistics, attention weights.
@@ -151,6 +155,7 @@ class _TracedRun:
         for name in rule.addends:
             for value in _flat(arguments.get(name)):
                 if isinstance(value, Ref):
+                    self._check_numbers(node, value)
                     self.trace_back(node, value, path)
                 elif value:
                     raise NotAbsorbable(f"{self.told(node)} adds or inserts a number, {value!r}")
@@ -162,6 +167,7 @@ class _TracedRun:
         for candidate in candidates:
             trial = path.copy()
             try:
+                self._check_numbers(node, candidate)
                 self.trace_back(node, candidate, trial)
                 if len(candidates) > 1:
                     self._check_alone(trial, {n for _, n in path})
@@ -172,6 +178,12 @@ class _TracedRun:
                 return
         raise NotAbsorbable("; ".join(map(str, reasons)) or f"{self.told(node)} has no weight")
 
+    def _check_numbers(self, node: int, operand: int) -> None:
+        """What went through integers or truth values was rounded."""
+        made = self.nodes[node]
+        if operand not in made.inputs and made.op != "detach":
+            raise NotAbsorbable(f"{self.told(node)} rounds what it is given, or takes it from whole numbers")
+
     def _rule(self, number: int) -> tuple[_Rule, dict[str, Any]]:
         node = self.nodes[number]
         rule = _RULES.get(node.op)
@@ -181,7 +193,11 @@ class _TracedRun:
             raise NotAbsorbable(f"{self.told(number)} is a buffer, not a parameter")
         if rule is None or _BESIDES.get(node.op) == node.output:
             raise NotAbsorbable(f"{self.told(number)} is not homogeneous: a factor cannot be moved through it")
-        return rule, _bound(node, rule)
+        bound = _bound(node, rule)
+        for name, values in _ONLY_WITH.items():
+            if node.kwargs.get(name) not in values:
+                raise NotAbsorbable(f"{self.told(number)} is not homogeneous with {name}={node.kwargs[name]!r}")
+        return rule, bound
 
     def _check_alone(self, path: Path, before: set[int]) -> None:
         """No other operation reads what the path passes, or the path was the wrong one of two."""
@@ -281,6 +297,7 @@ def absorbing(
         parameters are those of the other steps.
     """
     names = {module: name or ROOT for name, module in model.named_modules()}
+    memory = _Memory(model)
     traced = [_TracedRun(r, run, names) for r, run in zip(search.traces, search.runs, strict=True)]
     refused: dict[int, str] = {}
     ways: dict[int, dict[int, _Way]] = {}  # of each step, by the run
@@ -292,6 +309,7 @@ def absorbing(
                 own: dict[int, _Way] = defaultdict(_Way)
                 for run, step_call in search.step_calls[index]:
                     traced[run].extend(own[run], step_call)
+                    memory.check(traced[run].parameters[n] for _, n in own[run].path if n in traced[run].parameters)
                 ways[index] = own
             except NotAbsorbable as reason:
                 refused[index] = str(reason)
@@ -302,6 +320,37 @@ def absorbing(
         refused.update(conflicts)
         for index in conflicts:
             del ways[index]
+
+
+class _Memory:
+    """Which tensors of a model lie in the same memory, though they are not the same tensor."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.names: dict[int, str] = {}
+        self.in_storage: dict[int, dict[int, Tensor]] = defaultdict(dict)
+        of_module = {module: f"{name}." if name else "" for name, module in model.named_modules()}
+        for module in all_modules(model):
+            prefix = of_module.get(module, f"<unregistered {type(module).__name__}>.")
+            for name, value in (*_tensors_of(module), *attributes_of(module).items()):
+                for tensor in tensors_in(value):
+                    self.names.setdefault(id(tensor), prefix + name)
+                    self.in_storage[storage_of(tensor)][id(tensor)] = tensor
+
+    def check(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Raise where a write into one of these parameters would change another tensor as well."""
+        for parameter in parameters:
+            name = self.names.get(id(parameter), "a parameter")
+            if torch._debug_has_internal_overlap(parameter) == 1:
+                raise NotAbsorbable(f"{name} is expanded: several of its elements are one number in memory")
+            for other in self.in_storage[storage_of(parameter)].values():
+                if other is not parameter and _overlap(parameter, other):
+                    raise NotAbsorbable(f"{name} lies in the same memory as {self.names[id(other)]}, another tensor")
+
+
+def _overlap(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one storage have a part of it in common."""
+    (a, b), (c, d) = ((t.storage_offset() * t.itemsize, t) for t in (one, other))
+    return bool(a < c + span(d) and c < a + span(b))
 
 
 def _check_reached(step: Step, unreached: tuple[str, ...]) -> None:

@@ -109,7 +109,7 @@ def _function(function: FunctionType, memo: Memo) -> FunctionType:
 
 def _value(value: Any, memo: Memo) -> Any:
     """What a function holds: copies of modules, tensors, functions and references, and of what contains some."""
-    kinds = nn.Module, Tensor, FunctionType, MethodType, functools.partial, weakref.ref
+    kinds = nn.Module, Tensor, FunctionType, MethodType, functools.partial, weakref.ref, weakref.WeakSet
     if any(isinstance(each, kinds) for each in (value, *_items(value))):
         try:
             return copy.deepcopy(value, memo)

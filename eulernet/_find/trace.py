@@ -61,6 +61,7 @@ CELLS = frozenset(("gru_cell",))  # these take a state and give what it becomes
 HANDED_ON = "handed on"
 _CONTROL = frozenset("cond while_loop scan associative_scan map".split())
 _TO_NUMBERS = frozenset("numpy array tolist".split())
+_READING = _TO_NUMBERS | frozenset("item bool int float complex index".split())  # a tensor's values, and give no tensor
 # These sum over an axis, along which two tensors may have been stacked, or mix what was stacked by a matrix.
 CONTRACTIONS = frozenset("sum mean nansum einsum matmul rmatmul bmm mm tensordot".split())
 RUNNING = frozenset("cumsum diff".split())  # likewise, one of the parts after the other
@@ -273,6 +274,9 @@ class Tracer(TorchFunctionMode):
             by = type(self.trace.calls[self.stack[-1]].module).__name__
             self.trace.breaks[f"{by} calls torch.{name}, into whose functions eulernet does not look"] = None
         if not results and not any(version_of(t) != v for t, _, v in before):
+            if name in _READING:
+                read = {id(t): n for t, n, _ in before}
+                self.new(name, (), (), True, (_referring(args, read), _referring(kwargs, read), 0))
             return out
 
         nodes = {id(t): n for t, n, _ in before}
@@ -298,7 +302,8 @@ class Tracer(TorchFunctionMode):
                 self.set(result, self.result(name, inputs, constant, (args, kwargs, i), result, (*called, i)))
         for target in written:
             output = next((i for i, result in enumerate(results) if result is target), -1)
-            node = self.new(name, inputs, tuple(target.shape), constant, (*called, output))
+            of = inputs if is_float(target) else ()
+            node = self.new(name, of, tuple(target.shape), constant, (*called, output))
             self.set(target, node)
             self._writes[storage_of(target)] = node
         for operands, result in self._sums(name, args, kwargs, nodes, results or written):

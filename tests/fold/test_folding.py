@@ -226,6 +226,79 @@ def test_parts_of_a_branch_with_an_h_each_are_refused() -> None:
     refused(model, lambda: eulernet.fold(model, example_inputs=x), "2 of the 2", "linear .* is also read by getitem")
 
 
+class Rounded(nn.Module):
+    """Between the last map and the sum stands something that is no multiple of it."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.a, self.b = how, linear(), linear()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, z = self.a(x), self.b(x)
+        match self.how:
+            case "to":
+                y = (8 * y).to(torch.int32).to(x.dtype) + z
+            case "type":
+                y = y.type(torch.int64).type_as(x) + z
+            case "copy":
+                y = torch.empty_like(y, dtype=torch.int32).copy_(8 * y).to(x.dtype) + z
+            case "scatter":
+                y = torch.scatter(y, -1, torch.zeros(y.shape, dtype=torch.int64), z, reduce="multiply")
+            case "floor":
+                y = torch.div(y, z, rounding_mode="floor")
+            case "list":
+                y = y / max(y.flatten().tolist())
+        return x + y
+
+
+@pytest.mark.filterwarnings("ignore:Tensor.tolist:eulernet.EulernetWarning", "ignore:The reduce argument:UserWarning")
+@pytest.mark.parametrize("how", ["to", "type", "copy", "scatter", "floor", "list"])
+def test_what_rounds_or_looks_at_values_takes_no_factor(how: str) -> None:
+    words = "one step has no last affine map"
+    with torch.no_grad():
+        model, x = Rounded(how).double(), torch.randn(2, 4, 8, dtype=torch.float64)
+        before = model(x)
+        refused(model, lambda: eulernet.patch(model, 0.3, example_inputs=x, preserve=True), words)
+        assert torch.equal(model(x), before)
+        eulernet.patch(model, 0.3, example_inputs=x)
+        refused(model, lambda: eulernet.fold(model, example_inputs=x), words)
+
+
+def in_one_memory(how: str) -> nn.Module:
+    """Two tensors that are not the same, and lie in the same place."""
+    model = nn.Sequential(Residual(linear()), nn.Linear(8, 8, bias=False))
+    weight = model[0].f.weight
+    match how:
+        case "tied":
+            model[1].weight.data = weight.data
+        case "view":
+            model.register_buffer("transposed", weight.detach().t())
+        case "attribute":
+            model.row = weight.detach()[0]
+        case "expanded":
+            model[0].f.weight = nn.Parameter(torch.ones(8, 1).expand(8, 8))
+    return model
+
+
+@pytest.mark.parametrize("how", ["tied", "view", "attribute", "expanded"])
+def test_memory_that_another_tensor_has_as_well_takes_no_factor(how: str) -> None:
+    words = "is expanded" if how == "expanded" else "lies in the same memory as"
+    model = in_one_memory(how)
+    refused(model, lambda: eulernet.patch(model, 0.3, example_inputs=torch.ones(2, 8), preserve=True), words)
+    eulernet.patch(model, 0.3, example_inputs=torch.ones(2, 8))
+    refused(model, lambda: eulernet.fold(model, example_inputs=torch.ones(2, 8)), words)
+
+
+def test_weights_that_lie_side_by_side_in_one_memory_take_factors() -> None:
+    model, flat = nn.Sequential(Residual(linear()), Residual(linear())), torch.randn(128)
+    for block, part in zip(model, flat.split(64), strict=True):
+        block.f.weight.data = part.view(8, 8)
+    x = torch.randn(2, 8)
+    before = model(x)
+    eulernet.patch(model, 0.3, example_inputs=x, preserve=True)
+    torch.testing.assert_close(model(x), before)
+
+
 class Returned(nn.Module):
     def __init__(self) -> None:
         super().__init__()
