@@ -181,7 +181,7 @@ class _TracedRun:
     def _check_numbers(self, node: int, operand: int) -> None:
         """What went through integers or truth values was rounded."""
         made = self.nodes[node]
-        if operand not in made.inputs and made.op != "detach":
+        if operand not in made.inputs and operand not in self.parameters and made.op != "detach":
             raise NotAbsorbable(f"{self.told(node)} rounds what it is given, or takes it from whole numbers")
 
     def _rule(self, number: int) -> tuple[_Rule, dict[str, Any]]:
