@@ -361,10 +361,11 @@ class Copies(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         held = {"length": torch.tensor([3]), "x": x, "also x": x, "f": self.f}
         twin: Any = copy.deepcopy(held)
+        mode = getattr(x, "fake_mode", None)
         SHARED.put(twin["x"] is twin["also x"] is not x)
         SHARED.put(isinstance(twin["f"].weight, nn.Parameter))
         for key in ("x", "length") if isinstance(x, FakeTensor) else ():
-            SHARED.put(twin[key].fake_mode is x.fake_mode)
+            SHARED.put(twin[key].fake_mode is mode)
         return x + self.f(twin["x"])
 
 

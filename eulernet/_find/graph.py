@@ -27,6 +27,7 @@ from eulernet._find.operations import (
     SCALES,
     SCATTERS,
     SQUASHES,
+    TURNS,
     UPSAMPLES,
     VIEWS,
     WRITES,
@@ -209,6 +210,7 @@ class Graph:
             # Adding a number keeps a tensor what it is: sum((x, f)) begins with 0 + x.
             op = self.nodes[node].op
             same = op in SAME or (op in ADDITIONS and len(self.nodes[node].inputs) == 1) or (scaled and op in SCALES)
+            same = same or self._is_put(node)
             if not same or len(inputs) != 1 or self.size(inputs[0]) != self.size(node):
                 return
             node = inputs[0]
@@ -308,11 +310,13 @@ class Graph:
                 last = None
             if op in SLICES:
                 part = node
+            elif op in TURNS:  # whose axes are others
+                part = None
             elif op in WRITES and (part is not None or self._is_view(node)) and self._spares(node, part):
                 node = inputs[0]
                 yield node, maps
                 continue
-            if op in JOINS and len(inputs) > 1:
+            if (op in JOINS or self._is_filled(node)) and len(inputs) > 1:
                 whole = self._whole(inputs, start, most)
                 if whole is None or maps + whole[1] > most:
                     return
@@ -332,7 +336,7 @@ class Graph:
                 inputs = inputs[:1]
             elif len(inputs) > 1 and op in ADDITIONS and (modulated := self._modulated(node)) is not None:
                 inputs = (modulated,)
-            simple = op in MATCHING or op in ADDITIONS or POOLS.search(op) or UPSAMPLES.search(op)
+            simple = op in MATCHING or op in ADDITIONS or self._is_put(node) or POOLS.search(op) or UPSAMPLES.search(op)
             if maps > most or not (simple or self.is_map(node)):
                 return
             source = inputs[0] if len(inputs) == 1 else self._normed(node)
@@ -340,6 +344,20 @@ class Graph:
                 return
             node = source
             yield node, maps
+
+    def _is_put(self, node: int) -> bool:
+        """Whether a state is put into a new tensor, or numbers into a state, at places that no tensor names."""
+        made = self.nodes[node]
+        index = made.args[1] if made.op == "setitem" else None
+        return made.op in PUTS and len(self.state_inputs(node)) == 1 and not any(map(_is_ref, tree_leaves(index)))
+
+    def _is_filled(self, node: int) -> bool:
+        """Whether a new tensor was filled, part by part."""
+        while self.nodes[node].op in PUTS and self.nodes[node].inputs:
+            node = self.nodes[node].inputs[0]
+            if self.constant[node]:
+                return True
+        return False
 
     def _is_view(self, node: int) -> bool:
         """Whether it is a view that was made before a write into the tensor that it is a part of."""
@@ -354,15 +372,23 @@ class Graph:
             if written in self.sums:
                 return True
             made, read = self.nodes[written], view if part is None else part
-            if made.op not in PUTS and made.inputs:  # an operation in place on a part
+            while made.op not in PUTS | SLICES and made.inputs:  # operations in place on a part
                 made = self.nodes[made.inputs[0]]
         if not made.inputs or made.op not in PUTS | SLICES:
             return False
         shape = self.nodes[made.inputs[0]].shape
         addends = self.nodes[made.inputs[-1]].inputs if made.op in PUTS and made.inputs[-1] in self.sums else ()
-        if any(same_part(self._part(made), self._part(self.nodes[i]), shape) for i in addends):
+        before = set(self.same(made.inputs[0], 0))  # what stood there, and not what another tensor has there
+        parts = [self.nodes[i] for i in addends if self.nodes[i].inputs and self.nodes[i].inputs[0] in before]
+        if any(same_part(self._part(made), self._part(part), shape) for part in parts):
             return True
         other = None if read is None or self.nodes[read].op not in SLICES else self.nodes[read]
+        if (
+            made.op in PUTS
+            and len(made.inputs) == 1
+            and not (other and same_part(self._part(made), self._part(other), shape))
+        ):
+            return True  # numbers, as a mask
         of = other and other.inputs and self.nodes[other.inputs[0]].shape
         return other is not None and of == shape and apart(self._part(made), self._part(other), shape)
 
@@ -495,6 +521,10 @@ class Graph:
             return False
         product = self.nodes[made.inputs[0]]
         return product.op in SCALES and [self.constant[i] for i in sorted(product.inputs)].count(True) == 1
+
+
+def _is_ref(value: Any) -> bool:
+    return isinstance(value, Ref)
 
 
 def _is_zero(made: Node) -> bool:

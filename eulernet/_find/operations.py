@@ -11,6 +11,7 @@ VIEWS = frozenset(
     "ravel contiguous view_as reshape_as unsafe_view as_strided alias data atleast_1d atleast_2d atleast_3d getitem "
     "chunk split tensor_split unbind narrow select slice unsafe_chunk unsafe_split real imag as_subclass".split()
 )
+TURNS = frozenset("permute transpose t T mT H mH swapaxes swapdims movedim moveaxis".split())  # views with other axes
 CASTS = frozenset(
     "to to_copy type type_as float half bfloat16 double clone cpu cuda requires_grad lift_fresh copy positive".split()
 )
