@@ -378,7 +378,7 @@ class Graph:
             return False
         shape = self.nodes[made.inputs[0]].shape
         addends = self.nodes[made.inputs[-1]].inputs if made.op in PUTS and made.inputs[-1] in self.sums else ()
-        before = set(self.same(made.inputs[0], 0))  # what stood there, and not what another tensor has there
+        before = set(self._versions(made.inputs[0]))  # what stood there, and not what another tensor has there
         parts = [self.nodes[i] for i in addends if self.nodes[i].inputs and self.nodes[i].inputs[0] in before]
         if any(same_part(self._part(made), self._part(part), shape) for part in parts):
             return True
@@ -391,6 +391,15 @@ class Graph:
             return True  # numbers, as a mask
         of = other and other.inputs and self.nodes[other.inputs[0]].shape
         return other is not None and of == shape and apart(self._part(made), self._part(other), shape)
+
+    def _versions(self, node: int) -> Iterator[int]:
+        """A tensor as it is, and as it was before each write into it."""
+        while True:
+            *chain, last = self.same(node, 0)
+            yield from (*chain, last)
+            if self.nodes[last].op not in WRITES or not self.nodes[last].inputs:
+                return
+            node = self.nodes[last].inputs[0]
 
     def _part(self, made: Node) -> Any:
         """The index at which an operation reads or writes the first of its inputs."""
