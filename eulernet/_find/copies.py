@@ -6,18 +6,21 @@ import contextlib
 import copy
 import functools
 import weakref
-from collections.abc import Callable, Iterator
-from types import CellType, FunctionType, MethodType
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from eulernet._commit import surely
 from eulernet._errors import EulernetError
-from eulernet._find.tensors import all_modules
+from eulernet._find.leftovers import MISSING, content_of, held_by, put_back
+from eulernet._find.tensors import all_modules, version_of
 from eulernet._step import ROOT
 
+_NOT_WRITTEN = (Tensor, str, bytes, int, float, type, FunctionType, MethodType, ModuleType, type(None))
 Memo = dict[int, Any]  # the id of what was copied -> its copy
 
 
@@ -120,6 +123,58 @@ def _value(value: Any, memo: Memo) -> Any:
 
 def _items(value: Any) -> list[Any]:
     return list(value.values() if isinstance(value, dict) else value) if isinstance(value, (list, tuple, dict)) else []
+
+
+@contextlib.contextmanager
+def as_before(
+    originals: Mapping[nn.Module, nn.Module], variables: Sequence[CellType], *, values: bool
+) -> Iterator[None]:
+    """Afterwards a copy holds what it held: what a model keeps from one call to the next changes no other run.
+
+    Args:
+        originals: the modules of the copy, with the model's.
+        variables: those of its functions.
+        values: whether its tensors have some, which the model has still.
+    """
+    held: dict[int, tuple[Any, dict[Any, Any]]] = {}
+    pending: list[tuple[Any, int]] = [(module, 2) for module in originals]
+    while pending:
+        owner, depth = pending.pop()
+        if id(owner) in held or isinstance(owner, _NOT_WRITTEN) or (now := held_by(owner)) is None:
+            continue
+        held[id(owner)] = owner, now
+        pending += [(value, depth - 1) for value in now.values()] if depth else []
+    contents = [(cell, content_of(cell)) for cell in variables]
+    versions = [(a, version_of(a), b) for twin, own in originals.items() for a, b in _tensors_of(twin, own)]
+    known = [(t, t.item_memo) for t, *_ in versions if isinstance(t, FakeTensor) and t.item_memo is not None]
+    try:
+        yield
+    finally:
+        for owner, before in held.values():
+            now = held_by(owner) or {}
+            put_back(owner, {k: before.get(k, MISSING) for k in {**before, **now} if _differ(k, before, now)})
+        for cell, content in contents:
+            if content is MISSING:
+                del cell.cell_contents
+            else:
+                cell.cell_contents = content
+        with torch.no_grad():
+            for tensor, version, of_model in versions if values else ():
+                if version_of(tensor) != version:
+                    tensor.copy_(of_model)
+        for fake, number in known:  # of a tensor that was written into it is forgotten
+            fake.item_memo = number
+
+
+def _differ(key: Any, before: dict[Any, Any], now: dict[Any, Any]) -> bool:
+    return before.get(key, MISSING) is not now.get(key, MISSING)
+
+
+def _tensors_of(twin: nn.Module, own: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+    named = {**own._parameters, **own._buffers} if not isinstance(own, torch.jit.ScriptModule) else {}
+    for name, tensor in (*twin._parameters.items(), *twin._buffers.items()) if named else ():
+        if tensor is not None and (of_model := named.get(name)) is not None and of_model.shape == tensor.shape:
+            yield tensor, of_model
 
 
 def _check_copied(model: nn.Module, twin: nn.Module) -> None:

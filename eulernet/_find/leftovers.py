@@ -37,7 +37,7 @@ _DEPTH, _MANY = 2, 256  # how far what a frame names is followed, and from how m
 _VALUES = (Tensor, str, bytes, int, float, complex, ModuleType, CodeType, BuiltinFunctionType, type(None))
 _NUMBERS = (bool, int, float, str, type(None))
 _NAMED = (ModuleType, type, FunctionType, BuiltinFunctionType)  # what a namespace may get while a model runs
-_MISSING: Any = object()
+MISSING: Any = object()
 _CONTAINERS = frozenset(
     ("types", "collections", "queue")
 )  # of Python's modules those whose objects hold what is put in
@@ -80,7 +80,7 @@ class Leftovers:
     def _foresee(self, value: Any) -> None:
         """Look at a function, or at those in a container, before they run."""
         several = isinstance(value, dict | list) and len(value) < _MANY
-        for one in (value, *((_held(value) or {}).values() if several else ())):
+        for one in (value, *((held_by(value) or {}).values() if several else ())):
             function = _function(one)
             if function is not None and id(function) not in self._foreseen and not _is_known(function.__module__):
                 self._foreseen[id(function)] = function
@@ -90,7 +90,7 @@ class Leftovers:
         while self._pending:
             function = self._pending.pop()
             cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
-            self._keep(function.__code__, {name: _content(cell) for name, cell in cells}, function.__globals__)
+            self._keep(function.__code__, {name: content_of(cell) for name, cell in cells}, function.__globals__)
 
     def look(self, frame: Any) -> None:
         """Keep in mind what the functions may write into that have called this."""
@@ -108,7 +108,7 @@ class Leftovers:
     def _keep(self, code: CodeType, variables: Mapping[str, Any], namespace: dict[str, Any]) -> None:
         named = [namespace.get(name) for name in code.co_names]
         for name in code.co_freevars:
-            value = variables.get(name, _MISSING)
+            value = variables.get(name, MISSING)
             if not (isinstance(value, nn.Module) or _leads_to_fakes(value)):  # what this run has made itself
                 self._variables.setdefault((id(code), name), value)
                 named.append(value)
@@ -121,7 +121,7 @@ class Leftovers:
             self._foresee(value)
 
     def _remember(self, owner: Any, depth: int, named: bool = True) -> None:
-        if isinstance(owner, _VALUES) or id(owner) in self._held or (held := _held(owner)) is None:
+        if isinstance(owner, _VALUES) or id(owner) in self._held or (held := held_by(owner)) is None:
             return
         if id(owner) in self.copies:
             held = {name: value for name, value in held.items() if name not in OF_MODULES}
@@ -137,19 +137,19 @@ class Leftovers:
         """Let what the functions name hold what it held before: all of it, or its flags and counters."""
         changed: list[tuple[Any, dict[Any, Any], dict[Any, Any], bool, bool]] = []
         for owner, held, named in self._held.values():
-            now = _held(owner) or {}
-            keys = [key for key in {**held, **now} if now.get(key, _MISSING) is not held.get(key, _MISSING)]
+            now = held_by(owner) or {}
+            keys = [key for key in {**held, **now} if now.get(key, MISSING) is not held.get(key, MISSING)]
             if keys:
-                before = {key: held.get(key, _MISSING) for key in keys}
+                before = {key: held.get(key, MISSING) for key in keys}
                 has_fakes = any(_leads_to_fakes(now.get(key)) for key in keys)
                 changed.append((owner, before, now, named, has_fakes))
         left = any(named and has_fakes for *_, named, has_fakes in changed)
         for owner, before, now, named, has_fakes in changed:
             cached = isinstance(owner, _CACHE)  # whose results with values are as good as any
             if has_fakes or (named and (left or (self.had_values and not cached))):
-                _put_back(owner, before)
-            elif named and not cached:
-                _put_back(owner, {key: v for key, v in before.items() if _is_flag(v, now.get(key, _MISSING))})
+                put_back(owner, before)
+            elif named and not cached and not isinstance(owner, list | deque | set):  # which keep what was seen
+                put_back(owner, {key: v for key, v in before.items() if _is_flag(v, now.get(key, MISSING))})
 
     def take_back(self) -> None:
         """All of it, in the end."""
@@ -159,7 +159,7 @@ class Leftovers:
 
 
 def _is_flag(*values: Any) -> bool:
-    return all(value is _MISSING or isinstance(value, _NUMBERS) for value in values)
+    return all(value is MISSING or isinstance(value, _NUMBERS) for value in values)
 
 
 def _is_known(module: str | None) -> bool:
@@ -186,14 +186,14 @@ def _function(value: Any) -> FunctionType | None:
                 return None
 
 
-def _content(cell: CellType) -> Any:
+def content_of(cell: CellType) -> Any:
     try:
         return cell.cell_contents
     except ValueError:  # of a variable without a value yet
-        return _MISSING
+        return MISSING
 
 
-def _held(owner: Any) -> dict[Any, Any] | None:
+def held_by(owner: Any) -> dict[Any, Any] | None:
     """What an object holds: its items, or its attributes; None for what holds nothing that a model would write."""
     if isinstance(owner, dict):
         return dict(dict.items(owner))  # one that makes its values as they are asked for is not asked
@@ -237,14 +237,14 @@ def _results(cached: Any) -> Iterator[Any]:
             yield from held.values()
 
 
-def _put_back(owner: Any, held: dict[Any, Any]) -> None:
+def put_back(owner: Any, held: dict[Any, Any]) -> None:
     """Let an object hold again what it did, nothing under a key that is missing."""
     if isinstance(owner, _CACHE):
         owner.cache_clear()
         return
     if isinstance(owner, list | deque):
         items = {**dict(enumerate(owner)), **held}
-        kept = [items[key] for key in sorted(items) if items[key] is not _MISSING]
+        kept = [items[key] for key in sorted(items) if items[key] is not MISSING]
         if isinstance(owner, deque):
             owner.clear()
             owner.extend(kept)
@@ -254,19 +254,19 @@ def _put_back(owner: Any, held: dict[Any, Any]) -> None:
     if isinstance(owner, set):
         items = {**{id(value): value for value in owner}, **held}
         owner.clear()
-        owner.update(value for value in items.values() if value is not _MISSING)
+        owner.update(value for value in items.values() if value is not MISSING)
         return
-    now = _held(owner) or {}
+    now = held_by(owner) or {}
     for key, value in held.items():
         if isinstance(now.get(key), _NAMED):
             continue  # what was imported meanwhile
         if isinstance(owner, dict):
             kind: type[dict[Any, Any]] = OrderedDict if isinstance(owner, OrderedDict) else dict
-            if value is _MISSING:
+            if value is MISSING:
                 kind.pop(owner, key, None)
             else:
                 kind.__setitem__(owner, key, value)
-        elif value is _MISSING:
+        elif value is MISSING:
             (type.__delattr__ if isinstance(owner, type) else object.__delattr__)(owner, key)
         else:
             (type.__setattr__ if isinstance(owner, type) else object.__setattr__)(owner, key, value)
@@ -281,7 +281,7 @@ def _leads_to_fakes(value: Any) -> bool:
             return True
         if id(one) not in seen and not isinstance(one, _VALUES + _NAMED):
             seen.add(id(one))
-            pending += one if isinstance(one, tuple | set) else (_held(one) or {}).values()
+            pending += one if isinstance(one, tuple | set) else (held_by(one) or {}).values()
     return False
 
 
@@ -372,7 +372,7 @@ def _empty(cell: CellType, variables: dict[tuple[int, str], Any]) -> None:
             continue
         for name, one in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
             value = variables.get((id(function.__code__), name), one)
-            if value is _MISSING:
+            if value is MISSING:
                 del one.cell_contents
             elif value is not one:
                 one.cell_contents = value

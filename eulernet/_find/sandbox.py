@@ -11,6 +11,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import pairwise
+from types import CellType
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from torch.utils._pytree import tree_map_only
 
 from eulernet._draws import Draws, entered, own_numbers
 from eulernet._find.apart import OneDtype, alone, led_to, quiet, without_global_hooks
-from eulernet._find.copies import copied
+from eulernet._find.copies import as_before, copied
 from eulernet._find.leftovers import Leftovers
 from eulernet._find.tensors import all_modules, attributes_of, deepcopied, returned, tensors_in
 from eulernet._find.trace import DispatchTracer, Trace, Tracer
@@ -50,6 +51,7 @@ class Sandbox:
         with fakes, own_numbers(draws), draws:
             self.copy: nn.Module = copied(model, memo)
         self.copied = [value for value in memo.values() if isinstance(value, Tensor)]
+        self.variables = [value for value in memo.values() if isinstance(value, CellType)]
         self.leftovers = leftovers or Leftovers()
         self.leftovers.had_values |= not fake
         self.leftovers.copies |= {id(module) for module in all_modules(self.copy)}
@@ -136,9 +138,10 @@ class Sandbox:
     @contextlib.contextmanager
     def _running(self, training: bool, of_fakes: TorchDispatchMode) -> Iterator[contextlib.ExitStack]:
         """All that a run of the copy is to be under; one mode where its tensors are fake."""
-        self.copy.train(training)
         draws = Draws()
         with contextlib.ExitStack() as stack:
+            stack.enter_context(as_before(self.original, self.variables, values=self.mode is None))
+            self.copy.train(training)
             stack.enter_context(torch.set_grad_enabled(training or self.differentiates))
             stack.enter_context(_uncompiled())
             if self.mode is not None:
