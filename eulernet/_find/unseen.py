@@ -36,8 +36,9 @@ def with_unseen(
     """
     ran: dict[tuple[int, nn.Module | None], set[Any]] = {}
     for addition, originals in ((a, of) for trace, of in traces for a in trace.additions):
-        module = next((originals.get(f.module) for f in addition.frames if f.module is not None), None)
-        for frame in addition.frames:
+        module: nn.Module | None = None
+        for frame in reversed(addition.frames):  # from the module's method inwards, to functions that it calls
+            module = originals.get(frame.module, module) if frame.module is not None else module
             ran.setdefault((id(frame.code), module), set()).add(positions_of(frame.code)[frame.lasti // 2])
     known: dict[tuple[int, nn.Module], tuple[Span, ...]] = {}
     for module, location in places:

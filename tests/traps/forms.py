@@ -218,6 +218,34 @@ class InPlaceOverlap(InPlaceSlices):
         return x + h[0] * made * (place < 3) + h[1] * made * (place >= 1)
 
 
+@trap
+class PutIntoABuffer(Trap):
+    """The state is put into new tensors first: as it is, behind others, part by part."""
+
+    expected = tuple(Expected(f"<root>:{i}", depth=3, kind="projection" if i else "identity") for i in range(3))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = mlp(), mlp(), mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        whole = torch.zeros_like(x)
+        whole[:] = x
+        whole += self.a(x)
+        longer = whole.new_zeros(x.shape[0], x.shape[1] + 1, x.shape[2])
+        longer[:, 1:] = whole
+        longer[:, 1:] += self.b(whole)
+        state, parts = longer[:, 1:], torch.empty_like(x)
+        parts[:, :2] = state[:, :2]
+        parts[:, 2:] = state[:, 2:]
+        return parts + self.c(state)
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        for factor, branch in zip(h, (self.a, self.b, self.c), strict=True):
+            x = x + factor * branch(x)
+        return x
+
+
 class InParts(Trap):
     """Branches of the state before, each added into a part of it."""
 
@@ -229,6 +257,29 @@ class InParts(Trap):
 
     def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
         return torch.cat((x[:, :2] + h[0] * self.a(x)[:, :2], x[:, 2:] + h[1] * self.b(x)[:, 2:]), dim=1)
+
+
+@trap
+class PartsThatAreChangedAgain(InParts):
+    """A part is multiplied, and a token masked, before the next part is added to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        first, last, y = self.a(x)[:, :2], self.b(x)[:, 2:], x.clone()
+        one, other = y[:, :2], y[:, 2:]
+        one.add_(first).mul_(2.0)
+        y[:, 0] = 0
+        other.add_(last)
+        return y
+
+    def reference(self, x: Tensor, *, h: Sequence[float]) -> Tensor:
+        x = self.stem(x)
+        one, other = 2 * (x[:, :2] + h[0] * self.a(x)[:, :2]), x[:, 2:] + h[1] * self.b(x)[:, 2:]
+        return torch.cat((torch.zeros_like(one[:, :1]), one[:, 1:], other), dim=1)
 
 
 @trap
