@@ -17,10 +17,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 from eulernet._commit import surely
 from eulernet._errors import EulernetError
 from eulernet._find.leftovers import MISSING, content_of, held_by, put_back
-from eulernet._find.tensors import all_modules, version_of
+from eulernet._find.tensors import OF_MODULES, all_modules, version_of
 from eulernet._step import ROOT
 
-_NOT_WRITTEN = (Tensor, str, bytes, int, float, type, FunctionType, MethodType, ModuleType, type(None))
+_TENSORS = frozenset(("_parameters", "_buffers"))  # of a module
+_NOT_WRITTEN = (Tensor, nn.Module, str, bytes, int, float, type, FunctionType, MethodType, ModuleType, type(None))
 Memo = dict[int, Any]  # the id of what was copied -> its copy
 
 
@@ -140,10 +141,12 @@ def as_before(
     pending: list[tuple[Any, int]] = [(module, 2) for module in originals]
     while pending:
         owner, depth = pending.pop()
-        if id(owner) in held or isinstance(owner, _NOT_WRITTEN) or (now := held_by(owner)) is None:
+        if id(owner) in held or (now := held_by(owner)) is None:
             continue
         held[id(owner)] = owner, now
-        pending += [(value, depth - 1) for value in now.values()] if depth else []
+        own = isinstance(owner, nn.Module)
+        inner = [value for name, value in now.items() if not own or name not in OF_MODULES or name in _TENSORS]
+        pending += [(value, depth - 1) for value in inner if depth and not isinstance(value, _NOT_WRITTEN)]
     contents = [(cell, content_of(cell)) for cell in variables]
     versions = [(a, version_of(a), b) for twin, own in originals.items() for a, b in _tensors_of(twin, own)]
     known = [(t, t.item_memo) for t, *_ in versions if isinstance(t, FakeTensor) and t.item_memo is not None]
@@ -152,7 +155,9 @@ def as_before(
     finally:
         for owner, before in held.values():
             now = held_by(owner) or {}
-            put_back(owner, {k: before.get(k, MISSING) for k in {**before, **now} if _differ(k, before, now)})
+            if len(now) != len(before) or any(now.get(key, MISSING) is not value for key, value in before.items()):
+                keys = [key for key in {**before, **now} if now.get(key, MISSING) is not before.get(key, MISSING)]
+                put_back(owner, {key: before.get(key, MISSING) for key in keys})
         for cell, content in contents:
             if content is MISSING:
                 del cell.cell_contents
@@ -164,10 +169,6 @@ def as_before(
                     tensor.copy_(of_model)
         for fake, number in known:  # of a tensor that was written into it is forgotten
             fake.item_memo = number
-
-
-def _differ(key: Any, before: dict[Any, Any], now: dict[Any, Any]) -> bool:
-    return before.get(key, MISSING) is not now.get(key, MISSING)
 
 
 def _tensors_of(twin: nn.Module, own: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
