@@ -309,7 +309,8 @@ def absorbing(
                 own: dict[int, _Way] = defaultdict(_Way)
                 for run, step_call in search.step_calls[index]:
                     traced[run].extend(own[run], step_call)
-                    memory.check(traced[run].parameters[n] for _, n in own[run].path if n in traced[run].parameters)
+                for run, way in own.items():
+                    memory.check(p for _, n in way.path if (p := traced[run].parameters.get(n)) is not None)
                 ways[index] = own
             except NotAbsorbable as reason:
                 refused[index] = str(reason)

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from eulernet._commit import surely
 from eulernet._errors import EulernetError
-from eulernet._find.leftovers import MISSING, content_of, held_by, put_back
+from eulernet._find.leftovers import MISSING, changed_since, content_of, held_by, put_back
 from eulernet._find.tensors import OF_MODULES, all_modules, version_of
 from eulernet._step import ROOT
 
@@ -67,7 +67,7 @@ def _own_ways(model: nn.Module, memo: Memo) -> Iterator[None]:
     copiers: dict[type, Any] = copy._deepcopy_dispatch  # type: ignore[attr-defined]
     before = {kind: copiers.get(kind) for kind in ways}
 
-    def put_back() -> None:
+    def as_they_were() -> None:
         for kind, copier in before.items():
             if copier is None:
                 copiers.pop(kind, None)
@@ -79,7 +79,7 @@ def _own_ways(model: nn.Module, memo: Memo) -> Iterator[None]:
         usual = before[kind]
         return lambda value, to: way(value, to) if to is memo or usual is None else usual(value, to)
 
-    with surely(put_back):
+    with surely(as_they_were):
         copiers.update({kind: for_this_copy(way, kind) for kind, way in ways.items()})
         yield
 
@@ -148,16 +148,14 @@ def as_before(
         inner = [value for name, value in now.items() if not own or name not in OF_MODULES or name in _TENSORS]
         pending += [(value, depth - 1) for value in inner if depth and not isinstance(value, _NOT_WRITTEN)]
     contents = [(cell, content_of(cell)) for cell in variables]
-    versions = [(a, version_of(a), b) for twin, own in originals.items() for a, b in _tensors_of(twin, own)]
+    versions = [(a, version_of(a), b) for twin, own in originals.items() for a, b in _pairs_of(twin, own)]
     known = [(t, t.item_memo) for t, *_ in versions if isinstance(t, FakeTensor) and t.item_memo is not None]
     try:
         yield
     finally:
         for owner, before in held.values():
-            now = held_by(owner) or {}
-            if len(now) != len(before) or any(now.get(key, MISSING) is not value for key, value in before.items()):
-                keys = [key for key in {**before, **now} if now.get(key, MISSING) is not before.get(key, MISSING)]
-                put_back(owner, {key: before.get(key, MISSING) for key in keys})
+            if changed := changed_since(before, held_by(owner) or {}):
+                put_back(owner, changed)
         for cell, content in contents:
             if content is MISSING:
                 del cell.cell_contents
@@ -171,7 +169,8 @@ def as_before(
             fake.item_memo = number
 
 
-def _tensors_of(twin: nn.Module, own: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+def _pairs_of(twin: nn.Module, own: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+    """The parameters and buffers of a module of the copy, each with the model's."""
     named = {**own._parameters, **own._buffers} if not isinstance(own, torch.jit.ScriptModule) else {}
     for name, tensor in (*twin._parameters.items(), *twin._buffers.items()) if named else ():
         if tensor is not None and (of_model := named.get(name)) is not None and of_model.shape == tensor.shape:

@@ -38,9 +38,7 @@ _VALUES = (Tensor, str, bytes, int, float, complex, ModuleType, CodeType, Builti
 _NUMBERS = (bool, int, float, str, type(None))
 _NAMED = (ModuleType, type, FunctionType, BuiltinFunctionType)  # what a namespace may get while a model runs
 MISSING: Any = object()
-_CONTAINERS = frozenset(
-    ("types", "collections", "queue")
-)  # of Python's modules those whose objects hold what is put in
+_CONTAINERS = frozenset(("types", "collections", "queue"))  # of Python, whose objects hold what is put into them
 
 
 class Leftovers:
@@ -138,10 +136,8 @@ class Leftovers:
         changed: list[tuple[Any, dict[Any, Any], dict[Any, Any], bool, bool]] = []
         for owner, held, named in self._held.values():
             now = held_by(owner) or {}
-            keys = [key for key in {**held, **now} if now.get(key, MISSING) is not held.get(key, MISSING)]
-            if keys:
-                before = {key: held.get(key, MISSING) for key in keys}
-                has_fakes = any(_leads_to_fakes(now.get(key)) for key in keys)
+            if before := changed_since(held, now):
+                has_fakes = any(_leads_to_fakes(now.get(key)) for key in before)
                 changed.append((owner, before, now, named, has_fakes))
         left = any(named and has_fakes for *_, named, has_fakes in changed)
         for owner, before, now, named, has_fakes in changed:
@@ -220,6 +216,13 @@ def held_by(owner: Any) -> dict[Any, Any] | None:
                     with contextlib.suppress(AttributeError):
                         held[name] = slot.__get__(owner)
     return held
+
+
+def changed_since(held: dict[Any, Any], now: dict[Any, Any]) -> dict[Any, Any]:
+    """What an object held under the keys under which it holds something else now."""
+    if len(held) == len(now) and all(now.get(key, MISSING) is value for key, value in held.items()):
+        return {}
+    return {k: held.get(k, MISSING) for k in {**held, **now} if now.get(k, MISSING) is not held.get(k, MISSING)}
 
 
 def _attributes(owner: Any) -> dict[Any, Any]:
